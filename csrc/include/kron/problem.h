@@ -1,0 +1,77 @@
+// The boundary between the torch binding and the kernels: raw pointers, sizes, strides. No torch, no Python below it.
+//
+// Notation (DESIGN: docs/design.md): for one token x read row-major as X (n1, n2),
+//   Y (m1, m2) = sum_s A_s X B_s^T,  y = Y read row-major,  + bias, then the activation.
+#pragma once
+
+#include <cstdint>
+
+namespace kron {
+
+enum class DType : int32_t { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
+enum class Activation : int32_t { none = 0, gelu = 1, gelu_tanh = 2, relu = 3, silu = 4 };
+// Ordered: a level includes the ones before it.
+enum class Isa : int32_t { portable = 0, avx2 = 1, avx512 = 2, amx = 3 };
+
+struct Shape {
+    int64_t tokens;          // T, rows of x
+    int64_t terms;           // S
+    int64_t m1, n1, m2, n2;  // A_s is (m1, n1), B_s is (m2, n2)
+    DType dtype;             // of every tensor of the call
+};
+
+// A stack of S matrices; strides in elements. Any strides are allowed (so a transpose is free).
+struct Factor {
+    const void* data;
+    int64_t stride_term, stride_row, stride_col;
+};
+
+// Runs task(arg, i) for i in [0, count), in any order, on at most `threads` threads. The caller supplies it so that
+// the kernels share the framework's thread pool.
+struct Executor {
+    int threads;
+    void (*run)(int64_t count, void (*task)(void* arg, int64_t index), void* arg);
+};
+
+struct ForwardArgs {
+    Shape shape;
+    const void* x;  // (T, n1*n2), last dimension contiguous
+    int64_t x_stride;
+    Factor a, b;
+    const void* bias;  // (m1*m2,) contiguous, or null
+    Activation activation;
+    void* y;  // (T, m1*m2) contiguous
+};
+
+// Gradients of y = (sum_s A_s (x) B_s) x + bias. An output that is null is not computed.
+struct BackwardArgs {
+    Shape shape;
+    const void* grad;  // dL/dy (T, m1*m2), last dimension contiguous
+    int64_t grad_stride;
+    const void* x;  // (T, n1*n2), last dimension contiguous
+    int64_t x_stride;
+    Factor a, b;
+    void* dx;     // (T, n1*n2) contiguous
+    void* da;     // (S, m1, n1) contiguous
+    void* db;     // (S, m2, n2) contiguous
+    void* dbias;  // (m1*m2,) contiguous
+};
+
+// Highest level this processor and operating system can run, and the level in use: that one, unless capped by
+// set_isa_cap or, at first use, by the environment variable KRON_KERNELS_CPU_ISA.
+Isa detected_isa();
+Isa active_isa();
+void set_isa_cap(Isa cap);
+const char* isa_name(Isa isa);
+
+// True when the level was compiled into this binary (an AArch64 build has only portable).
+bool isa_compiled(Isa isa);
+
+// Shapes and pointers must already be checked by the caller. Throws std::bad_alloc when scratch cannot be had.
+void kron_mm_forward(const ForwardArgs& args, const Executor& executor);
+void kron_mm_backward(const BackwardArgs& args, const Executor& executor);
+
+// Bytes of scratch the last call on this thread asked for, all worker threads together (introspection and tests).
+int64_t last_scratch_bytes();
+
+}  // namespace kron
