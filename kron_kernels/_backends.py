@@ -1,0 +1,105 @@
+"""Which backend computes a call, and why: one place, one switch (``KRON_KERNELS_BACKEND``).
+
+Automatic choice falls back to the reference; a backend asked for by name that is not there is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import _ops  # noqa: F401  (the schema must stand before a library adds kernels to it)
+
+_PACKAGE = Path(__file__).parent
+CPU_ISA_LEVELS = ("portable", "avx2", "avx512", "amx")
+
+
+@dataclass(frozen=True)
+class Status:
+    """Whether a backend can run on this machine, and the reason in words."""
+
+    name: str
+    available: bool
+    reason: str
+
+
+def build_info() -> dict[str, Any]:
+    """What the build wrote about itself: compiler, flags, ISA levels, torch, what is missing and why; {} if unbuilt."""
+    path = _PACKAGE / "_build_info.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _load_extension() -> Status:
+    library = _PACKAGE / "_C.so"
+    if not library.is_file():
+        reason = build_info().get("missing", "the package was not built")
+        return Status("cpu", False, f"the compiled extension is absent: {reason}")
+    try:
+        torch.ops.load_library(library)
+    except (OSError, RuntimeError) as error:
+        return Status("cpu", False, f"the compiled extension does not load: {error}")
+    return Status("cpu", True, "compiled extension loaded")
+
+
+_REFERENCE = Status("reference", True, "plain torch, always there")
+_STATUS = {status.name: status for status in (_load_extension(), _REFERENCE)}
+_CPU_READY = _STATUS["cpu"].available
+# Read once: os.environ costs as much as a small product.
+_DEFAULT = os.environ.get("KRON_KERNELS_BACKEND", "auto")
+
+
+def available() -> dict[str, Status]:
+    """Every backend by name, with whether it can run here and why not."""
+    return dict(_STATUS)
+
+
+def resolve(backend: str | None, device: torch.device) -> str:
+    """Name of the backend that computes on ``device``.
+
+    ``backend`` is None (take ``KRON_KERNELS_BACKEND``, else "auto"), "auto", or a name of ``available()``. Raises
+    ValueError for an unknown name and RuntimeError when the named backend is missing or does not serve the device.
+    """
+    name = _DEFAULT if backend is None else backend
+    if name == "auto":
+        return "cpu" if _CPU_READY and device.type == "cpu" else "reference"
+    status = _STATUS.get(name)
+    if status is None:
+        origin = "environment variable KRON_KERNELS_BACKEND" if backend is None else "backend"
+        choices = ", ".join(repr(choice) for choice in ("auto", *_STATUS))
+        raise ValueError(f"{origin}: expected one of {choices}, got {name!r}")
+    if not status.available:
+        raise RuntimeError(f"backend {name!r} is not available: {status.reason}")
+    if name == "cpu" and device.type != "cpu":
+        raise RuntimeError(f"backend 'cpu' computes tensors on the cpu, got a tensor on {device}")
+    return name
+
+
+def _introspect() -> Any:
+    if not _CPU_READY:
+        raise RuntimeError(f"backend 'cpu' is not available: {_STATUS['cpu'].reason}")
+    from . import _introspect
+
+    return _introspect
+
+
+def cpu_isa() -> str:
+    """The instruction-set level the CPU kernels run at: one of "portable", "avx2", "avx512", "amx"."""
+    return _introspect().active_isa()
+
+
+def set_cpu_isa(cap: str) -> str:
+    """Cap the CPU kernels' instruction-set level for this process and return the level then in use.
+
+    That is the highest level not above ``cap`` that this processor has and this build holds.
+    The environment variable ``KRON_KERNELS_CPU_ISA`` does the same at start.
+    """
+    if cap not in CPU_ISA_LEVELS:
+        raise ValueError(f"cap: expected one of {', '.join(map(repr, CPU_ISA_LEVELS))}, got {cap!r}")
+    introspect = _introspect()
+    introspect.set_isa_cap(cap)
+    return introspect.active_isa()

@@ -1,0 +1,61 @@
+"""Checks of what a caller passes in: every message names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._ops import ACTIVATION_CODES
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_activation(activation: str | None) -> None:
+    if activation not in ACTIVATION_CODES:
+        choices = ", ".join(repr(name) for name in ACTIVATION_CODES)
+        raise ValueError(f"activation: expected one of {choices}, got {activation!r}")
+
+
+def check_operands(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
+    """Check ``x (..., n1 * n2)``, ``a (S, m1, n1)``, ``b (S, m2, n2)``, ``bias (m1 * m2,)`` against each other.
+
+    Raises TypeError for what is no tensor and for dtypes, ValueError for shapes and devices.
+    """
+    a_shape, b_shape = a.shape, b.shape
+    if len(a_shape) != 3 or len(b_shape) != 3 or a_shape[0] != b_shape[0] or 0 in a_shape or 0 in b_shape:
+        _bad_factors(a, b)
+    x_shape, n = x.shape, a_shape[2] * b_shape[2]
+    if not x_shape or x_shape[-1] != n:
+        raise ValueError(
+            f"x: expected last dimension n1 * n2 = {a_shape[2]} * {b_shape[2]} = {n}, got shape {tuple(x_shape)}"
+        )
+    dtype, device = x.dtype, x.device
+    if dtype not in DTYPES:
+        raise TypeError(f"x: expected dtype float32, float64, bfloat16 or float16, got {dtype}")
+    if a.dtype is not dtype or b.dtype is not dtype or a.device != device or b.device != device:
+        _match("a", a, x)
+        _match("b", b, x)
+    if bias is not None:
+        m = a_shape[1] * b_shape[1]
+        if bias.shape != (m,):
+            raise ValueError(
+                f"bias: expected shape (m1 * m2,) = ({a_shape[1]} * {b_shape[1]},) = ({m},), got {tuple(bias.shape)}"
+            )
+        _match("bias", bias, x)
+
+
+def _match(name: str, tensor: Tensor, x: Tensor) -> None:
+    if tensor.dtype is not x.dtype:
+        raise TypeError(f"{name}: expected the dtype of x, {x.dtype}, got {tensor.dtype}")
+    if tensor.device != x.device:
+        raise ValueError(f"{name}: expected the device of x, {x.device}, got {tensor.device}")
+
+
+def _bad_factors(a: Tensor, b: Tensor) -> None:
+    for name, factor, letters in (("a", a, "(S, m1, n1)"), ("b", b, "(S, m2, n2)")):
+        if factor.dim() != 3 or 0 in factor.shape:
+            raise ValueError(
+                f"{name}: expected a matrix or a stack of them, {letters}, with no empty dimension, "
+                f"got shape {tuple(factor.shape)}"
+            )
+    raise ValueError(f"b: expected as many terms S as a, {a.shape[0]}, got {b.shape[0]} (shape {tuple(b.shape)})")

@@ -1,0 +1,167 @@
+"""Public functions: check, cast, flatten to tokens, choose the backend, and differentiate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _backends, reference
+from ._checks import check_activation, check_operands
+from ._ops import ACTIVATION_CODES, kron_mm, kron_mm_backward
+
+
+def kron_matmul(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """``activation(x @ (sum_s a[s] (x) b[s]).T + bias)`` without building the Kronecker product.
+
+    A token of ``x`` read row-major as ``X (n1, n2)`` becomes ``sum_s A_s X B_s^T`` read row-major: a linear layer
+    whose weight ``(m1 * m2, n1 * n2)`` is a sum of Kronecker products (Tahaei et al., "KroneckerBERT", 2021, eq. 3).
+
+    Args:
+        x: ``(..., n1 * n2)``, float32, float64, bfloat16 or float16; any strides, any number of tokens, none too.
+        a: left factors, ``(m1, n1)`` or ``(S, m1, n1)``, dtype and device of ``x``.
+        b: right factors, ``(m2, n2)`` or ``(S, m2, n2)``, with as many terms as ``a``.
+        bias: ``(m1 * m2,)`` or None.
+        activation: None, "gelu" (erf), "gelu_tanh", "relu" or "silu"; applied last.
+        backend: None or "auto" for the best one on ``x``'s device (``KRON_KERNELS_BACKEND`` overrides None), or the
+            name of one: "cpu", "reference".
+
+    Returns:
+        ``(..., m1 * m2)``, contiguous, dtype of ``x`` (inside autocast: the autocast dtype, as ``F.linear``).
+
+    Raises:
+        ValueError: shapes, devices, terms, activation or backend name that do not fit.
+        TypeError: dtypes that differ or are not floating.
+        RuntimeError: a backend asked for by name that cannot run here.
+
+    Differentiable to any order in ``x``, ``a``, ``b`` and ``bias``; only the inputs are kept for backward.
+    """
+    if a.dim() == 2 and b.dim() == 2:
+        a, b = a.unsqueeze(0), b.unsqueeze(0)
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type):
+        x, a, b, bias = _autocast(device_type, x, a, b, bias)
+    check_operands(x, a, b, bias)
+    check_activation(activation)
+    if _backends.resolve(backend, x.device) == "reference":
+        return reference.kron_mm(x, a, b, bias, activation)
+
+    tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    if _needs_autograd(x, a, b, bias):
+        y = KronMatmul.apply(tokens, a, b, bias)
+        if activation is not None:
+            y = reference.ACTIVATIONS[activation](y)
+    else:
+        y = kron_mm(tokens, a, b, bias, ACTIVATION_CODES[activation])
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _autocast(device_type: str, *tensors: Tensor | None) -> tuple[Any, ...]:
+    """Cast what ``F.linear`` would cast under autocast: floating tensors of the device, float64 apart."""
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(
+        tensor.to(dtype)
+        if tensor is not None
+        and tensor.is_floating_point()
+        and tensor.dtype is not torch.float64
+        and tensor.device.type == device_type
+        else tensor
+        for tensor in tensors
+    )
+
+
+def _needs_autograd(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> bool:
+    # A tensor wrapped by a torch.func transform does not show the levels below it: always the differentiable way then.
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return torch.is_grad_enabled() and (
+        x.requires_grad or a.requires_grad or b.requires_grad or (bias is not None and bias.requires_grad)
+    )
+
+
+class KronMatmul(torch.autograd.Function):
+    """``x (T, n1 * n2), a (S, m1, n1), b (S, m2, n2), bias -> (T, m1 * m2)`` around the op ``kron_mm``."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+        return kron_mm(x, a, b, bias, 0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, a, b, _ = inputs
+        ctx.save_for_backward(x, a, b)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad
+        return _needed(_gradients(grad, *ctx.saved_tensors, *needs), needs)
+
+
+class KronMatmulBackward(torch.autograd.Function):
+    """Gradients of ``KronMatmul`` around the op ``kron_mm_backward``, themselves differentiable to any order."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        grad: Tensor, x: Tensor, a: Tensor, b: Tensor, need_x: bool, need_a: bool, need_b: bool, need_bias: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return kron_mm_backward(grad, x, a, b, need_x, need_a, need_b, need_bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs[:4])
+        ctx.needed = inputs[4:]
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_dx: Tensor, grad_da: Tensor, grad_db: Tensor, grad_dbias: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        """The product y = K(x, a, b) is linear in each of x, a, b, and <grad_dx, dx> = <grad, K(grad_dx, a, b)>, and so
+        on for da and db: the loss is <grad, sum of products with one argument exchanged>, whose gradients are the same
+        two ops again, and each product gives none to the argument exchanged.
+        """
+        grad, x, a, b = ctx.saved_tensors
+        need_grad, *needs = ctx.needs_input_grad[:4]
+        total: list[Tensor | None] = [None] * 4
+        for position, (needed, tangent) in enumerate(zip(ctx.needed, (grad_dx, grad_da, grad_db), strict=False)):
+            if not needed:
+                continue
+            operands = [x, a, b]
+            operands[position] = tangent
+            if need_grad:
+                total[0] = _add(total[0], KronMatmul.apply(*operands, None))
+            wanted = tuple(need and index != position for index, need in enumerate(needs))
+            if any(wanted):
+                parts = _needed(_gradients(grad, *operands, *wanted, False), wanted)
+                total[1:] = [_add(old, part) for old, part in zip(total[1:], parts, strict=True)]
+        if need_grad and ctx.needed[3]:
+            total[0] = _add(total[0], grad_dbias.expand_as(grad))
+        return (*total, None, None, None, None)
+
+
+def _gradients(grad: Tensor, x: Tensor, a: Tensor, b: Tensor, *needs: bool) -> tuple[Tensor, ...]:
+    differentiate = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+    backward = KronMatmulBackward.apply if differentiate else kron_mm_backward
+    return backward(grad, x, a, b, *needs)
+
+
+def _needed(gradients: tuple[Tensor, ...], needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    return tuple(grad if need else None for grad, need in zip(gradients, needs, strict=False))
+
+
+def _add(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+    if left is None or right is None:
+        return right if left is None else left
+    return left + right

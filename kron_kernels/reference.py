@@ -1,0 +1,62 @@
+"""The products by their definition, in plain torch: the oracle of the tests and the fallback of every backend.
+
+One token ``x`` of ``n1 * n2`` values is read row-major as a matrix ``X (n1, n2)``. Then
+
+    Y (m1, m2) = sum_s A_s X B_s^T
+
+read row-major is ``(sum_s A_s (x) B_s) x``, without the ``(m1 * m2, n1 * n2)`` weight ever being built
+(Van Loan, "The ubiquitous Kronecker product", 2000). Works on any device and floating dtype, in fp64 too, and is
+differentiable to any order by torch itself.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
+def kron_weight(a: Tensor, b: Tensor) -> Tensor:
+    """Dense ``sum_s kron(a[s], b[s])``, ``(m1 * m2, n1 * n2)``, of ``a (S, m1, n1)`` and ``b (S, m2, n2)``."""
+    (_, m1, n1), (_, m2, n2) = a.shape, b.shape
+    return torch.einsum("sij,skl->ikjl", a, b).reshape(m1 * m2, n1 * n2)
+
+
+def kron_mm(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
+    """``activation(x @ kron_weight(a, b).T + bias)`` for ``x (..., n1 * n2)``; returns ``(..., m1 * m2)``.
+
+    ``a`` is ``(S, m1, n1)``, ``b`` is ``(S, m2, n2)``, ``bias`` is ``(m1 * m2,)``, all of one dtype and device.
+    """
+    (_, m1, n1), (_, m2, n2) = a.shape, b.shape
+    grid = x.reshape(*x.shape[:-1], n1, n2)
+    # A first costs n2 * m1 * (n1 + m2) multiply-adds a term, B first n1 * m2 * (n2 + m1).
+    if n2 * m1 * (n1 + m2) <= n1 * m2 * (n2 + m1):
+        y = torch.einsum("...sil,skl->...ik", torch.einsum("...jl,sij->...sil", grid, a), b)
+    else:
+        y = torch.einsum("...sjk,sij->...ik", torch.einsum("...jl,skl->...sjk", grid, b), a)
+    y = y.reshape(*x.shape[:-1], m1 * m2)
+    if bias is not None:
+        y = y + bias
+    return y if activation is None else ACTIVATIONS[activation](y)
+
+
+def kron_mm_backward(grad: Tensor, x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients ``(dx, da, db, dbias)`` of ``kron_mm`` without activation, given ``grad (..., m1 * m2)``.
+
+    With G and X the token's gradient and input as matrices: dX = sum_s A_s^T G B_s, dA_s = sum_t G B_s X^T and
+    dB_s = sum_t G^T A_s X. The results have the shapes of ``x``, ``a``, ``b`` and ``(m1 * m2,)``.
+    """
+    (_, m1, n1), (_, m2, n2) = a.shape, b.shape
+    grad, tokens = grad.reshape(-1, m1, m2), x.reshape(-1, n1, n2)
+    half = torch.einsum("tik,sij->tsjk", grad, a)  # A_s^T G
+    dx = torch.einsum("tsjk,skl->tjl", half, b).reshape(x.shape)
+    db = torch.einsum("tsjk,tjl->skl", half, tokens)
+    da = torch.einsum("tik,tsjk->sij", grad, torch.einsum("tjl,skl->tsjk", tokens, b))
+    return dx, da, db, grad.sum(0).reshape(m1 * m2)
