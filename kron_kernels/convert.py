@@ -1,0 +1,239 @@
+"""Replace an encoder's linear layers and word embedding by Kronecker-factored ones, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .calibrate import Calibration
+from .counting import count_parameters
+from .nn import KronDecoder, KronEmbedding, KronLinear, Shape, Shapes, fit_embedding, fit_linear
+from .presets import KronConfig, as_kron_config
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What became of one layer. Errors are relative, None where nothing was fitted; see ``nearest_kronecker``."""
+
+    name: str
+    role: str
+    a: Shape
+    b: Shape
+    terms: int
+    params_before: int
+    params_after: int
+    relative_error: float | None
+    weighted_error: float | None
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """The replaced layers and the parameters of the whole model before and after, dense parts included."""
+
+    config: KronConfig
+    layers: tuple[LayerReport, ...]
+    params_before: int
+    params_after: int
+
+    @property
+    def compression(self) -> float:
+        return self.params_before / self.params_after
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able dict."""
+        return {
+            "config": self.config.to_dict(),
+            "params_before": self.params_before,
+            "params_after": self.params_after,
+            "compression": self.compression,
+            "layers": [asdict(layer) for layer in self.layers],
+        }
+
+
+@dataclass(frozen=True)
+class _Target:
+    name: str
+    role: str
+    module: nn.Linear | nn.Embedding
+    shapes: Shapes
+    terms: int
+
+
+def kronify_(
+    model: nn.Module,
+    config: KronConfig | Mapping[str, Any] | str,
+    *,
+    calibration: Calibration | None = None,
+    fit: bool = True,
+    progress: Progress | None = None,
+) -> ConversionReport:
+    """Replace the layers that ``config`` names by their nearest Kronecker products, in place.
+
+    Works on encoders whose module names match the config's patterns: BERT and its kin with any head, MPNet. Poolers,
+    heads, LayerNorms, position and type embeddings stay as they are. An output layer tied to the word embedding
+    becomes one on the embedding's factors and stays tied. Where the model has a ``config``, the conversion is
+    recorded in its ``kron`` field.
+
+    Args:
+        model: changed only once every layer has been fitted; after an error it is as it was.
+        config: a KronConfig, its dict, or a preset's name.
+        calibration: the second moments and means of the layers' inputs (see ``calibrate``). The fit then minimises
+            the error of each layer's output (Tahaei et al. start from the plain fit), and the mean error goes to the
+            bias.
+        fit: False leaves the new factors freshly drawn: the structure only, for a state dict to be loaded into.
+        progress: called as ``progress(done, total, name)`` after each layer.
+
+    Raises:
+        ValueError: a role without modules, a module of a role that is neither nn.Linear nor nn.Embedding or shares
+            its weight, a shape that does not divide, a layer without calibration, a model converted before.
+    """
+    config = as_kron_config(config)
+    targets = _plan(model, config, calibration if fit else None, fit)
+    params_before = count_parameters(model)
+    replacements: list[nn.Module] = []
+    layers = []
+    for done, target in enumerate(targets, 1):
+        module, relative_error, weighted_error = _fitted(target, calibration) if fit else (_fresh(target), None, None)
+        replacements.append(module)
+        layers.append(
+            LayerReport(
+                target.name,
+                target.role,
+                *target.shapes,
+                target.terms,
+                count_parameters(target.module),
+                count_parameters(module),
+                relative_error,
+                weighted_error,
+            )
+        )
+        if progress is not None:
+            progress(done, len(targets), target.name)
+    for target, module in zip(targets, replacements, strict=True):
+        decoders = tied_decoders(model, target.module)
+        model.set_submodule(target.name, module)
+        if isinstance(module, KronEmbedding):
+            tie_decoders_(model, decoders, module)
+    if hasattr(model, "config"):
+        model.config.kron = config.to_dict()
+    return ConversionReport(config, tuple(layers), params_before, count_parameters(model))
+
+
+def tied_decoders(model: nn.Module, embedding: nn.Module) -> list[str]:
+    """Names of the linear layers whose weight is the embedding's."""
+    if not isinstance(embedding, nn.Embedding):
+        return []
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module.weight is embedding.weight
+    ]
+
+
+def tie_decoders_(model: nn.Module, decoders: list[str], embedding: KronEmbedding) -> None:
+    """Replace the named linear layers by decoders on the embedding's factors, and tell transformers of the ties."""
+    for name in decoders:
+        model.set_submodule(name, embedding.tied_decoder(model.get_submodule(name).bias))
+    for prefix, module in model.named_modules():
+        tied = getattr(module, "_tied_weights_keys", None)
+        if not isinstance(tied, Mapping):
+            continue
+        # transformers reads these keys as regular expressions: without its end, "b" would match "bias" too.
+        module._tied_weights_keys = _factor_ties(tied, prefix, decoders, end="$")
+        module.all_tied_weights_keys = _factor_ties(module.all_tied_weights_keys, prefix, decoders, end="")
+
+
+def _factor_ties(tied: Mapping[str, str], prefix: str, decoders: list[str], end: str) -> dict[str, str]:
+    """Ties of a decoder's weight to an embedding's become ties of their two factors."""
+    ties = {}
+    for target, source in tied.items():
+        layer = target.removesuffix(".weight")
+        if layer != target and (f"{prefix}.{layer}" if prefix else layer) in decoders:
+            for factor in "ab":
+                ties[f"{layer}.{factor}{end}"] = f"{source.removesuffix('.weight')}.{factor}"
+        else:
+            ties[target] = source
+    return ties
+
+
+def _plan(model: nn.Module, config: KronConfig, calibration: Calibration | None, fit: bool) -> list[_Target]:
+    """Every layer to replace, in the order of the model, after all checks that need no fit."""
+    if any(isinstance(module, (KronLinear, KronEmbedding, KronDecoder)) for module in model.modules()):
+        raise ValueError("model: expected a dense model, got one that has Kronecker layers already")
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    targets = []
+    roles = set()
+    for name, module in model.named_modules():
+        role = config.role_of(name)
+        if role not in config.rules:
+            continue
+        roles.add(role)
+        if config.skips(name):
+            continue
+        target = _target(name, role, module, config)
+        shared = len(owners[id(target.module.weight)]) - 1 - len(tied_decoders(model, module))
+        if shared:
+            raise ValueError(f"model: {name} shares its weight: {', '.join(owners[id(target.module.weight)])}")
+        if fit:
+            _check_fit(target, calibration)
+        targets.append(target)
+    for role in config.rules:
+        if role not in roles:
+            raise ValueError(f"model: no module plays the role {role!r}; its patterns: {', '.join(config.patterns[role])}")
+    return targets
+
+
+def _target(name: str, role: str, module: nn.Module, config: KronConfig) -> _Target:
+    if not isinstance(module, (nn.Linear, nn.Embedding)) or not module.weight.is_floating_point():
+        raise ValueError(f"model: expected {name} ({role}) to be nn.Linear or nn.Embedding, got {type(module).__name__}")
+    rule = config.rules[role]
+    rows, cols = module.weight.shape
+    try:
+        (m1, n1), (m2, n2) = rule.resolve(rows, cols)
+        if isinstance(module, nn.Embedding) and m2 != 1:
+            raise ValueError(f"b: expected a row vector (1, k) for an embedding, got {m2}x{n2}")
+        if rule.terms > min(m1 * n1, m2 * n2):
+            raise ValueError(f"terms: expected at most min(m1*n1, m2*n2) = {min(m1 * n1, m2 * n2)}, got {rule.terms}")
+    except ValueError as error:
+        raise ValueError(f"{name} ({role}): {error}") from None
+    return _Target(name, role, module, ((m1, n1), (m2, n2)), rule.terms)
+
+
+def _check_fit(target: _Target, calibration: Calibration | None) -> None:
+    if not torch.isfinite(target.module.weight).all():
+        raise ValueError(f"model: expected finite weights, got NaN or inf in {target.name}")
+    if calibration is None or not isinstance(target.module, nn.Linear):
+        return
+    if target.name not in calibration:
+        raise ValueError(f"calibration: expected a moment for {target.name}, got none")
+
+
+def _fresh(target: _Target) -> KronLinear | KronEmbedding:
+    module, (a_shape, b_shape) = target.module, target.shapes
+    factory: dict[str, Any] = {"device": module.weight.device, "dtype": module.weight.dtype}
+    if isinstance(module, nn.Embedding):
+        size = (module.num_embeddings, module.embedding_dim, b_shape[1])
+        return KronEmbedding(*size, target.terms, module.padding_idx, **factory)
+    size = (module.in_features, module.out_features)
+    return KronLinear(*size, (a_shape, b_shape), target.terms, module.bias is not None, **factory)
+
+
+def _fitted(
+    target: _Target, calibration: Calibration | None
+) -> tuple[KronLinear | KronEmbedding, float, float | None]:
+    module: KronLinear | KronEmbedding
+    if isinstance(target.module, nn.Embedding):
+        module, factors = fit_embedding(target.module, target.shapes[1][1], target.terms)
+    else:
+        moment: Tensor | None = None if calibration is None else calibration[target.name]
+        mean: Tensor | None = None if calibration is None else calibration.input_mean[target.name]
+        module, factors = fit_linear(target.module, target.shapes[0], target.terms, moment, mean)
+    return module, factors.relative_error, factors.weighted_error

@@ -1,0 +1,21 @@
+"""Model families with Kronecker-factored weights, for transformers. Importing this registers them with its Auto classes."""
+
+from .bert import (
+    KronBertConfig,
+    KronBertForMaskedLM,
+    KronBertForPreTraining,
+    KronBertForQuestionAnswering,
+    KronBertForSequenceClassification,
+    KronBertModel,
+    KronBertPreTrainedModel,
+)
+
+__all__ = [
+    "KronBertConfig",
+    "KronBertForMaskedLM",
+    "KronBertForPreTraining",
+    "KronBertForQuestionAnswering",
+    "KronBertForSequenceClassification",
+    "KronBertModel",
+    "KronBertPreTrainedModel",
+]

@@ -1,0 +1,224 @@
+"""KronBert: BERT with Kronecker-factored attention, feed-forward and word embedding (Tahaei et al., 2021)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from huggingface_hub.dataclasses import strict
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForPreTraining,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    BertForPreTraining,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertModel,
+    BertPreTrainedModel,
+    BertTokenizer,
+)
+
+from ..calibrate import Calibration
+from ..convert import ConversionReport, Progress, kronify_, tie_decoders_, tied_decoders
+from ..nn import KronDecoder, KronEmbedding, KronLinear
+from ..presets import KronConfig, as_kron_config, preset
+
+
+@strict
+class KronBertConfig(BertConfig):
+    """A BertConfig with ``kron``: a preset's name or the dict of a KronConfig. It is kept as the dict.
+
+    Raises ValueError for an unknown preset, one that does not divide the model's sizes, and a dict that is no KronConfig.
+    """
+
+    model_type = "kron_bert"
+
+    kron: dict | str = "K8"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if isinstance(self.kron, str):
+            self.kron = preset(self.kron, self.hidden_size, self.intermediate_size).to_dict()
+        else:
+            KronConfig.from_dict(self.kron)
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dense(cls, config: BertConfig, kron: KronConfig | Mapping[str, Any] | str) -> KronBertConfig:
+        """The configuration of a BERT compressed by ``kron``."""
+        fields = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "architectures")}
+        fields["kron"] = kron if isinstance(kron, str) else as_kron_config(kron).to_dict()
+        return cls(**fields)
+
+
+class KronBertPreTrainedModel(BertPreTrainedModel):
+    """What all KronBert classes share: construction without dense weights, initialisation, loading, resizing."""
+
+    config: KronBertConfig
+    config_class = KronBertConfig
+
+    def __init__(self, config: KronBertConfig, *args: Any, **kwargs: Any) -> None:
+        device = torch.get_default_device()
+        # BERT's constructors make the dense layers that are replaced here: on the meta device they take no memory.
+        with torch.device("meta"):
+            super().__init__(config, *args, **kwargs)
+            if isinstance(self, BertModel):
+                kronify_(self, config.kron, fit=False)
+            else:
+                dense: BertModel = self.bert
+                decoders = tied_decoders(self, dense.get_input_embeddings())
+                self.bert = KronBertModel(config, add_pooling_layer=dense.pooler is not None)
+                tie_decoders_(self, decoders, self.bert.get_input_embeddings())
+        if device.type != "meta":
+            self.to_empty(device=device)
+            self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # transformers guards torch's init functions so that they leave loaded parameters alone.
+        if isinstance(module, KronLinear):
+            module.reset_parameters(self.config.initializer_range)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, KronEmbedding):
+            # The padding row is set to zero behind that guard.
+            if not getattr(module.a, "_is_hf_initialized", False):
+                module.reset_parameters(self.config.initializer_range)
+        else:
+            super()._init_weights(module)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *model_args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
+        """As transformers' own, but a checkpoint that is damaged or lacks Kronecker factors raises OSError."""
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+            )
+        except SafetensorError as error:
+            raise OSError(f"{pretrained_model_name_or_path}: damaged checkpoint: {error}") from error
+        factors = {
+            f"{name}.{factor}"
+            for name, module in model.named_modules()
+            if isinstance(module, (KronLinear, KronEmbedding))
+            for factor in "ab"
+        }
+        if missing := sorted(factors.intersection(info["missing_keys"])):
+            raise OSError(
+                f"{pretrained_model_name_or_path}: expected Kronecker factors, {len(missing)} are missing, among them "
+                f"{missing[0]}; {cls.__name__}.from_dense converts a dense model"
+            )
+        return (model, info) if output_loading_info else model
+
+    @classmethod
+    def from_dense(
+        cls,
+        dense: BertPreTrainedModel,
+        kron: KronConfig | Mapping[str, Any] | str = "K8",
+        *,
+        calibration: Calibration | None = None,
+        progress: Progress | None = None,
+    ) -> Any:
+        """The KronBert model nearest to ``dense``, a model of the BERT class that ``cls`` derives from.
+
+        Biases, LayerNorms, positions, pooler and head are copied; ``dense`` stays as it is. ``calibration`` and
+        ``progress`` are those of ``kronify_``, whose report the model keeps as ``conversion_report``.
+        Raises TypeError for another class of model, and what ``kronify_`` raises.
+        """
+        expected = next(
+            base
+            for base in cls.__mro__
+            if issubclass(base, BertPreTrainedModel) and not issubclass(base, KronBertPreTrainedModel)
+        )
+        if not isinstance(dense, expected):
+            raise TypeError(f"dense: expected {expected.__name__}, got {type(dense).__name__}")
+        # A copy of the modules that shares the parameters: converting it leaves the original's alone.
+        shadow = copy.deepcopy(dense, {id(parameter): parameter for parameter in dense.parameters()})
+        report = kronify_(shadow, kron, calibration=calibration, progress=progress)
+        model = cls._from_config(
+            KronBertConfig.from_dense(dense.config, report.config),
+            dtype=dense.dtype,
+            attn_implementation=dense.config._attn_implementation,
+            **({"add_pooling_layer": dense.pooler is not None} if isinstance(dense, BertModel) else {}),
+        )
+        model.load_state_dict(shadow.state_dict())
+        model.conversion_report = report
+        return model.to(dense.device).train(dense.training)
+
+    @torch.no_grad()
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> KronEmbedding:
+        """Resize the vocabulary: rows of A are kept, cut off or added, and an output layer follows.
+
+        Added tokens get the mean of the rows of A (``mean_resizing``) or rows drawn as at initialisation, and an output
+        bias of zero. ``pad_to_multiple_of`` rounds the size up. Returns the word embedding.
+        """
+        old = self.get_input_embeddings()
+        size = old.num_embeddings if new_num_tokens is None else new_num_tokens
+        if pad_to_multiple_of is not None:
+            size = -(-size // pad_to_multiple_of) * pad_to_multiple_of
+        if size == old.num_embeddings:
+            return old
+        factory: dict[str, Any] = {"device": old.a.device, "dtype": old.a.dtype}
+        new = KronEmbedding(size, old.embedding_dim, old.b.shape[2], old.terms, old.padding_idx, **factory)
+        new.reset_parameters(self.config.initializer_range)
+        kept = min(size, old.num_embeddings)
+        if mean_resizing:
+            new.a[:, kept:] = old.a.mean(1, keepdim=True)
+        new.a[:, :kept] = old.a[:, :kept]
+        new.b.copy_(old.b)
+        output = self.get_output_embeddings()
+        self.set_input_embeddings(new.requires_grad_(old.a.requires_grad))
+        if isinstance(output, KronDecoder):
+            bias = nn.Parameter(torch.zeros(size, **factory), output.bias.requires_grad)
+            bias[:kept] = output.bias[:kept]
+            self.set_output_embeddings(new.tied_decoder(bias))
+        elif output is not None:
+            self.set_output_embeddings(self._get_resized_lm_head(output, size, mean_resizing=mean_resizing))
+        self.config.vocab_size = size
+        return new
+
+
+class KronBertModel(KronBertPreTrainedModel, BertModel):
+    """BertModel with Kronecker-factored layers: the encoder, with a dense pooler unless ``add_pooling_layer=False``."""
+
+    conversion_report: ConversionReport
+
+
+class KronBertForMaskedLM(KronBertPreTrainedModel, BertForMaskedLM):
+    """BertForMaskedLM on KronBert; the output layer is tied to the word embedding's factors."""
+
+
+class KronBertForPreTraining(KronBertPreTrainedModel, BertForPreTraining):
+    """BertForPreTraining (masked LM and next sentence) on KronBert; the output layer is tied as in masked LM."""
+
+
+class KronBertForSequenceClassification(KronBertPreTrainedModel, BertForSequenceClassification):
+    """BertForSequenceClassification on KronBert, with a dense pooler and classifier."""
+
+
+class KronBertForQuestionAnswering(KronBertPreTrainedModel, BertForQuestionAnswering):
+    """BertForQuestionAnswering on KronBert, with a dense span classifier."""
+
+
+AutoConfig.register(KronBertConfig.model_type, KronBertConfig, exist_ok=True)
+AutoTokenizer.register(KronBertConfig, BertTokenizer, exist_ok=True)
+for _auto, _model in {
+    AutoModel: KronBertModel,
+    AutoModelForMaskedLM: KronBertForMaskedLM,
+    AutoModelForPreTraining: KronBertForPreTraining,
+    AutoModelForQuestionAnswering: KronBertForQuestionAnswering,
+    AutoModelForSequenceClassification: KronBertForSequenceClassification,
+}.items():
+    _auto.register(KronBertConfig, _model, exist_ok=True)
