@@ -15,6 +15,8 @@ def forward(
     bias: NDArray[Any] | None,
     activation: int,
     y: NDArray[Any],
+    threads: int = 1,
+    reverse: bool = False,
 ) -> None: ...
 def backward(
     dtype: str,
@@ -26,4 +28,6 @@ def backward(
     da: NDArray[Any] | None,
     db: NDArray[Any] | None,
     dbias: NDArray[Any] | None,
+    threads: int = 1,
+    reverse: bool = False,
 ) -> None: ...

@@ -1,0 +1,108 @@
+"""Builds the compiled extension with CMake and ninja; everything else about the package is in pyproject.toml.
+
+Environment: MAX_JOBS limits parallel compilation; KRON_KERNELS_REQUIRE_EXT=1 makes a failed build of the extension an
+error instead of a pure Python install; KRON_KERNELS_CMAKE_ARGS adds arguments to CMake's.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+BUILT = ("_C.so", "libkron_core.so", "_introspect*.so", "_build_info.json")
+
+
+class BuildError(Exception):
+    """Why the extension cannot be built here."""
+
+
+def find_tool(name: str) -> list[str]:
+    """The command of a build tool: the one of this Python's environment, else of PATH; [] when there is none."""
+    if importlib.util.find_spec(name):
+        return [sys.executable, "-m", name]
+    path = shutil.which(name)
+    return [path] if path else []
+
+
+def package_folder(name: str) -> Path | None:
+    spec = importlib.util.find_spec(name)
+    return Path(spec.origin).parent if spec and spec.origin else None
+
+
+def configure_arguments(output: Path) -> list[str]:
+    torch = package_folder("torch")
+    if torch is None:
+        raise BuildError("torch is not installed in the build environment")
+    arguments = [
+        f"-DKRON_KERNELS_OUTPUT_DIR={output}",
+        f"-DKRON_KERNELS_TORCH_DIR={torch}",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        *shlex.split(os.environ.get("KRON_KERNELS_CMAKE_ARGS", "")),
+    ]
+    pybind11 = package_folder("pybind11")
+    if pybind11:
+        arguments += [f"-Dpybind11_DIR={pybind11 / 'share/cmake/pybind11'}", "-DPYBIND11_FINDPYTHON=ON"]
+    ninja = shutil.which("ninja", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+    if ninja:
+        arguments += ["-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+    return arguments
+
+
+class CMakeBuild(build_ext):
+    """Runs CMake once for all libraries, into the build folder, or into the source tree for an editable install."""
+
+    def run(self) -> None:
+        in_place = self.inplace or self.editable_mode
+        output = (ROOT if in_place else Path(self.build_lib).resolve()) / "kron_kernels"
+        output.mkdir(parents=True, exist_ok=True)
+        for pattern in BUILT:
+            for stale in output.glob(pattern):
+                stale.unlink()
+        try:
+            self.build_libraries(output)
+        except (BuildError, OSError) as error:
+            reason = str(error)
+            if os.environ.get("KRON_KERNELS_REQUIRE_EXT") == "1":
+                raise SystemExit(f"kron_kernels: the compiled extension was not built: {reason}") from error
+            print(
+                f"kron_kernels: the compiled extension was NOT built: {reason}\n"
+                "kron_kernels: installing the pure Python package, which computes through plain torch",
+                file=sys.stderr,
+            )
+            for pattern in BUILT:
+                for partial in output.glob(pattern):
+                    partial.unlink()
+            (output / "_build_info.json").write_text(json.dumps({"missing": reason}, indent=2) + "\n")
+
+    def build_libraries(self, output: Path) -> None:
+        cmake = find_tool("cmake")
+        if not cmake:
+            raise BuildError("cmake not found")
+        build = Path(self.build_temp).resolve()
+        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        # Isolated builds come with new paths every time: keep the objects, not the cache.
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
+        configure = [*cmake, "-S", str(ROOT), "-B", str(build), *configure_arguments(output)]
+        if subprocess.run(configure, check=False).returncode:
+            raise BuildError("CMake could not configure the build: is a C++17 compiler (g++ or clang++) installed?")
+        if subprocess.run([*cmake, "--build", str(build), "--parallel", jobs], check=False).returncode:
+            raise BuildError("the C++ sources did not compile: see the output of the build")
+
+    def get_outputs(self) -> list[str]:
+        return [str(path) for pattern in BUILT for path in (Path(self.build_lib) / "kron_kernels").glob(pattern)]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
+setup(ext_modules=[Extension("kron_kernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
