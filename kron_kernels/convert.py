@@ -192,8 +192,10 @@ def _plan(model: nn.Module, config: KronConfig, calibration: Calibration | None,
 
 
 def _target(name: str, role: str, module: nn.Module, config: KronConfig) -> _Target:
-    if not isinstance(module, (nn.Linear, nn.Embedding)) or not module.weight.is_floating_point():
+    if not isinstance(module, (nn.Linear, nn.Embedding)):
         raise ValueError(f"model: expected {name} ({role}) to be nn.Linear or nn.Embedding, got {type(module).__name__}")
+    if not module.weight.is_floating_point():
+        raise ValueError(f"model: expected {name} ({role}) to have a floating-point weight, got {module.weight.dtype}")
     rule = config.rules[role]
     rows, cols = module.weight.shape
     try:

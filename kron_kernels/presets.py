@@ -34,6 +34,8 @@ def _matches(regexes: Iterable[str], module_name: str) -> bool:
 
 
 def _check_keys(where: str, data: Mapping[str, Any], known: set[str]) -> None:
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{where}: expected a mapping, got {data!r}")
     if unknown := sorted(set(data) - known):
         raise ValueError(f"{where}: unknown keys {', '.join(unknown)}; expected {', '.join(sorted(known))}")
 

@@ -1,0 +1,157 @@
+"""KronLinear: equal to the dense layer it stands for, in every way a module is used."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from kron_kernels.nn import KronLinear
+
+SHAPES = {
+    "tiny_b": ((6, 4), (2, 3)),
+    "tiny_a_expands": ((4, 2), (6, 5)),
+    "tiny_a_contracts": ((2, 4), (3, 5)),
+    "row_vector_b": ((7, 3), (1, 4)),
+}
+
+
+def make_linear(shapes, **options) -> KronLinear:
+    (m1, n1), (m2, n2) = shapes
+    return KronLinear(n1 * n2, m1 * m2, shapes, **options)
+
+
+@pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("terms", [1, 3])
+def test_forward_is_the_dense_layer(shapes, terms):
+    layer = make_linear(shapes, terms=terms, dtype=torch.float64)
+    weight = sum(torch.kron(a, b) for a, b in zip(layer.a, layer.b, strict=True))
+    for lead in ((), (5,), (2, 3)):
+        x = torch.randn(*lead, layer.in_features, dtype=torch.float64)
+        torch.testing.assert_close(layer(x), F.linear(x, weight, layer.bias))
+
+
+def test_activation_comes_after_the_bias():
+    layer = make_linear(SHAPES["tiny_b"], activation="gelu")
+    plain = make_linear(SHAPES["tiny_b"])
+    plain.load_state_dict(layer.state_dict())
+    x = torch.randn(4, layer.in_features)
+    torch.testing.assert_close(layer(x), F.gelu(plain(x)))
+    with pytest.raises(ValueError, match="activation: expected None for a plain nn.Linear, got 'gelu'"):
+        layer.to_linear()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_full_terms_reproduce_the_dense_layer_both_ways(bias):
+    dense = nn.Linear(12, 8, bias=bias)
+    layer = KronLinear.from_linear(dense, (4, 2), terms=8)
+    x = torch.randn(5, 12)
+    torch.testing.assert_close(layer(x), dense(x))
+    back = layer.to_linear()
+    torch.testing.assert_close(back.weight, dense.weight)
+    assert (back.bias is None) == (not bias)
+    torch.testing.assert_close(back(x), dense(x))
+
+
+def test_from_linear_keeps_dtype_and_mode():
+    dense = nn.Linear(12, 8, dtype=torch.bfloat16).eval()
+    layer = KronLinear.from_linear(dense, (4, 2))
+    assert layer.a.dtype is torch.bfloat16 and not layer.training
+    assert not layer.to_linear().training
+
+
+def test_input_mean_moves_the_mean_error_into_the_bias():
+    dense = nn.Linear(12, 8)
+    x = torch.randn(200, 12) + 3
+    layer = KronLinear.from_linear(dense, (4, 2), input_mean=x.mean(0))
+    torch.testing.assert_close(layer(x).mean(0), dense(x).mean(0))
+    assert not torch.allclose(KronLinear.from_linear(dense, (4, 2))(x).mean(0), dense(x).mean(0), atol=0.1)
+
+
+def test_input_moment_lowers_the_output_error():
+    dense = nn.Linear(12, 8)
+    x = torch.randn(200, 12) * torch.logspace(-2, 1, 12)
+    errors = [
+        (KronLinear.from_linear(dense, (4, 2), input_moment=moment)(x) - dense(x)).square().mean()
+        for moment in (None, x.T @ x / 200)
+    ]
+    assert errors[1] < 0.9 * errors[0]
+
+
+@pytest.mark.parametrize("terms", [1, 4])
+def test_initial_outputs_have_the_variance_of_nn_linear(terms):
+    n, draws = 64, 300
+    x = torch.randn(draws, n)
+    layers = [KronLinear(n, n, ((16, 16), (4, 4)), terms) for _ in range(draws)]
+    outputs = torch.stack([layer(row) - layer.bias for layer, row in zip(layers, x, strict=True)])
+    # nn.Linear: entries uniform in +-1/sqrt(n), so variance 1/(3n) and 1/3 for the sum over n inputs
+    torch.testing.assert_close(outputs.var(), torch.tensor(1 / 3), rtol=0.1, atol=0)
+    assert max(layer.bias.abs().max() for layer in layers) <= n**-0.5
+
+
+def test_state_dict_copies_and_moves():
+    layer = make_linear(SHAPES["tiny_b"], terms=2)
+    assert list(layer.state_dict()) == ["a", "b", "bias"]
+    assert list(make_linear(SHAPES["tiny_b"], bias=False).state_dict()) == ["a", "b"]
+    x = torch.randn(3, layer.in_features)
+    fresh = make_linear(SHAPES["tiny_b"], terms=2)
+    fresh.load_state_dict(layer.state_dict())
+    for other in (fresh, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(other(x), layer(x))
+    assert layer.double()(x.double()).dtype is torch.float64
+    assert all(parameter.is_meta for parameter in layer.to("meta").parameters())
+
+
+def test_repr_tells_shapes_and_compression():
+    layer = KronLinear(768, 3072, ((8, 2), (384, 384)), activation="gelu", device="meta")
+    assert repr(layer) == (
+        "KronLinear(in_features=768, out_features=3072, bias=True, factors=8x2 (x) 384x384, terms=1, "
+        "compression=16.00x, activation=gelu)"
+    )
+
+
+@pytest.mark.compile
+def test_compiles_without_graph_breaks():
+    layer = make_linear(SHAPES["tiny_a_expands"], terms=2, activation="relu")
+    x = torch.randn(3, layer.in_features)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), layer(x))
+    expected = torch.autograd.grad(layer(x).sum(), list(layer.parameters()))
+    torch.testing.assert_close(torch.autograd.grad(compiled(x).sum(), list(layer.parameters())), expected)
+
+
+def test_autocast_computes_in_its_dtype():
+    layer = make_linear(SHAPES["tiny_b"])
+    x = torch.randn(3, layer.in_features)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype is torch.bfloat16
+    torch.testing.assert_close(y.float(), layer(x), rtol=0.05, atol=0.05)
+
+
+def test_gradients_reach_every_parameter():
+    layer = make_linear(SHAPES["tiny_b"], terms=2)
+    layer(torch.randn(3, layer.in_features)).square().sum().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ((12, 8, ((4, 2), (2, 5))), r"shapes: .*\(8, 12\), got 4x2 \(x\) 2x5 of shape \(8, 10\)"),
+        ((12, 8, ((4, 2), (2, 6)), 0), "terms: expected an integer of at least 1, got 0"),
+        ((12, 8, ((4, 2), (2, 6)), 1, True, "tanh"), "activation: .*got 'tanh'"),
+    ],
+)
+def test_bad_arguments(arguments, match):
+    with pytest.raises(ValueError, match=match):
+        KronLinear(*arguments)
+
+
+def test_from_linear_names_a_shape_that_does_not_divide():
+    with pytest.raises(ValueError, match=r"a_shape: .*divides \(8, 12\), got \(3, 2\)"):
+        KronLinear.from_linear(nn.Linear(12, 8), (3, 2))
