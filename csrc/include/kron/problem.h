@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#pragma GCC visibility push(default)
 namespace kron {
 
 enum class DType : int32_t { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
@@ -75,3 +76,4 @@ void kron_mm_backward(const BackwardArgs& args, const Executor& executor);
 int64_t last_scratch_bytes();
 
 }  // namespace kron
+#pragma GCC visibility pop

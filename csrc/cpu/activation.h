@@ -1,0 +1,107 @@
+// Activations applied to results while they are still in registers or L1.
+#pragma once
+
+#include <cmath>
+
+#include "kron/problem.h"
+#include "simd.h"
+
+namespace kron {
+namespace KRON_ISA {
+
+typedef Simd<float>::V Vf;
+typedef Simd<float>::I Vi;
+
+KRON_INLINE Vf select(Vi mask, Vf yes, Vf no) { return (Vf)(((Vi)yes & mask) | ((Vi)no & ~mask)); }
+KRON_INLINE Vf clamp(Vf x, float low, float high) {
+    // A NaN fails both comparisons and passes through.
+    x = select(x < low, splat<float>(low), x);
+    return select(x > high, splat<float>(high), x);
+}
+KRON_INLINE Vf power_of_two(Vi n) { return (Vf)((n + 127) << 23); }
+
+// exp on [-104, 88.7], relative error below 2 ulp; results below the smallest normal number are rounded twice.
+KRON_INLINE Vf exp_vec(Vf x) {
+    x = clamp(x, -104.0f, 88.72f);
+    const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+    const Vf n = (x * 1.44269504088896341f + shift) - shift;
+    Vf r = x - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    // Taylor coefficients suffice: |r| <= ln(2) / 2.
+    Vf p = splat<float>(1.0f / 5040);
+    p = p * r + 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    const Vi whole = __builtin_convertvector(n, Vi);
+    const Vi half = whole >> 1;
+    return p * power_of_two(half) * power_of_two(whole - half);
+}
+
+KRON_INLINE Vf sigmoid_vec(Vf x) { return 1.0f / (1.0f + exp_vec(-x)); }
+
+// x * Phi(x), Phi the normal distribution. For a = |x|: Phi(-a) = exp(-a^2/2) * t P(t), t = 1 / (1 + a/4), where P is a
+// degree-9 minimax fit (relative error 9e-9) on a <= 14.5; beyond, Phi(-a) is below every fp32 number. Working from the
+// tail keeps the relative error small for negative x, where 1 + erf would cancel.
+KRON_INLINE Vf gelu_vec(Vf x) {
+    const Vi negative = x < 0.0f;
+    const Vf a = clamp(select(negative, -x, x), 0.0f, 14.5f);
+    const Vf t = 1.0f / (1.0f + 0.25f * a);
+    Vf p = splat<float>(0.016892418f);
+    p = p * t + -0.064537242f;
+    p = p * t + 0.055879641f;
+    p = p * t + 0.022610679f;
+    p = p * t + 0.017734896f;
+    p = p * t + 0.083851129f;
+    p = p * t + 0.073012836f;
+    p = p * t + 0.095287852f;
+    p = p * t + 0.099521458f;
+    p = p * t + 0.099746332f;
+    // exp of a rounded square would lose a^2/2 ulp: its rounding error goes in to first order. The top 12 bits of a
+    // have an exact square, so a^2 = high + rest without a fused multiply-add.
+    const Vf top = (Vf)((Vi)a & static_cast<int32_t>(0xfffff000));
+    const Vf high = top * top;
+    const Vf rest = (a - top) * (a + top);
+    const Vf tail = exp_vec(-0.5f * high) * (1.0f - 0.5f * rest * (1.0f - 0.25f * rest)) * (t * p);
+    return x * select(negative, tail, 1.0f - tail);
+}
+
+// 0.5 x (1 + tanh(u)) = x * sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3).
+KRON_INLINE Vf gelu_tanh_vec(Vf x) {
+    const Vf u = x * (1.0f + 0.044715f * x * x);
+    return x * sigmoid_vec(1.5957691216057308f * u);
+}
+
+KRON_INLINE Vf activate(Activation kind, Vf x) {
+    switch (kind) {
+        case Activation::gelu: return gelu_vec(x);
+        case Activation::gelu_tanh: return gelu_tanh_vec(x);
+        case Activation::relu: return select(x < 0.0f, Vf{}, x);
+        case Activation::silu: return x * sigmoid_vec(x);
+        case Activation::none: break;
+    }
+    return x;
+}
+
+static double activate_scalar(Activation kind, double x) {
+    switch (kind) {
+        case Activation::gelu: return 0.5 * x * ::erfc(-x * 0.70710678118654752440);
+        case Activation::gelu_tanh: return 0.5 * x * (1 + ::tanh(0.79788456080286535588 * (x + 0.044715 * x * x * x)));
+        case Activation::relu: return x < 0 ? 0 : x;
+        case Activation::silu: return x / (1 + ::exp(-x));
+        case Activation::none: break;
+    }
+    return x;
+}
+
+KRON_INLINE Simd<double>::V activate(Activation kind, Simd<double>::V x) {
+    if (kind == Activation::none) return x;
+    for (int i = 0; i < Simd<double>::W; ++i) x[i] = activate_scalar(kind, x[i]);
+    return x;
+}
+
+}  // namespace KRON_ISA
+}  // namespace kron

@@ -1,0 +1,106 @@
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
+#include "kernels.h"
+#include "kron/problem.h"
+
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace kron {
+namespace {
+
+#if defined(__x86_64__)
+// AMX needs the processor, and the kernel's leave to use the tile registers (asked for once a process).
+bool amx_usable() {
+#if defined(__linux__)
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    const bool bf16 = d >> 22 & 1, tile = d >> 24 & 1;
+    constexpr int kRequestPermission = 0x1023, kTileData = 18;
+    return bf16 && tile && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+    return false;
+#endif
+}
+
+Isa detect() {
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return Isa::portable;
+    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+        !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
+        return Isa::avx2;
+    return amx_usable() ? Isa::amx : Isa::avx512;
+}
+#else
+Isa detect() { return Isa::portable; }
+#endif
+
+Isa from_environment() {
+    const char* value = std::getenv("KRON_KERNELS_CPU_ISA");
+    if (value)
+        for (int i = 0; i < 4; ++i)
+            if (std::strcmp(value, isa_name(static_cast<Isa>(i))) == 0) return static_cast<Isa>(i);
+    return Isa::amx;
+}
+
+std::atomic<int>& cap() {
+    static std::atomic<int> value{static_cast<int>(from_environment())};
+    return value;
+}
+
+const Kernels& active() {
+#if defined(__x86_64__)
+    switch (active_isa()) {
+        case Isa::amx:
+        case Isa::avx512: return kAvx512Kernels;
+        case Isa::avx2: return kAvx2Kernels;
+        case Isa::portable: break;
+    }
+#endif
+    return kPortableKernels;
+}
+
+}  // namespace
+
+const char* isa_name(Isa isa) {
+    switch (isa) {
+        case Isa::avx2: return "avx2";
+        case Isa::avx512: return "avx512";
+        case Isa::amx: return "amx";
+        case Isa::portable: break;
+    }
+    return "portable";
+}
+
+bool isa_compiled(Isa isa) {
+#if defined(__x86_64__)
+    return isa >= Isa::portable && isa <= Isa::amx;
+#else
+    return isa == Isa::portable;
+#endif
+}
+
+Isa detected_isa() {
+    static const Isa isa = detect();
+    return isa;
+}
+
+Isa active_isa() {
+    const int limit = cap().load(std::memory_order_relaxed);
+    return limit < static_cast<int>(detected_isa()) ? static_cast<Isa>(limit) : detected_isa();
+}
+
+void set_isa_cap(Isa limit) { cap().store(static_cast<int>(limit), std::memory_order_relaxed); }
+
+void kron_mm_forward(const ForwardArgs& args, const Executor& executor) {
+    if (args.shape.tokens > 0) active().forward(args, executor);
+}
+
+void kron_mm_backward(const BackwardArgs& args, const Executor& executor) { active().backward(args, executor); }
+
+}  // namespace kron

@@ -1,0 +1,7 @@
+#define KRON_ISA avx2
+#define KRON_VEC_BYTES 32
+#include "isa_entry.h"
+
+namespace kron {
+const Kernels kAvx2Kernels{avx2::forward_entry, avx2::backward_entry, avx2::Simd<float>::W};
+}

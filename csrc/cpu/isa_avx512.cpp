@@ -1,0 +1,7 @@
+#define KRON_ISA avx512
+#define KRON_VEC_BYTES 64
+#include "isa_entry.h"
+
+namespace kron {
+const Kernels kAvx512Kernels{avx512::forward_entry, avx512::backward_entry, avx512::Simd<float>::W};
+}

@@ -1,0 +1,7 @@
+#define KRON_ISA portable
+#define KRON_VEC_BYTES 16
+#include "isa_entry.h"
+
+namespace kron {
+const Kernels kPortableKernels{portable::forward_entry, portable::backward_entry, portable::Simd<float>::W};
+}

@@ -1,0 +1,117 @@
+#include "plan.h"
+
+#include <algorithm>
+
+namespace kron {
+namespace {
+
+// Below this many multiply-adds a call is over before a second thread has woken up.
+constexpr double kSerialWork = 400e3;
+// Rows of the GEMM per tile: enough to reuse a panel of the right factor from L2, few enough that the tile of
+// intermediates (rows x panel) stays in L1.
+constexpr int64_t kTileRows = 96;
+// With fewer rows than this in all, packing the right factor costs more than it saves.
+constexpr int64_t kDotRows = 24;
+// A transposed load or store costs about as much as this many multiply-adds per element.
+constexpr double kTransposeCost = 4;
+constexpr double kOddTransposeCost = 24;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+bool is_shuffle_width(int64_t width) { return width == 1 || width == 2 || width == 4 || width == 8 || width == 16; }
+
+double transpose_cost(const Shape& s) {
+    const double in = static_cast<double>(s.n1 * s.n2) * (is_shuffle_width(s.n2) ? kTransposeCost : kOddTransposeCost);
+    const double out = static_cast<double>(s.m1 * s.m2) * (is_shuffle_width(s.m2) ? kTransposeCost : kOddTransposeCost);
+    return in + out;
+}
+
+struct Candidate {
+    bool commuted;
+    bool right_first;
+    int64_t m1, n1, m2, n2;
+    double cost;
+    double work;
+};
+
+Candidate forward_candidate(const Shape& s, int lanes, bool commuted, bool right_first) {
+    Candidate c{commuted, right_first, s.m1, s.n1, s.m2, s.n2, 0, 0};
+    if (commuted) std::swap(c.m1, c.m2), std::swap(c.n1, c.n2);
+    const double S = static_cast<double>(s.terms);
+    const double m1 = c.m1, n1 = c.n1, m2 = c.m2, n2 = c.n2;
+    const double m2_lanes = round_up(c.m2, lanes), n2_lanes = round_up(c.n2, lanes);
+    c.work = S * (right_first ? n1 * m2 * (n2 + m1) : m1 * n2 * (n1 + m2));
+    c.cost = S * (right_first ? n1 * m2_lanes * (n2 + m1) : m1 * (n1 * n2_lanes + n2 * m2_lanes));
+    if (commuted) c.cost += transpose_cost(s);
+    return c;
+}
+
+int panel_vectors(int64_t m2, int lanes) {
+    const int64_t vectors = ceil_div(m2, lanes);
+    if (vectors == 1) return 1;
+    return vectors % 2 != 0 && (vectors % 3 == 0 || vectors == 5) ? 3 : 2;
+}
+
+}  // namespace
+
+Plan plan_forward(const Shape& s, const Machine& machine) {
+    Candidate best = forward_candidate(s, machine.lanes, false, true);
+    for (const bool commuted : {false, true})
+        for (const bool right_first : {true, false}) {
+            const Candidate c = forward_candidate(s, machine.lanes, commuted, right_first);
+            if (c.cost < best.cost) best = c;
+        }
+    Plan p{};
+    p.commuted = best.commuted;
+    p.right_first = best.right_first;
+    p.tokens = s.tokens, p.terms = s.terms;
+    p.m1 = best.m1, p.n1 = best.n1, p.m2 = best.m2, p.n2 = best.n2;
+    p.multiply_adds = best.work;
+    p.panel_vectors = panel_vectors(p.m2, machine.lanes);
+    p.panels = ceil_div(p.m2, static_cast<int64_t>(p.panel_vectors) * machine.lanes);
+
+    const int64_t rows_a_token = p.right_first ? p.n1 : p.m1;
+    const bool dot_allowed = p.commuted ? machine.can_dot_commuted : machine.can_dot;
+    p.packed = !dot_allowed || p.tokens * rows_a_token > kDotRows || p.m2 * p.n2 <= 4096;
+
+    const int64_t threads = best.work * static_cast<double>(s.tokens) < kSerialWork ? 1 : machine.threads;
+    p.tile_tokens = std::max<int64_t>(1, kTileRows / rows_a_token);
+    p.token_tiles = ceil_div(p.tokens, p.tile_tokens);
+    // Equal shares: a whole number of tiles for every thread, as long as a tile still fills the register tile.
+    if (p.tokens * rows_a_token >= threads * machine.max_rows && p.packed)
+        p.token_tiles = std::min(p.tokens, round_up(p.token_tiles, threads));
+    p.token_tiles = std::max<int64_t>(1, p.token_tiles);
+    p.tile_tokens = std::max<int64_t>(1, ceil_div(p.tokens, p.token_tiles));
+    p.token_tiles = ceil_div(p.tokens, p.tile_tokens);
+    p.panel_groups = p.token_tiles < threads ? std::min(p.panels, ceil_div(threads, std::max<int64_t>(1, p.token_tiles))) : 1;
+    return p;
+}
+
+BackwardPlan plan_backward(const Shape& s, const Machine& machine) {
+    BackwardPlan best{};
+    double best_cost = -1;
+    for (const bool commuted : {false, true})
+        for (const bool via_left : {true, false}) {
+            int64_t a1 = s.m1, b1 = s.n1, a2 = s.m2, b2 = s.n2;
+            if (commuted) std::swap(a1, a2), std::swap(b1, b2);
+            const double m1 = a1, n1 = b1, m2 = a2, n2 = b2;
+            const double m2_lanes = round_up(a2, machine.lanes), n2_lanes = round_up(b2, machine.lanes);
+            const double work = via_left ? 2 * n1 * m1 * m2 + 3 * n1 * m2 * n2 : 2 * m1 * m2 * n2 + 3 * m1 * n1 * n2;
+            double cost = via_left ? n1 * m1 * m2_lanes * 2 + n1 * m2 * n2_lanes * 2 + n1 * n2 * m2_lanes
+                                   : m1 * m2 * n2_lanes * 2 + m1 * n1 * n2_lanes * 3;
+            if (commuted) cost += transpose_cost(s) + static_cast<double>(s.n1 * s.n2) * kTransposeCost;
+            if (best_cost < 0 || cost < best_cost) {
+                best_cost = cost;
+                best = BackwardPlan{commuted, via_left, s.tokens, s.terms, a1, b1, a2, b2, 0, 0,
+                                    work * static_cast<double>(s.terms)};
+            }
+        }
+    const int64_t rows_a_token = best.via_left ? best.n1 : best.m1;
+    best.tile_tokens = std::max<int64_t>(1, kTileRows / rows_a_token);
+    const bool serial = best.multiply_adds * static_cast<double>(s.tokens) < kSerialWork;
+    best.chunks = serial ? 1 : std::min<int64_t>(machine.threads, ceil_div(std::max<int64_t>(1, s.tokens), 4));
+    return best;
+}
+
+}  // namespace kron

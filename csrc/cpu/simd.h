@@ -1,0 +1,222 @@
+// Vectors of KRON_VEC_BYTES bytes on compiler vector extensions: one kernel source, compiled once per instruction set.
+// Everything lives in the namespace KRON_ISA of the including file, and nothing from std:: is instantiated here, so that
+// the linker can never pick a copy compiled for a newer processor.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if !defined(KRON_ISA) || !defined(KRON_VEC_BYTES)
+#error "define KRON_ISA (a namespace) and KRON_VEC_BYTES before including the kernels"
+#endif
+
+#define KRON_INLINE inline __attribute__((always_inline))
+
+namespace kron {
+namespace KRON_ISA {
+
+struct bf16 {
+    uint16_t bits;
+};
+typedef _Float16 f16;
+
+template <class C>
+struct Simd;
+
+template <>
+struct Simd<float> {
+    typedef float V __attribute__((vector_size(KRON_VEC_BYTES)));
+    typedef float U __attribute__((vector_size(KRON_VEC_BYTES), aligned(4), may_alias));
+    typedef int32_t I __attribute__((vector_size(KRON_VEC_BYTES)));
+    typedef uint16_t H __attribute__((vector_size(KRON_VEC_BYTES / 2), aligned(2), may_alias));
+    static constexpr int W = KRON_VEC_BYTES / 4;
+};
+
+template <>
+struct Simd<double> {
+    typedef double V __attribute__((vector_size(KRON_VEC_BYTES)));
+    typedef double U __attribute__((vector_size(KRON_VEC_BYTES), aligned(8), may_alias));
+    typedef int64_t I __attribute__((vector_size(KRON_VEC_BYTES)));
+    static constexpr int W = KRON_VEC_BYTES / 8;
+};
+
+template <class C>
+using Vec = typename Simd<C>::V;
+
+template <class C>
+KRON_INLINE Vec<C> splat(C value) {
+    return value - Vec<C>{};  // x - 0 is x for every x, so this is a plain broadcast; x + 0 is not (-0)
+}
+
+// Lanes 0, 1, 2, ... of the index vector, to build shuffle masks.
+template <class C>
+KRON_INLINE typename Simd<C>::I iota() {
+    typename Simd<C>::I r;
+    for (int i = 0; i < Simd<C>::W; ++i) r[i] = i;
+    return r;
+}
+
+KRON_INLINE float to_float(bf16 v) {
+    uint32_t bits = static_cast<uint32_t>(v.bits) << 16;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+// Round to nearest even; a NaN stays a (quiet) NaN.
+KRON_INLINE bf16 to_bf16(float f) {
+    uint32_t u;
+    memcpy(&u, &f, 4);
+    const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    return bf16{static_cast<uint16_t>(f == f ? rounded : ((u >> 16) | 0x40u))};
+}
+
+// One element, storage type E <-> compute type C.
+template <class C, class E>
+KRON_INLINE C get(const E* p) {
+    return static_cast<C>(*p);
+}
+template <>
+KRON_INLINE float get<float, bf16>(const bf16* p) {
+    return to_float(*p);
+}
+template <class C, class E>
+KRON_INLINE void put(E* p, C v) {
+    *p = static_cast<E>(v);
+}
+template <>
+KRON_INLINE void put<float, bf16>(bf16* p, float v) {
+    *p = to_bf16(v);
+}
+
+template <class C, class E>
+struct Convert;
+
+template <class C>
+struct Convert<C, C> {
+    static KRON_INLINE Vec<C> load(const C* p) { return *reinterpret_cast<const typename Simd<C>::U*>(p); }
+    static KRON_INLINE void store(C* p, Vec<C> v) { *reinterpret_cast<typename Simd<C>::U*>(p) = v; }
+};
+
+template <>
+struct Convert<float, bf16> {
+    typedef Simd<float> S;
+    typedef uint32_t U32 __attribute__((vector_size(KRON_VEC_BYTES)));
+    static KRON_INLINE S::V load(const bf16* p) {
+        const S::H h = *reinterpret_cast<const S::H*>(p);
+        return (S::V)(__builtin_convertvector(h, U32) << 16);
+    }
+    static KRON_INLINE void store(bf16* p, S::V v) {
+        const U32 u = (U32)v;
+        const U32 rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+        const U32 nan = (u >> 16) | 0x40u;
+        const U32 is_nan = (U32)(v != v);
+        *reinterpret_cast<S::H*>(p) = __builtin_convertvector((rounded & ~is_nan) | (nan & is_nan), S::H);
+    }
+};
+
+template <>
+struct Convert<float, f16> {
+    typedef Simd<float> S;
+    static __attribute__((noinline)) S::V load(const f16* p) {
+        S::V v;
+        for (int i = 0; i < S::W; ++i) v[i] = static_cast<float>(p[i]);
+        return v;
+    }
+    static __attribute__((noinline)) void store(f16* p, S::V v) {
+        for (int i = 0; i < S::W; ++i) p[i] = static_cast<f16>(v[i]);
+    }
+};
+
+template <class C, class E = C>
+KRON_INLINE Vec<C> load(const E* p) {
+    return Convert<C, E>::load(p);
+}
+template <class C, class E = C>
+KRON_INLINE void store(E* p, Vec<C> v) {
+    Convert<C, E>::store(p, v);
+}
+
+// The first `count` lanes from memory, zero elsewhere; never reads past them.
+template <class C, class E>
+static __attribute__((noinline)) Vec<C> load_part(const E* p, int64_t count) {
+    Vec<C> v{};
+    for (int i = 0; i < Simd<C>::W; ++i)
+        if (i < count) v[i] = get<C, E>(p + i);
+    return v;
+}
+template <class C, class E>
+static __attribute__((noinline)) void store_part(E* p, Vec<C> v, int64_t count) {
+    for (int i = 0; i < Simd<C>::W; ++i)
+        if (i < count) put<C, E>(p + i, v[i]);
+}
+
+template <class C>
+KRON_INLINE C horizontal_sum(Vec<C> v) {
+    // Pairwise halves: log2(W) dependent additions.
+    constexpr int W = Simd<C>::W;
+    C part[W];
+    store<C>(part, v);
+#pragma GCC unroll 4
+    for (int half = W / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) part[i] += part[i + half];
+    return part[0];
+}
+
+// zip: a0 b0 a1 b1 ...; unzip: the even and the odd lanes of the pair (a, b).
+template <class C>
+KRON_INLINE void zip(Vec<C>& a, Vec<C>& b) {
+    constexpr int W = Simd<C>::W;
+    const auto lane = iota<C>();
+    const auto low = lane / 2 + (lane % 2) * W;
+    const Vec<C> lo = __builtin_shuffle(a, b, low);
+    b = __builtin_shuffle(a, b, low + W / 2);
+    a = lo;
+}
+template <class C>
+KRON_INLINE void unzip(Vec<C>& a, Vec<C>& b) {
+    const auto lane = iota<C>();
+    const Vec<C> even = __builtin_shuffle(a, b, lane * 2);
+    b = __builtin_shuffle(a, b, lane * 2 + 1);
+    a = even;
+}
+
+// Q rows of W lanes -> the Q*W values in lane-major order (row 0 lane 0, row 1 lane 0, ...): log2(Q) perfect shuffles.
+// With Q == W this is a W x W transpose.
+template <class C, int Q>
+KRON_INLINE void interleave(Vec<C> (&v)[Q]) {
+    static_assert((Q & (Q - 1)) == 0, "a power of two");
+#pragma GCC unroll 8
+    for (int stage = 1; stage < Q; stage *= 2) {
+        Vec<C> next[Q];
+#pragma GCC unroll 16
+        for (int i = 0; i < Q / 2; ++i) {
+            next[2 * i] = v[i];
+            next[2 * i + 1] = v[i + Q / 2];
+            zip<C>(next[2 * i], next[2 * i + 1]);
+        }
+#pragma GCC unroll 32
+        for (int i = 0; i < Q; ++i) v[i] = next[i];
+    }
+}
+
+// The inverse of interleave.
+template <class C, int Q>
+KRON_INLINE void deinterleave(Vec<C> (&v)[Q]) {
+    static_assert((Q & (Q - 1)) == 0, "a power of two");
+#pragma GCC unroll 8
+    for (int stage = 1; stage < Q; stage *= 2) {
+        Vec<C> next[Q];
+#pragma GCC unroll 16
+        for (int i = 0; i < Q / 2; ++i) {
+            next[i] = v[2 * i];
+            next[i + Q / 2] = v[2 * i + 1];
+            unzip<C>(next[i], next[i + Q / 2]);
+        }
+#pragma GCC unroll 32
+        for (int i = 0; i < Q; ++i) v[i] = next[i];
+    }
+}
+
+}  // namespace KRON_ISA
+}  // namespace kron

@@ -1,0 +1,249 @@
+// Tests of the torch-free core against a naive fp64 product: every compiled instruction-set level the machine can run,
+// every dtype, both directions. Built alone (no torch, no Python), so that sanitizers see all of it.
+//   test_core [iterations of the random part]
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+#include "kron/problem.h"
+
+namespace {
+
+using kron::Activation;
+using kron::DType;
+
+int failures = 0, checks = 0;
+
+void check(bool ok, const char* what, const char* where) {
+    ++checks;
+    if (ok) return;
+    ++failures;
+    std::printf("FAILED %s: %s\n", what, where);
+}
+
+uint64_t state = 1;
+double uniform() {  // splitmix64, in (-1, 1)
+    uint64_t z = (state += 0x9e3779b97f4a7c15ull);
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+    return static_cast<double>((z ^ (z >> 31)) >> 11) * 0x1p-52 - 1;
+}
+int64_t pick(int64_t low, int64_t high) { return low + static_cast<int64_t>((uniform() + 1) / 2 * double(high - low + 1)); }
+
+size_t size_of(DType d) { return d == DType::f64 ? 8 : d == DType::f32 ? 4 : 2; }
+
+double read(const void* p, int64_t i, DType d) {
+    switch (d) {
+        case DType::f32: return static_cast<const float*>(p)[i];
+        case DType::f64: return static_cast<const double*>(p)[i];
+        case DType::f16: return static_cast<double>(static_cast<const _Float16*>(p)[i]);
+        case DType::bf16: break;
+    }
+    const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(p)[i]) << 16;
+    float f;
+    std::memcpy(&f, &bits, 4);
+    return f;
+}
+
+void write(void* p, int64_t i, DType d, double v) {
+    switch (d) {
+        case DType::f32: static_cast<float*>(p)[i] = static_cast<float>(v); return;
+        case DType::f64: static_cast<double*>(p)[i] = v; return;
+        case DType::f16: static_cast<_Float16*>(p)[i] = static_cast<_Float16>(v); return;
+        case DType::bf16: break;
+    }
+    const float f = static_cast<float>(v);
+    uint32_t bits;
+    std::memcpy(&bits, &f, 4);
+    static_cast<uint16_t*>(p)[i] = static_cast<uint16_t>(bits >> 16);
+}
+
+// Exactly as many elements as asked for, so that the address sanitizer sees one read or written beyond; filled with NaN.
+struct Buffer {
+    Buffer(int64_t count, DType dtype) : count(count), dtype(dtype), data(static_cast<char*>(std::malloc(size_t(count) * size_of(dtype) + 1))) {
+        for (int64_t i = 0; i < count; ++i) write(get(), i, dtype, std::nan(""));
+    }
+    ~Buffer() { std::free(data); }
+    Buffer(const Buffer&) = delete;
+    void* get() const { return data; }
+    void randomise() {
+        for (int64_t i = 0; i < count; ++i) write(data, i, dtype, uniform());
+    }
+    double at(int64_t i) const { return read(data, i, dtype); }
+    int64_t count;
+    DType dtype;
+    char* data;
+};
+
+void run_serial(int64_t count, void (*task)(void*, int64_t), void* arg) {
+    for (int64_t i = 0; i < count; ++i) task(arg, i);
+}
+void run_threads(int64_t count, void (*task)(void*, int64_t), void* arg) {
+    std::vector<std::thread> workers;
+    for (int w = 0; w < 3; ++w)
+        workers.emplace_back([=] {
+            for (int64_t i = w; i < count; i += 3) task(arg, i);
+        });
+    for (auto& worker : workers) worker.join();
+}
+const kron::Executor kSerial{1, run_serial}, kThreads{3, run_threads};
+
+double activate(Activation kind, double x) {
+    switch (kind) {
+        case Activation::gelu: return 0.5 * x * std::erfc(-x / std::sqrt(2.0));
+        case Activation::gelu_tanh: return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
+        case Activation::relu: return x > 0 ? x : 0;
+        case Activation::silu: return x / (1 + std::exp(-x));
+        case Activation::none: break;
+    }
+    return x;
+}
+
+struct Case {
+    int64_t tokens, terms, m1, n1, m2, n2;
+    DType dtype;
+    bool bias, transposed;  // transposed: the factors are stored column by column
+    Activation activation;
+    int64_t gap;  // extra elements between rows of x and of the gradient
+};
+
+// Largest error relative to the largest magnitude expected. One rounding of the output dtype and a short fp32 sum.
+double tolerance(DType d, int64_t depth) {
+    const double eps = d == DType::f64 ? 0x1p-52 : d == DType::f32 ? 0x1p-23 : d == DType::f16 ? 0x1p-10 : 0x1p-7;
+    const double accumulate = d == DType::f64 ? 0x1p-52 : 0x1p-23;
+    return eps + accumulate * (4 + std::sqrt(double(depth)));
+}
+
+struct Product {
+    explicit Product(const Case& c)
+        : c(c), n(c.n1 * c.n2), m(c.m1 * c.m2), x(c.tokens * (n + c.gap), c.dtype), a(c.terms * c.m1 * c.n1, c.dtype),
+          b(c.terms * c.m2 * c.n2, c.dtype), bias(m, c.dtype), g(c.tokens * (m + c.gap), c.dtype) {
+        x.randomise(), a.randomise(), b.randomise(), bias.randomise(), g.randomise();
+    }
+    kron::Factor factor(const Buffer& f, int64_t rows, int64_t cols) const {
+        return c.transposed ? kron::Factor{f.get(), rows * cols, 1, rows} : kron::Factor{f.get(), rows * cols, cols, 1};
+    }
+    double A(int64_t s, int64_t i, int64_t k) const { return a.at(s * c.m1 * c.n1 + (c.transposed ? k * c.m1 + i : i * c.n1 + k)); }
+    double B(int64_t s, int64_t j, int64_t k) const { return b.at(s * c.m2 * c.n2 + (c.transposed ? k * c.m2 + j : j * c.n2 + k)); }
+    double X(int64_t t, int64_t i) const { return x.at(t * (n + c.gap) + i); }
+    double G(int64_t t, int64_t i) const { return g.at(t * (m + c.gap) + i); }
+    kron::Shape shape() const { return kron::Shape{c.tokens, c.terms, c.m1, c.n1, c.m2, c.n2, c.dtype}; }
+
+    Case c;
+    int64_t n, m;
+    Buffer x, a, b, bias, g;
+};
+
+void compare(const std::vector<double>& expected, const Buffer& got, double tol, const char* what, const char* where) {
+    double scale = 1e-30, worst = 0;
+    bool finite = true;
+    for (size_t i = 0; i < expected.size(); ++i) {
+        scale = std::fmax(scale, std::fabs(expected[i]));
+        const double error = std::fabs(expected[i] - got.at(int64_t(i)));
+        finite = finite && std::isfinite(error);
+        worst = std::fmax(worst, error);
+    }
+    check(finite && worst <= tol * scale, what, where);
+    if (!(finite && worst <= tol * scale)) std::printf("   error %.3g of scale %.3g, allowed %.3g\n", worst, scale, tol * scale);
+}
+
+void test_forward(const Product& p, const kron::Executor& executor, const char* where) {
+    const Case& c = p.c;
+    std::vector<double> expected(size_t(c.tokens * p.m), 0.0);
+    for (int64_t t = 0; t < c.tokens; ++t)
+        for (int64_t s = 0; s < c.terms; ++s)
+            for (int64_t k1 = 0; k1 < c.n1; ++k1)
+                for (int64_t j = 0; j < c.m2; ++j) {
+                    double z = 0;
+                    for (int64_t k2 = 0; k2 < c.n2; ++k2) z += p.X(t, k1 * c.n2 + k2) * p.B(s, j, k2);
+                    for (int64_t i = 0; i < c.m1; ++i) expected[size_t(t * p.m + i * c.m2 + j)] += p.A(s, i, k1) * z;
+                }
+    for (int64_t t = 0; t < c.tokens; ++t)
+        for (int64_t i = 0; i < p.m; ++i) {
+            double& y = expected[size_t(t * p.m + i)];
+            y = activate(c.activation, y + (c.bias ? p.bias.at(i) : 0));
+        }
+    const Buffer y(c.tokens * p.m, c.dtype);
+    kron::kron_mm_forward({p.shape(), p.x.get(), p.n + c.gap, p.factor(p.a, c.m1, c.n1), p.factor(p.b, c.m2, c.n2),
+                           c.bias ? p.bias.get() : nullptr, c.activation, y.get()},
+                          executor);
+    compare(expected, y, tolerance(c.dtype, c.terms * (p.n + 1)), "forward", where);
+}
+
+void test_backward(const Product& p, const kron::Executor& executor, const char* where, int wanted) {
+    const Case& c = p.c;
+    std::vector<double> dx(size_t(c.tokens * p.n), 0.0), da(size_t(p.a.count), 0.0), db(size_t(p.b.count), 0.0), dbias(size_t(p.m), 0.0);
+    std::vector<double> z(size_t(c.n1 * c.m2)), v(size_t(c.n1 * c.m2));
+    for (int64_t t = 0; t < c.tokens; ++t) {
+        for (int64_t i = 0; i < p.m; ++i) dbias[size_t(i)] += p.G(t, i);
+        for (int64_t s = 0; s < c.terms; ++s)
+            for (int64_t k1 = 0; k1 < c.n1; ++k1)
+                for (int64_t j = 0; j < c.m2; ++j) {
+                    double zz = 0, vv = 0;
+                    for (int64_t k2 = 0; k2 < c.n2; ++k2) zz += p.X(t, k1 * c.n2 + k2) * p.B(s, j, k2);
+                    for (int64_t i = 0; i < c.m1; ++i) {
+                        vv += p.A(s, i, k1) * p.G(t, i * c.m2 + j);
+                        da[size_t((s * c.m1 + i) * c.n1 + k1)] += p.G(t, i * c.m2 + j) * zz;
+                    }
+                    for (int64_t k2 = 0; k2 < c.n2; ++k2) {
+                        dx[size_t(t * p.n + k1 * c.n2 + k2)] += vv * p.B(s, j, k2);
+                        db[size_t((s * c.m2 + j) * c.n2 + k2)] += vv * p.X(t, k1 * c.n2 + k2);
+                    }
+                }
+    }
+    const Buffer gx(c.tokens * p.n, c.dtype), ga(p.a.count, c.dtype), gb(p.b.count, c.dtype), gbias(p.m, c.dtype);
+    kron::kron_mm_backward({p.shape(), p.g.get(), p.m + c.gap, p.x.get(), p.n + c.gap, p.factor(p.a, c.m1, c.n1),
+                            p.factor(p.b, c.m2, c.n2), wanted & 1 ? gx.get() : nullptr, wanted & 2 ? ga.get() : nullptr,
+                            wanted & 4 ? gb.get() : nullptr, wanted & 8 ? gbias.get() : nullptr},
+                           executor);
+    if (wanted & 1) compare(dx, gx, tolerance(c.dtype, c.terms * p.m), "dx", where);
+    if (wanted & 2) compare(da, ga, tolerance(c.dtype, c.tokens * p.n), "da", where);
+    if (wanted & 4) compare(db, gb, tolerance(c.dtype, c.tokens * p.m), "db", where);
+    if (wanted & 8) compare(dbias, gbias, tolerance(c.dtype, c.tokens), "dbias", where);
+}
+
+void run_case(const Case& c, int wanted = 15) {
+    const Product p(c);
+    for (int level = 0; level <= static_cast<int>(kron::detected_isa()); ++level) {
+        kron::set_isa_cap(static_cast<kron::Isa>(level));
+        for (const kron::Executor& executor : {kSerial, kThreads}) {
+            char where[200];
+            std::snprintf(where, sizeof where, "%s, %d threads, T=%ld S=%ld A=%ldx%ld B=%ldx%ld dtype=%d act=%d gap=%ld%s%s",
+                          kron::isa_name(kron::active_isa()), executor.threads, long(c.tokens), long(c.terms), long(c.m1),
+                          long(c.n1), long(c.m2), long(c.n2), int(c.dtype), int(c.activation), long(c.gap),
+                          c.bias ? " bias" : "", c.transposed ? " transposed" : "");
+            test_forward(p, executor, where);
+            test_backward(p, executor, where, wanted);
+        }
+    }
+    kron::set_isa_cap(kron::Isa::amx);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    const int rounds = argc > 1 ? std::atoi(argv[1]) : 60;
+    // The classes the plan distinguishes: large x tiny both ways, balanced, odd sizes, several terms; then the dtypes.
+    const int64_t shapes[][5] = {{1, 96, 96, 2, 2},  {1, 96, 24, 2, 16}, {1, 8, 2, 96, 96},  {1, 2, 8, 96, 96},  {1, 16, 2, 48, 96},
+                                 {1, 2, 16, 96, 48}, {1, 24, 24, 32, 32}, {1, 48, 16, 48, 48}, {3, 5, 3, 7, 2},    {2, 33, 17, 5, 3},
+                                 {1, 1, 1, 1, 1},    {1, 40, 1, 1, 24},  {2, 1, 40, 24, 1},  {4, 64, 80, 2, 4},  {1, 30, 30, 8, 8}};
+    for (const auto& s : shapes)
+        for (const int64_t tokens : {0, 1, 3, 13, 70})
+            for (const bool transposed : {false, true})
+                run_case({tokens, s[0], s[1], s[2], s[3], s[4], DType::f32, true, transposed, Activation::none, transposed ? 3 : 0});
+    for (const DType dtype : {DType::f64, DType::bf16, DType::f16})
+        for (const auto& s : shapes) run_case({19, s[0], s[1], s[2], s[3], s[4], dtype, true, false, Activation::gelu, 0});
+    for (int kind = 1; kind <= 4; ++kind)
+        for (const DType dtype : {DType::f32, DType::f64})
+            run_case({9, 1, 8, 2, 48, 32, dtype, true, false, static_cast<Activation>(kind), 0});
+    for (int r = 0; r < rounds; ++r)
+        run_case({pick(0, 60), pick(1, 3), pick(1, 40), pick(1, 40), pick(1, 40), pick(1, 40), static_cast<DType>(pick(0, 3)),
+                  pick(0, 1) == 1, pick(0, 1) == 1, static_cast<Activation>(pick(0, 4)), pick(0, 2)},
+                 int(pick(0, 15)));
+    std::printf("%d checks at levels portable..%s\n", checks, kron::isa_name(kron::detected_isa()));
+    std::printf("%d passed, %d failed\n", checks - failures, failures);
+    return failures != 0;
+}
