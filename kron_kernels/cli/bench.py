@@ -1,0 +1,173 @@
+"""``kron-kernels bench layers`` and ``bench model``: quick timings on this machine, checked before they are timed."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+
+from ..timing import Timing, describe_machine, gemm_peak_gflops
+from ..timing.compare import Result, compare
+from ..timing.encoder import EncoderResult, compare_encoders, encoders
+from ..timing.layers import CASES, STOCK, LayerProblem
+from .output import Progress, add_json_flag, format_table, print_json
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def add_parser(commands: Any) -> None:
+    """Add the ``bench`` command with its two subjects."""
+    parser = commands.add_parser("bench", help="time layers or a whole encoder against dense torch")
+    subjects = parser.add_subparsers(dest="subject", required=True, metavar="{layers,model}")
+
+    layers = subjects.add_parser(
+        "layers", help="single layers of BERT-base: dense, materialised, two products, ours", description=__doc__
+    )
+    layers.add_argument("--case", action="append", choices=sorted(CASES), help="may be repeated; default: all")
+    layers.add_argument("--tokens", type=_counts, default=[1, 128, 1024], help="rows of x, by comma (1,128,1024)")
+    layers.add_argument("--backward", action="store_true", help="time forward and backward together")
+    layers.set_defaults(run=run_layers)
+
+    model = subjects.add_parser(
+        "model",
+        help="a BERT-base-sized encoder, dense and compressed",
+        description="BERT-base's configuration with random weights: what it costs does not depend on the values.",
+    )
+    model.add_argument("--preset", action="append", help="may be repeated; default: K8 and K21")
+    model.add_argument("--batch", type=_counts, default=[1, 8], help="batch sizes, by comma (1,8)")
+    model.add_argument("--sequence", type=int, default=128, help="tokens a sequence (128)")
+    model.add_argument("--layers", type=int, default=12, help="layers of the encoder (12)")
+    model.set_defaults(run=run_model)
+
+    for subject, seconds in ((layers, 0.3), (model, 2.0)):
+        subject.add_argument("--dtype", choices=DTYPES, default="fp32")
+        subject.add_argument("--seconds", type=_seconds, default=seconds, help=f"time for each variant ({seconds})")
+        subject.add_argument("--threads", type=int, help="torch threads (default: torch's own)")
+        add_json_flag(subject)
+
+
+def run_layers(arguments: argparse.Namespace) -> int:
+    """Time the layers; 1 when any way computed wrongly."""
+    _set_threads(arguments.threads)
+    dtype = DTYPES[arguments.dtype]
+    cases = [CASES[name] for name in arguments.case or CASES]
+    jobs = [(case, tokens) for case in cases for tokens in arguments.tokens]
+    progress, rows, wrong = Progress(), [], False
+    peak = gemm_peak_gflops(dtype)
+    for done, (case, tokens) in enumerate(jobs):
+        progress(done, len(jobs), f"{case.name}, {tokens} tokens")
+        results = compare(LayerProblem(case, tokens, dtype, arguments.backward), STOCK, seconds=arguments.seconds)
+        # Forward and backward together do the forward's work three times: y, dx, and both factors' gradients.
+        gflop = 2 * case.macs * tokens * (3 if arguments.backward else 1) / 1e9
+        rows += [_layer_row(case.name, str(case), tokens, case.saving, gflop / peak, result) for result in results]
+        wrong |= any(result.status == "wrong" for result in results)
+    progress(len(jobs), len(jobs), "done")
+    title = f"{arguments.dtype}, {'forward + backward' if arguments.backward else 'forward'}"
+    _print(arguments.json, title, rows, {"gemm_peak_gflops": round(peak, 1)})
+    return 1 if wrong else 0
+
+
+def run_model(arguments: argparse.Namespace) -> int:
+    """Time the encoder; 1 when any model computed wrongly."""
+    _set_threads(arguments.threads)
+    presets = arguments.preset or ["K8", "K21"]
+    progress, rows = Progress(), []
+    total = len(arguments.batch) + 1
+    progress(0, total, "making the models")
+    models = encoders(presets, DTYPES[arguments.dtype], num_hidden_layers=arguments.layers)
+    for done, batch in enumerate(arguments.batch, start=1):
+        progress(done, total, f"batch {batch} x {arguments.sequence} tokens")
+        results = compare_encoders(models, batch, arguments.sequence, seconds=arguments.seconds)
+        rows += [_model_row(batch, arguments.sequence, result) for result in results]
+    title = f"BERT-base sizes, {arguments.layers} layers, random weights, {arguments.dtype}"
+    _print(arguments.json, title, rows, {})
+    return 1 if any(row["status"] == "wrong" for row in rows) else 0
+
+
+def _layer_row(
+    case: str, shapes: str, tokens: int, saving: float, peak_seconds: float, result: Result
+) -> dict[str, Any]:
+    row = {
+        "case": case,
+        "factors": shapes,
+        "tokens": tokens,
+        "variant": result.name,
+        "macs saved": f"{saving:.1f}x",
+        "status": result.status if not result.reason else f"{result.status}: {result.reason}",
+        "error": result.error,
+        **_times(result.timing),
+    }
+    if result.timing and result.name == "kron_kernels":
+        row["of gemm peak"] = f"{peak_seconds / result.timing.seconds.q50:.0%}"
+    return row
+
+
+def _model_row(batch: int, sequence: int, result: EncoderResult) -> dict[str, Any]:
+    return {
+        "model": result.name,
+        "parameters": result.parameters,
+        "batch": batch,
+        "sequence": sequence,
+        "status": "ok" if result.timing else "wrong",
+        "error": result.error,
+        **_times(result.timing),
+    }
+
+
+def _times(timing: Timing | None) -> dict[str, Any]:
+    if timing is None:
+        return {"us": None, "speed-up": None, "q10": None, "q90": None}
+    return {
+        "us": round(timing.seconds.q50 * 1e6, 1),
+        "speed-up": round(timing.speedup.q50, 2),
+        "q10": round(timing.speedup.q10, 2),
+        "q90": round(timing.speedup.q90, 2),
+    }
+
+
+def _print(as_json: bool, title: str, rows: list[dict[str, Any]], extra: dict[str, Any]) -> None:
+    machine = describe_machine()
+    if as_json:
+        print_json({"title": title, "machine": machine, **extra, "rows": rows})
+        return
+    print(f"{title}; {machine['cpu']}, {machine['isa']}, {machine['threads']} threads, torch {machine['torch']}")
+    print("speed-up: median over dense in the same round, with its 10 % and 90 % quantiles\n")
+    headers = list(dict.fromkeys(key for row in rows for key in row))
+    print(format_table(headers, [[_cell(row.get(header)) for header in headers] for row in rows]))
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float) and 0 < abs(value) < 1e-2:
+        return f"{value:.1e}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is None:
+        return
+    if threads < 1:
+        raise ValueError(f"--threads: expected at least 1, got {threads}")
+    torch.set_num_threads(threads)
+
+
+def _counts(text: str) -> list[int]:
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or min(values) < 1:
+        raise argparse.ArgumentTypeError(f"expected positive integers separated by commas, got {text!r}")
+    return values
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"expected a positive number of seconds, got {text!r}")
+    return value

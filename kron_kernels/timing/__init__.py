@@ -1,0 +1,18 @@
+"""Measuring: interleaved ratios, peak memory, and a description of the machine.
+
+Used by ``kron-kernels bench`` and by the benchmarks outside the package; nothing on the compute path imports it.
+"""
+
+from .interleave import Quantiles, Timing, Variant, interleave
+from .machine import describe_machine, gemm_peak_gflops
+from .memory import peak_memory_growth
+
+__all__ = [
+    "Quantiles",
+    "Timing",
+    "Variant",
+    "describe_machine",
+    "gemm_peak_gflops",
+    "interleave",
+    "peak_memory_growth",
+]

@@ -1,0 +1,50 @@
+"""Peak resident memory of one call, as the operating system sees it: tensors, kernel scratch and library buffers."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+_STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
+
+
+def peak_memory_growth(run: Callable[[], object]) -> int | None:
+    """Bytes by which the resident set peaked above its level before ``run()``, what ``run`` returns included.
+
+    The allocator must hand memory back for this to see it: start the process with small ``MALLOC_MMAP_THRESHOLD_`` and
+    ``MALLOC_TRIM_THRESHOLD_``. Call ``run`` once on a small input before, so that thread stacks and code pages
+    are not counted.
+
+    Returns:
+        None where the system cannot tell (no ``/proc``, or the peak cannot be reset).
+    """
+    gc.collect()
+    _trim()
+    try:
+        _CLEAR.write_text("5")  # "5" resets the peak to the present resident set
+        before = _kibibytes("VmRSS")
+        result = run()
+        peak = _kibibytes("VmHWM")
+    except OSError:
+        return None
+    del result
+    return max(0, peak - before) * 1024
+
+
+def _kibibytes(field: str) -> int:
+    match = re.search(rf"^{field}:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)
+    if match is None:
+        raise OSError(f"{_STATUS} has no {field}")
+    return int(match.group(1))
+
+
+def _trim() -> None:
+    """Give free memory back to the system where the C library can (glibc)."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        return
