@@ -10,10 +10,13 @@ from ._ops import ACTIVATION_CODES
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def check_activation(activation: str | None) -> None:
-    if activation not in ACTIVATION_CODES:
+def activation_code(activation: str | None) -> int:
+    """The op's code of an activation's name; ValueError for an unknown one."""
+    code = ACTIVATION_CODES.get(activation)
+    if code is None:
         choices = ", ".join(repr(name) for name in ACTIVATION_CODES)
         raise ValueError(f"activation: expected one of {choices}, got {activation!r}")
+    return code
 
 
 def check_operands(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> None:

@@ -1,8 +1,9 @@
 """The registered ops: schema, fake and reference implementation, vmap rule. Compiled backends add their keys to them.
 
 ``torch.ops.kron_kernels.kron_mm`` and ``kron_mm_backward`` are the one boundary every backend implements. They take
-two-dimensional ``x``, stacked factors and an activation code, and know nothing of autograd: ``functional.py`` wraps
-them in an ``autograd.Function``, so that every transform of torch composes.
+``x (..., n1 * n2)``, stacked factors ``a (S, m1, n1)``, ``b (S, m2, n2)`` and an activation code, return contiguous
+tensors, and know nothing of autograd: ``functional.py`` wraps them in an ``autograd.Function``, so that every
+transform of torch composes. A gradient that is not needed comes back with shape (0,).
 """
 
 from __future__ import annotations
@@ -54,14 +55,14 @@ torch.library.impl("kron_kernels::kron_mm_backward", "CompositeExplicitAutograd"
 
 @torch.library.register_fake("kron_kernels::kron_mm")
 def _kron_mm_fake(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, activation: int) -> Tensor:
-    return x.new_empty(x.shape[0], a.shape[1] * b.shape[1])
+    return x.new_empty(*x.shape[:-1], a.shape[1] * b.shape[1])
 
 
 @torch.library.register_fake("kron_kernels::kron_mm_backward")
 def _kron_mm_backward_fake(
     grad: Tensor, x: Tensor, a: Tensor, b: Tensor, *needs: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    outputs = (x.new_empty(x.shape), a.new_empty(a.shape), b.new_empty(b.shape), grad.new_empty(grad.shape[1]))
+    outputs = (x.new_empty(x.shape), a.new_empty(a.shape), b.new_empty(b.shape), grad.new_empty(grad.shape[-1]))
     return _only_needed(outputs, needs)
 
 
@@ -70,14 +71,8 @@ def _only_needed(outputs: tuple[Tensor, ...], needs: tuple[bool, ...]) -> Any:
     return tuple(out if need else out.new_empty(0) for out, need in zip(outputs, needs, strict=True))
 
 
-def _fold(tensor: Tensor, dim: int | None, size: int) -> Tensor:
-    """Move the vmapped dimension of a (T, n) operand into its tokens: (size * T, n)."""
-    tensor = tensor.unsqueeze(0).expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-    return tensor.reshape(-1, tensor.shape[-1])
-
-
 def _unbind(size: int, in_dims: tuple[int | None, ...], operands: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
-    """The operands of each sample, for what cannot fold into tokens: factors, or their gradients, of its own."""
+    """The operands of each sample, for what is not just more tokens: factors, or their gradients, of its own."""
     for index in range(size):
         yield tuple(
             operand if dim is None else operand.select(dim, index)
@@ -89,10 +84,8 @@ def _unbind(size: int, in_dims: tuple[int | None, ...], operands: tuple[Any, ...
 def _kron_mm_vmap(
     info: Any, in_dims: tuple, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, activation: int
 ) -> tuple[Tensor, int]:
-    x_dim, *shared_dims, _ = in_dims
-    if all(dim is None for dim in shared_dims):
-        y = kron_mm(_fold(x, x_dim, info.batch_size), a, b, bias, activation)
-        return y.reshape(info.batch_size, y.shape[0] // info.batch_size, y.shape[1]), 0
+    if in_dims[1] is None and in_dims[2] is None and in_dims[3] is None:
+        return kron_mm(x.movedim(in_dims[0], 0), a, b, bias, activation), 0
     samples = _unbind(info.batch_size, in_dims, (x, a, b, bias, activation))
     return torch.stack([kron_mm(*sample) for sample in samples]), 0
 
@@ -101,14 +94,13 @@ def _kron_mm_vmap(
 def _kron_mm_backward_vmap(
     info: Any, in_dims: tuple, grad: Tensor, x: Tensor, a: Tensor, b: Tensor, *needs: bool
 ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
-    need_x, *need_shared = needs
     out_dims = tuple(0 if need else None for need in needs)
-    if in_dims[2] is None and in_dims[3] is None and not any(need_shared):
-        operands = (_fold(grad, in_dims[0], info.batch_size), _fold(x, in_dims[1], info.batch_size))
-        dx, *empty = kron_mm_backward(*operands, a, b, *needs)
-        if need_x:
-            dx = dx.reshape(info.batch_size, dx.shape[0] // info.batch_size, dx.shape[1])
-        return (dx, *empty), out_dims
+    if in_dims[2] is None and in_dims[3] is None and not any(needs[1:]):
+        grad, x = (
+            tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+            for tensor, dim in ((grad, in_dims[0]), (x, in_dims[1]))
+        )
+        return kron_mm_backward(grad, x, a, b, *needs), out_dims
     samples = _unbind(info.batch_size, in_dims, (grad, x, a, b, *needs))
     columns = zip(*(kron_mm_backward(*sample) for sample in samples), strict=True)
     return tuple(torch.stack(out) if need else out[0] for out, need in zip(columns, needs, strict=True)), out_dims

@@ -1,4 +1,4 @@
-"""Public functions: check, cast, flatten to tokens, choose the backend, and differentiate."""
+"""Public functions: cast, check, choose the backend, and differentiate."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from . import _backends, reference
-from ._checks import check_activation, check_operands
-from ._ops import ACTIVATION_CODES, kron_mm, kron_mm_backward
+from ._checks import activation_code, check_operands
+from ._ops import kron_mm, kron_mm_backward
 
 
 def kron_matmul(
@@ -47,22 +47,17 @@ def kron_matmul(
     """
     if a.dim() == 2 and b.dim() == 2:
         a, b = a.unsqueeze(0), b.unsqueeze(0)
-    device_type = x.device.type
-    if torch.is_autocast_enabled(device_type):
-        x, a, b, bias = _autocast(device_type, x, a, b, bias)
+    device = x.device
+    if torch.is_autocast_enabled(device.type):
+        x, a, b, bias = _autocast(device.type, x, a, b, bias)
     check_operands(x, a, b, bias)
-    check_activation(activation)
-    if _backends.resolve(backend, x.device) == "reference":
+    code = activation_code(activation)
+    if _backends.resolve(backend, device) == "reference":
         return reference.kron_mm(x, a, b, bias, activation)
-
-    tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    if _needs_autograd(x, a, b, bias):
-        y = KronMatmul.apply(tokens, a, b, bias)
-        if activation is not None:
-            y = reference.ACTIVATIONS[activation](y)
-    else:
-        y = kron_mm(tokens, a, b, bias, ACTIVATION_CODES[activation])
-    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
+    if not _needs_autograd(x, a, b, bias):
+        return kron_mm(x, a, b, bias, code)
+    y = _apply(KronMatmul, x, a, b, bias)
+    return y if activation is None else reference.ACTIVATIONS[activation](y)
 
 
 def _autocast(device_type: str, *tensors: Tensor | None) -> tuple[Any, ...]:
@@ -88,8 +83,15 @@ def _needs_autograd(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> boo
     )
 
 
+def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply`` without inspecting its signature on every call, which costs as much as five small products."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)
+
+
 class KronMatmul(torch.autograd.Function):
-    """``x (T, n1 * n2), a (S, m1, n1), b (S, m2, n2), bias -> (T, m1 * m2)`` around the op ``kron_mm``."""
+    """``x (..., n1 * n2), a (S, m1, n1), b (S, m2, n2), bias -> (..., m1 * m2)`` around the op ``kron_mm``."""
 
     generate_vmap_rule = True
 
@@ -141,7 +143,7 @@ class KronMatmulBackward(torch.autograd.Function):
             operands = [x, a, b]
             operands[position] = tangent
             if need_grad:
-                total[0] = _add(total[0], KronMatmul.apply(*operands, None))
+                total[0] = _add(total[0], _apply(KronMatmul, *operands, None))
             wanted = tuple(need and index != position for index, need in enumerate(needs))
             if any(wanted):
                 parts = _needed(_gradients(grad, *operands, *wanted, False), wanted)
@@ -152,9 +154,9 @@ class KronMatmulBackward(torch.autograd.Function):
 
 
 def _gradients(grad: Tensor, x: Tensor, a: Tensor, b: Tensor, *needs: bool) -> tuple[Tensor, ...]:
-    differentiate = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
-    backward = KronMatmulBackward.apply if differentiate else kron_mm_backward
-    return backward(grad, x, a, b, *needs)
+    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        return _apply(KronMatmulBackward, grad, x, a, b, *needs)
+    return kron_mm_backward(grad, x, a, b, *needs)
 
 
 def _needed(gradients: tuple[Tensor, ...], needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:

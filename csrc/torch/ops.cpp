@@ -5,7 +5,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <array>
 #include <cstring>
+#include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -18,6 +21,8 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+constexpr size_t kMaxDimensions = 64;  // torch's own limit on what can be indexed; checked in checked_shape
 
 std::string shape_text(const Tensor& tensor) {
     std::ostringstream text;
@@ -39,6 +44,12 @@ std::string text(int64_t value) {
     return std::to_string(value);
 }
 
+int32_t dtype_code(const Tensor& tensor) {
+    int32_t code;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
+    return code;
+}
+
 kron::DType kernel_dtype(const Tensor& x) {
     switch (x.scalar_type()) {
         case ScalarType::Float:
@@ -54,12 +65,12 @@ kron::DType kernel_dtype(const Tensor& x) {
     }
 }
 
-void check_like(const char* argument, const Tensor& tensor, ScalarType dtype) {
-    if (tensor.scalar_type() != dtype) fail(argument, "the dtype of x", "another dtype");
-    if (!tensor.is_cpu()) fail(argument, "a tensor on the cpu", "one on another device");
+// The CPU key is only reached with every tensor on the cpu: the dispatcher sees to devices.
+void check_dtype(const char* argument, const Tensor& tensor, int32_t dtype) {
+    if (dtype_code(tensor) != dtype) fail(argument, "the dtype of x", "another dtype");
 }
 
-// Checks a (S, m1, n1) and b (S, m2, n2), and x (T, n1 * n2) against them.
+// Checks a (S, m1, n1) and b (S, m2, n2), and x (..., n1 * n2) against them; T is the product of x's leading sizes.
 kron::Shape checked_shape(const Tensor& x, const Tensor& a, const Tensor& b) {
     const auto x_size = x.sizes(), a_size = a.sizes(), b_size = b.sizes();
     if (a_size.size() != 3 || a_size[0] < 1 || a_size[1] < 1 || a_size[2] < 1) {
@@ -69,17 +80,39 @@ kron::Shape checked_shape(const Tensor& x, const Tensor& a, const Tensor& b) {
         fail_shape("b", "(S, m2, n2) with S = " + text(a_size[0]) + " as in a and no empty dimension", b);
     }
     const int64_t n = a_size[2] * b_size[2];
-    if (x_size.size() != 2 || x_size[1] != n) fail_shape("x", "(T, n1 * n2) = (T, " + text(n) + ")", x);
-    const ScalarType dtype = x.scalar_type();
-    check_like("x", x, dtype);
-    check_like("a", a, dtype);
-    check_like("b", b, dtype);
-    return {x_size[0], a_size[0], a_size[1], a_size[2], b_size[1], b_size[2], kernel_dtype(x)};
+    if (x_size.size() < 1 || x_size.size() > kMaxDimensions || x_size[x_size.size() - 1] != n)
+        fail_shape("x", "(..., n1 * n2) = (..., " + text(n) + ")", x);
+    int64_t tokens = 1;
+    for (size_t i = 0; i + 1 < x_size.size(); ++i) tokens *= x_size[i];
+    const int32_t dtype = dtype_code(x);
+    check_dtype("a", a, dtype);
+    check_dtype("b", b, dtype);
+    return {tokens, a_size[0], a_size[1], a_size[2], b_size[1], b_size[2], kernel_dtype(x)};
 }
 
-// The kernels want the last dimension contiguous; rows may lie at any distance.
-Tensor rows_contiguous(const Tensor& matrix) {
-    return matrix.stride(1) == 1 || matrix.size(1) <= 1 ? matrix : torch::stable::contiguous(matrix);
+// A tensor (..., n) as rows at one distance, each contiguous: what the kernels read.
+struct Rows {
+    Tensor tensor;
+    int64_t stride;
+    const void* data() const { return tensor.const_data_ptr(); }
+};
+
+Rows rows_of(const Tensor& tensor) {
+    const auto size = tensor.sizes(), stride = tensor.strides();
+    const int64_t last = static_cast<int64_t>(size.size()) - 1, n = size[last];
+    bool regular = n == 1 || stride[last] == 1;
+    int64_t row_stride = -1, expected = 0;
+    for (int64_t i = last - 1; i >= 0; --i) {
+        if (size[i] == 1) continue;
+        if (row_stride < 0) {
+            row_stride = stride[i];
+        } else {
+            regular = regular && stride[i] == expected;
+        }
+        expected = stride[i] * size[i];
+    }
+    if (!regular) return {torch::stable::contiguous(tensor), n};
+    return {tensor, row_stride < 0 ? n : row_stride};
 }
 
 kron::Factor factor(const Tensor& stack) {
@@ -88,17 +121,23 @@ kron::Factor factor(const Tensor& stack) {
 }
 
 // torch::stable::new_empty would go through the dispatcher, at the price of a small product.
-template <size_t N>
-Tensor empty(const int64_t (&sizes)[N], const Tensor& like) {
-    int64_t strides[N];
+Tensor empty(int64_t dimensions, const int64_t* sizes, const Tensor& like) {
+    std::array<int64_t, kMaxDimensions> strides;
     int64_t stride = 1;
-    for (size_t i = N; i-- > 0; stride *= sizes[i]) strides[i] = stride;
-    int32_t dtype;
+    for (int64_t i = dimensions; i-- > 0; stride *= sizes[i]) strides[i] = stride;
     AtenTensorHandle handle;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-    TORCH_ERROR_CODE_CHECK(
-        aoti_torch_empty_strided(N, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dimensions, sizes, strides.data(), dtype_code(like),
+                                                    aoti_torch_device_type_cpu(), 0, &handle));
     return Tensor(handle);
+}
+
+// Shape of x with another last dimension.
+Tensor empty_rows(const Tensor& x, int64_t last) {
+    const auto size = x.sizes();
+    std::array<int64_t, kMaxDimensions> sizes;
+    std::copy(size.begin(), size.end(), sizes.begin());
+    sizes[size.size() - 1] = last;
+    return empty(static_cast<int64_t>(size.size()), sizes.data(), x);
 }
 
 void zero(const Tensor& tensor) {
@@ -116,6 +155,7 @@ void run_range(int64_t begin, int64_t end, void* context) {
 }
 
 void run_on_torch_threads(int64_t count, void (*task)(void*, int64_t), void* arg) {
+    if (count == 1) return task(arg, 0);
     Tasks tasks{task, arg};
     TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, 1, run_range, &tasks));
 }
@@ -136,16 +176,16 @@ Tensor kron_mm(const Tensor& x_any, const Tensor& a, const Tensor& b, const std:
     if (bias_any) {
         if (bias_any->dim() != 1 || bias_any->size(0) != m)
             fail_shape("bias", "(m1 * m2,) = (" + text(m) + ",)", *bias_any);
-        check_like("bias", *bias_any, x_any.scalar_type());
+        check_dtype("bias", *bias_any, dtype_code(x_any));
         bias = bias_any->stride(0) == 1 ? *bias_any : torch::stable::contiguous(*bias_any);
         args.bias = bias->const_data_ptr();
     }
-    Tensor y = empty({args.shape.tokens, m}, x_any);
+    Tensor y = empty_rows(x_any, m);
     if (args.shape.tokens == 0) return y;
 
-    const Tensor x = rows_contiguous(x_any);
-    args.x = x.const_data_ptr();
-    args.x_stride = x.stride(0);
+    const Rows x = rows_of(x_any);
+    args.x = x.data();
+    args.x_stride = x.stride;
     args.a = factor(a);
     args.b = factor(b);
     args.activation = static_cast<kron::Activation>(activation);
@@ -160,16 +200,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kron_mm_backward(const Tensor& grad_a
     kron::BackwardArgs args{};
     args.shape = checked_shape(x_any, a, b);
     const kron::Shape& s = args.shape;
-    if (grad_any.dim() != 2 || grad_any.size(0) != s.tokens || grad_any.size(1) != s.m1 * s.m2) {
-        fail_shape("grad", "(T, m1 * m2) = (" + text(s.tokens) + ", " + text(s.m1 * s.m2) + ")", grad_any);
+    const int64_t m = s.m1 * s.m2;
+    const auto grad_size = grad_any.sizes(), x_size = x_any.sizes();
+    if (grad_size.size() != x_size.size() || grad_size[x_size.size() - 1] != m ||
+        !std::equal(x_size.begin(), x_size.end() - 1, grad_size.begin())) {
+        fail_shape("grad", "the shape of x, " + shape_text(x_any) + ", with last dimension m1 * m2 = " + text(m),
+                   grad_any);
     }
-    check_like("grad", grad_any, x_any.scalar_type());
+    check_dtype("grad", grad_any, dtype_code(x_any));
 
-    const auto output = [&](bool need, const auto& sizes) { return need ? empty(sizes, x_any) : empty({0}, x_any); };
-    const int64_t x_sizes[] = {s.tokens, s.n1 * s.n2}, a_sizes[] = {s.terms, s.m1, s.n1};
-    const int64_t b_sizes[] = {s.terms, s.m2, s.n2}, bias_sizes[] = {s.m1 * s.m2};
-    std::tuple<Tensor, Tensor, Tensor, Tensor> gradients{output(need_x, x_sizes), output(need_a, a_sizes),
-                                                         output(need_b, b_sizes), output(need_bias, bias_sizes)};
+    const auto output = [&](bool need, std::initializer_list<int64_t> sizes) {
+        const int64_t none = 0;
+        return need ? empty(sizes.size(), sizes.begin(), x_any) : empty(1, &none, x_any);
+    };
+    std::tuple<Tensor, Tensor, Tensor, Tensor> gradients{need_x ? empty_rows(x_any, s.n1 * s.n2) : output(false, {}),
+                                                         output(need_a, {s.terms, s.m1, s.n1}),
+                                                         output(need_b, {s.terms, s.m2, s.n2}), output(need_bias, {m})};
     const auto& [dx, da, db, dbias] = gradients;
     if (s.tokens == 0) {
         zero(da);
@@ -177,11 +223,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kron_mm_backward(const Tensor& grad_a
         zero(dbias);
         return gradients;
     }
-    const Tensor grad = rows_contiguous(grad_any), x = rows_contiguous(x_any);
-    args.grad = grad.const_data_ptr();
-    args.grad_stride = grad.stride(0);
-    args.x = x.const_data_ptr();
-    args.x_stride = x.stride(0);
+    const Rows grad = rows_of(grad_any), x = rows_of(x_any);
+    args.grad = grad.data();
+    args.grad_stride = grad.stride;
+    args.x = x.data();
+    args.x_stride = x.stride;
     args.a = factor(a);
     args.b = factor(b);
     args.dx = need_x ? dx.mutable_data_ptr() : nullptr;
