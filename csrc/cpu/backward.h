@@ -100,10 +100,7 @@ struct Backward {
     // out[t] (outputs, lanes) = [out +] M in[t] (depth, lanes), M given as (depth, outputs).
     static void through_left(const C* M, int64_t outputs, int64_t depth, int64_t tokens, int64_t lanes, const C* in, int64_t in_step,
                              C* out, int64_t out_step, bool accumulate) {
-        for (int64_t p = 0; p < panel_count(lanes); ++p)
-            for (int64_t t = 0; t < tokens; ++t)
-                gemm_rows<C, true>(outputs, depth, M, outputs, in + t * depth * in_step + p * kPanel, in_step, vectors_at(lanes, p),
-                                   out + t * outputs * out_step + p * kPanel, out_step, Start<C>{nullptr, 0, 1, accumulate});
+        mix_tokens<C>(M, outputs, depth, tokens, lanes, in, in_step, out, out_step, Start<C>{nullptr, 0, 1, accumulate});
     }
 
     static int vectors_at(int64_t n, int64_t panel) {

@@ -1,11 +1,18 @@
-// y = activation((sum_s A_s (x) B_s) x + bias), one tile of tokens and one panel of outputs at a time. See plan.h for the
-// two layouts and orders; here everything is already oriented: `left` (m1, n1), `right` (m2, n2).
+// y = activation((sum_s A_s (x) B_s) x + bias), one tile of tokens at a time. plan.h explains the two layouts and orders;
+// here everything is already oriented: `left` (m1, n1), `right` (m2, n2).
+//
+//              right_first                              left_first
+//   load       rows = X                                 middle[t] = left X[t]
+//   multiply   middle = rows right^T   (GEMM)           result = middle right^T   (GEMM)
+//   store      y[t] = left middle[t]                    y = result
+// "load" and "store" convert, pad and (commuted) transpose on the way; where nothing is left to do they vanish, and the
+// kernels read x and write y themselves.
 #pragma once
 
 #include "factors.h"
+#include "mix.h"
 #include "plan.h"
 #include "scratch.h"
-#include "stages.h"
 
 namespace kron {
 namespace KRON_ISA {
@@ -20,77 +27,79 @@ struct Forward {
     Factor left, right;
     int64_t n1_original, n2_original;
 
-    bool staged_x;    // x copied (converted, transposed or padded) into the tile
-    bool direct_y;    // the last product writes y itself
-    C* left_compact;  // (S, n1, m1)
-    C* panels;        // (S, panels) of (n2, panel width)
-    C* bias;          // (m1*m2,) in y's layout, or null
+    bool staged_x;               // x is copied (converted, transposed, padded) into the tile
+    bool direct_y;               // the last product writes y itself
+    SplitMix<C, E> split_mix_x;  // commuted, left first: load and left product in one pass
+    MixMerge<C, E> mix_merge_y;  // commuted, right first: left product and store in one pass
+    const C* left_compact;       // (S, n1, m1)
+    C* panels;                   // (S, panels) of (n2, panel width)
+    const C* bias;               // (m1*m2,) in y's layout, or null
 
-    int64_t width() const { return static_cast<int64_t>(plan.panel_vectors) * Simd<C>::W; }
+    static constexpr int W = Simd<C>::W;
+
+    int64_t width() const { return static_cast<int64_t>(plan.panel_vectors) * W; }
     int64_t panel_size() const { return plan.n2 * width(); }
-    int64_t x_row_step() const { return staged_x ? row_step<C>(plan.n2) : plan.n2; }
-    int64_t u_row_step() const { return row_step<C>(plan.terms * padded<C>(plan.n2)); }
+    int64_t x_step() const { return staged_x ? row_step<C>(plan.n2) : plan.n2; }
+    int64_t middle_term() const { return padded<C>(plan.right_first ? plan.m2 : plan.n2); }
+    int64_t middle_step() const { return row_step<C>(plan.terms * middle_term()); }
+    int64_t result_step() const { return direct_y ? plan.m2 : row_step<C>(plan.m2); }
 
     // Scratch of one task, laid out by a Carver (which only counts when its base is null).
     struct Tile {
-        C *x, *middle, *out;
+        C *x, *middle, *result, *panel;
     };
     Tile carve(Carver& c) const {
         const int64_t t = plan.tile_tokens;
         Tile tile{};
-        if (staged_x) tile.x = c.take<C>(t * plan.n1 * x_row_step());
-        tile.middle = plan.right_first ? c.take<C>(t * plan.n1 * width()) : c.take<C>(t * plan.m1 * u_row_step());
-        if (!direct_y) tile.out = c.take<C>(t * plan.m1 * width());
+        if (staged_x) tile.x = c.take<C>(t * plan.n1 * x_step());
+        tile.middle = c.take<C>(t * (plan.right_first ? plan.n1 : plan.m1) * middle_step());
+        if (!direct_y && !mix_merge_y) tile.result = c.take<C>(t * plan.m1 * result_step());
+        if (plan.pack_in_task) tile.panel = c.take<C>(panel_size());
         return tile;
     }
 
-    // Rows of the right factor's GEMM for one panel; vectors < plan.panel_vectors in a narrower last panel.
-    void right_product(int64_t s, int64_t panel, int vectors, int64_t rows, const C* R, int64_t step, C* out,
-                       int64_t out_step, Start<C> start) const {
-        const int64_t lane = panel * width();
-        if (plan.packed) {
-            gemm_rows<C, false>(rows, plan.n2, R, step, panels + (s * plan.panels + panel) * panel_size(),
-                                width(), vectors, out, out_step, start);
-        } else {
-            const int64_t lanes = plan.m2 - lane < width() ? plan.m2 - lane : width();
-            const E* F = static_cast<const E*>(right.data) + s * right.stride_term + lane * right.stride_row;
-            dot_panel<C, E>(rows, plan.n2, R, step, F, right.stride_row, lanes, vectors * Simd<C>::W, out, out_step, start);
-        }
-    }
-
-    // out[t] (m1, lanes) = start + left_s in[t] (n1, lanes) for every token of the tile.
-    void left_product(int64_t s, int vectors, int64_t tokens, const C* in, int64_t in_step, int64_t in_token, C* out,
-                      int64_t out_step, int64_t out_token, Start<C> start) const {
-        const C* left_s = left_compact + s * plan.m1 * plan.n1;
-        for (int64_t t = 0; t < tokens; ++t)
-            gemm_rows<C, true>(plan.m1, plan.n1, left_s, plan.m1, in + t * in_token, in_step, vectors, out + t * out_token,
-                               out_step, start);
-    }
-
-    void finish(int64_t first, int64_t tokens, int64_t panel, const C* out) const {
-        const int64_t lane = panel * width();
-        const int64_t lanes = plan.m2 - lane < width() ? plan.m2 - lane : width();
-        const int64_t outputs = plan.m1 * plan.m2;
-        const Finish<C> how{bias, activation};
-        if (plan.commuted)
-            finish_transposed<C, E>(out, width(), tokens, lanes, plan.m1, y + first * outputs + lane * plan.m1, outputs, how,
-                                    lane * plan.m1);
-        else
-            finish_rows<C, E>(out, width(), tokens * plan.m1, lanes, y + first * outputs + lane, plan.m2, how, lane, plan.m2,
-                              plan.m1);
-    }
-
     const C* stage_x(int64_t first, int64_t tokens, const Tile& tile) const {
-        if (!staged_x) return reinterpret_cast<const C*>(x) + first * x_stride;
         const E* from = x + first * x_stride;
+        if (!staged_x) return reinterpret_cast<const C*>(from);
         if (plan.commuted) {
-            stage_transposed<C, E>(from, x_stride, tokens, n1_original, n2_original, tile.x, x_row_step());
+            stage_transposed<C, E>(from, x_stride, tokens, n1_original, n2_original, tile.x, x_step());
         } else {
             for (int64_t t = 0; t < tokens; ++t)
-                stage_rows<C, E>(from + t * x_stride, plan.n2, plan.n1, plan.n2, tile.x + t * plan.n1 * x_row_step(),
-                                 x_row_step());
+                stage_rows<C, E>(from + t * x_stride, plan.n2, plan.n1, plan.n2, tile.x + t * plan.n1 * x_step(), x_step());
         }
         return tile.x;
+    }
+
+    void mix_x(int64_t first, int64_t tokens, const Tile& tile) const {
+        if (split_mix_x) {
+            split_mix_x(x + first * x_stride, x_stride, tokens, plan.n2, mix(), tile.middle, middle_step(), middle_term());
+            return;
+        }
+        const C* rows = stage_x(first, tokens, tile);
+        for (int64_t s = 0; s < plan.terms; ++s)
+            mix_tokens<C>(left_compact + s * plan.m1 * plan.n1, plan.m1, plan.n1, tokens, plan.n2, rows, x_step(),
+                          tile.middle + s * middle_term(), middle_step(), Start<C>{});
+    }
+
+    Mix<C> mix() const { return Mix<C>{left_compact, plan.terms, plan.m1, plan.n1}; }
+
+    // out (rows, lanes of the panel) = R (rows, n2) right_s^T + start.
+    void multiply_panel(int64_t s, int64_t panel, int64_t rows, const C* R, int64_t step, C* own_panel, C* out,
+                        int64_t out_step, Start<C> start) const {
+        const int64_t lane = panel * width();
+        const int64_t lanes = plan.m2 - lane < width() ? plan.m2 - lane : width();
+        const int vectors = static_cast<int>((lanes + W - 1) / W);
+        const E* F = static_cast<const E*>(right.data) + s * right.stride_term + lane * right.stride_row;
+        if (!plan.packed) {
+            dot_panel<C, E>(rows, plan.n2, R, step, F, right.stride_row, lanes, vectors * W, out, out_step, start);
+            return;
+        }
+        const C* packed = panels + (s * plan.panels + panel) * panel_size();
+        if (own_panel) {
+            pack_panel<C, E>(F, right.stride_row, right.stride_col, lanes, plan.n2, plan.panel_vectors, own_panel);
+            packed = own_panel;
+        }
+        gemm_rows<C, false>(rows, plan.n2, R, step, packed, width(), vectors, out, out_step, start);
     }
 
     void run(int64_t index) const {
@@ -102,47 +111,77 @@ struct Forward {
         carve(count);
         Carver carver(scratch(ScratchSlot::task, count.used()));
         const Tile tile = carve(carver);
+        if (plan.right_first)
+            run_right_first(first, tokens, from, to, tile);
+        else
+            run_left_first(first, tokens, from, to, tile);
+    }
+
+    void run_right_first(int64_t first, int64_t tokens, int64_t from, int64_t to, const Tile& tile) const {
         const C* rows = stage_x(first, tokens, tile);
-        if (!plan.right_first) {
-            const int64_t n2_vectors = (plan.n2 + Simd<C>::W - 1) / Simd<C>::W;
-            for (int64_t s = 0; s < plan.terms; ++s)
-                for (int64_t v = 0; v < n2_vectors; v += 2)
-                    left_product(s, n2_vectors - v < 2 ? 1 : 2, tokens, rows + v * Simd<C>::W, x_row_step(),
-                                 plan.n1 * x_row_step(), tile.middle + s * padded<C>(plan.n2) + v * Simd<C>::W,
-                                 u_row_step(), plan.m1 * u_row_step(), Start<C>{});
+        for (int64_t s = 0; s < plan.terms; ++s)
+            for (int64_t panel = from; panel < to; ++panel)
+                multiply_panel(s, panel, tokens * plan.n1, rows, x_step(), tile.panel,
+                               tile.middle + s * middle_term() + panel * width(), middle_step(), Start<C>{});
+        const int64_t lane = from * width();
+        const int64_t lanes = (to * width() < plan.m2 ? to * width() : plan.m2) - lane;
+        const int64_t outputs = plan.m1 * plan.m2;
+        if (mix_merge_y) {
+            mix_merge_y(tile.middle + lane, middle_step(), middle_term(), tokens, lanes, mix(),
+                        y + first * outputs + lane * plan.m1, outputs, Finish<C>{bias, activation}, lane * plan.m1);
+            return;
         }
-        for (int64_t panel = from; panel < to; ++panel) {
-            const int64_t lane = panel * width();
-            const int64_t lanes = plan.m2 - lane < width() ? plan.m2 - lane : width();
-            const int vectors = static_cast<int>((lanes + Simd<C>::W - 1) / Simd<C>::W);
-            C* out = direct_y ? reinterpret_cast<C*>(y) + first * plan.m1 * plan.m2 + lane : tile.out;
-            const int64_t out_step = direct_y ? plan.m2 : width();
+        C* result = (direct_y ? reinterpret_cast<C*>(y) + first * outputs : tile.result) + lane;
+        for (int64_t s = 0; s < plan.terms; ++s) {
             Start<C> start;
-            if (direct_y && bias) start = Start<C>{bias + lane, plan.m2, plan.m1, false};
+            if (s > 0)
+                start.accumulate = true;
+            else if (direct_y && bias)
+                start = Start<C>{bias + lane, plan.m2, plan.m1, false};
+            mix_tokens<C>(left_compact + s * plan.m1 * plan.n1, plan.m1, plan.n1, tokens, lanes,
+                          tile.middle + s * middle_term() + lane, middle_step(), result, result_step(), start);
+        }
+        finish(first, tokens, lane, lanes, result);
+    }
+
+    void run_left_first(int64_t first, int64_t tokens, int64_t from, int64_t to, const Tile& tile) const {
+        mix_x(first, tokens, tile);
+        C* result = direct_y ? reinterpret_cast<C*>(y) + first * plan.m1 * plan.m2 : tile.result;
+        for (int64_t panel = from; panel < to; ++panel)
             for (int64_t s = 0; s < plan.terms; ++s) {
-                if (s > 0) start = Start<C>{nullptr, 0, 1, true};
-                if (plan.right_first) {
-                    right_product(s, panel, vectors, tokens * plan.n1, rows, x_row_step(), tile.middle, width(), Start<C>{});
-                    left_product(s, vectors, tokens, tile.middle, width(), plan.n1 * width(), out, out_step,
-                                 plan.m1 * out_step, start);
-                } else {
-                    right_product(s, panel, vectors, tokens * plan.m1, tile.middle + s * padded<C>(plan.n2), u_row_step(),
-                                  out, out_step, start);
-                }
+                Start<C> start;
+                if (s > 0)
+                    start.accumulate = true;
+                else if (direct_y && bias)
+                    start = Start<C>{bias + panel * width(), plan.m2, plan.m1, false};
+                multiply_panel(s, panel, tokens * plan.m1, tile.middle + s * middle_term(), middle_step(), tile.panel,
+                               result + panel * width(), result_step(), start);
             }
-            if (!direct_y)
-                finish(first, tokens, panel, out);
-            else if (activation != Activation::none)
-                finish_rows<C, C>(out, out_step, tokens * plan.m1, lanes, out, out_step, Finish<C>{nullptr, activation}, 0,
-                                  0, 1);
+        const int64_t lane = from * width();
+        finish(first, tokens, lane, (to * width() < plan.m2 ? to * width() : plan.m2) - lane, result + lane);
+    }
+
+    // result (tokens*m1 rows of `lanes`) -> y, at lane `lane` of the right factor's outputs.
+    void finish(int64_t first, int64_t tokens, int64_t lane, int64_t lanes, C* result) const {
+        const int64_t outputs = plan.m1 * plan.m2;
+        if (direct_y) {
+            if (activation != Activation::none)
+                finish_rows<C, C>(result, result_step(), tokens * plan.m1, lanes, result, result_step(),
+                                  Finish<C>{nullptr, activation}, 0, 0, 1);
+        } else if (plan.commuted) {
+            finish_transposed<C, E>(result, result_step(), tokens, lanes, plan.m1, y + first * outputs + lane * plan.m1,
+                                    outputs, Finish<C>{bias, activation}, lane * plan.m1);
+        } else {
+            finish_rows<C, E>(result, result_step(), tokens * plan.m1, lanes, y + first * outputs + lane, plan.m2,
+                              Finish<C>{bias, activation}, lane, plan.m2, plan.m1);
         }
     }
 
     void pack(int64_t index) const {
         const int64_t s = index / plan.panels, panel = index % plan.panels, lane = panel * width();
         const int64_t lanes = plan.m2 - lane < width() ? plan.m2 - lane : width();
-        const E* M = static_cast<const E*>(right.data) + s * right.stride_term + lane * right.stride_row;
-        pack_panel<C, E>(M, right.stride_row, right.stride_col, lanes, plan.n2, plan.panel_vectors,
+        const E* F = static_cast<const E*>(right.data) + s * right.stride_term + lane * right.stride_row;
+        pack_panel<C, E>(F, right.stride_row, right.stride_col, lanes, plan.n2, plan.panel_vectors,
                          panels + index * panel_size());
     }
 };
@@ -151,28 +190,32 @@ template <class C, class E>
 static void forward(const ForwardArgs& args, const Executor& executor) {
     typedef Forward<C, E> F;
     const Shape& shape = args.shape;
-    const Machine machine{Simd<C>::W, kMaxRows[2], executor.threads, args.b.stride_col == 1, args.a.stride_col == 1};
     F f{};
-    f.plan = plan_forward(shape, machine);
+    f.plan = plan_forward(shape, Machine{Simd<C>::W, kMaxRows[2], executor.threads, args.b.stride_col == 1,
+                                         args.a.stride_col == 1});
+    const Plan& p = f.plan;
     f.x = static_cast<const E*>(args.x);
     f.x_stride = args.x_stride;
     f.y = static_cast<E*>(args.y);
     f.activation = args.activation;
-    f.left = f.plan.commuted ? args.b : args.a;
-    f.right = f.plan.commuted ? args.a : args.b;
+    f.left = p.commuted ? args.b : args.a;
+    f.right = p.commuted ? args.a : args.b;
     f.n1_original = shape.n1, f.n2_original = shape.n2;
     constexpr bool same = __is_same(C, E);
-    const bool whole_rows = f.plan.right_first || f.plan.n2 % Simd<C>::W == 0;
-    f.staged_x = !same || f.plan.commuted || !whole_rows || args.x_stride != shape.n1 * shape.n2;
-    f.direct_y = same && !f.plan.commuted && f.plan.m2 % Simd<C>::W == 0;
+    if (p.commuted && p.right_first) f.mix_merge_y = pick_mix_merge<C, E>(p.m1);
+    if (p.commuted && !p.right_first) f.split_mix_x = pick_split_mix<C, E>(p.n1);
+    // The left product reads x in whole vectors; the right one element by element.
+    const bool whole_rows = p.right_first || p.n2 % Simd<C>::W == 0;
+    f.staged_x = !f.split_mix_x && (!same || p.commuted || !whole_rows || args.x_stride != shape.n1 * shape.n2);
+    f.direct_y = same && !p.commuted && p.m2 % Simd<C>::W == 0;
 
-    const int64_t all_panels = shape.terms * f.plan.panels;
+    const int64_t all_panels = shape.terms * p.panels;
     C* left_compact = nullptr;
     C* bias = nullptr;
     const auto carve = [&](Carver& c) {
-        left_compact = c.take<C>(shape.terms * f.plan.m1 * f.plan.n1);
-        if (args.bias) bias = c.take<C>(shape.m1 * shape.m2);
-        if (f.plan.packed) f.panels = c.take<C>(all_panels * f.panel_size());
+        left_compact = c.take<C>(shape.terms * p.m1 * p.n1);
+        if (args.bias && !same) bias = c.take<C>(shape.m1 * shape.m2);
+        if (p.packed && !p.pack_in_task) f.panels = c.take<C>(all_panels * f.panel_size());
     };
     Carver count(nullptr), tile_count(nullptr);
     carve(count);
@@ -180,12 +223,12 @@ static void forward(const ForwardArgs& args, const Executor& executor) {
     record_scratch(static_cast<int64_t>(count.used() + tile_count.used() * static_cast<size_t>(executor.threads)));
     Carver carver(scratch(ScratchSlot::call, count.used()));
     carve(carver);
-    compact_left<C, E>(f.left, shape.terms, f.plan.m1, f.plan.n1, false, left_compact);
-    if (args.bias) stage_rows<C, E>(static_cast<const E*>(args.bias), 0, 1, shape.m1 * shape.m2, bias, 0);
+    compact_left<C, E>(f.left, shape.terms, p.m1, p.n1, false, left_compact);
     f.left_compact = left_compact;
-    f.bias = bias;
+    if (bias) stage_rows<C, E>(static_cast<const E*>(args.bias), 0, 1, shape.m1 * shape.m2, bias, 0);
+    f.bias = same ? static_cast<const C*>(args.bias) : bias;
 
-    if (f.plan.packed) {
+    if (f.panels) {
         const auto pack = [](void* arg, int64_t i) { static_cast<const F*>(arg)->pack(i); };
         // A few kilobytes are packed before another thread would have started.
         if (all_panels * f.panel_size() <= 16384)
@@ -193,12 +236,11 @@ static void forward(const ForwardArgs& args, const Executor& executor) {
         else
             executor.run(all_panels, pack, &f);
     }
-    const int64_t tasks = f.plan.token_tiles * f.plan.panel_groups;
-    const auto run = [](void* arg, int64_t i) { static_cast<const F*>(arg)->run(i); };
-    if (tasks == 1 || f.plan.multiply_adds * static_cast<double>(shape.tokens) < 400e3)
+    const int64_t tasks = p.token_tiles * p.panel_groups;
+    if (tasks == 1 || p.serial)
         for (int64_t i = 0; i < tasks; ++i) f.run(i);
     else
-        executor.run(tasks, run, &f);
+        executor.run(tasks, [](void* arg, int64_t i) { static_cast<const F*>(arg)->run(i); }, &f);
 }
 
 }  // namespace KRON_ISA

@@ -111,31 +111,64 @@ struct Start {
     bool accumulate = false;
 };
 
+// `rows` cut into blocks of at most `most`, as equal as can be: blocks of `size + 1`, then blocks of `size`.
+struct RowBlocks {
+    int64_t count, size, larger;
+    RowBlocks(int64_t rows, int64_t most)
+        : count((rows + most - 1) / most), size(rows / count), larger(rows - size * count) {}
+    int rows(int64_t block) const { return static_cast<int>(block < larger ? size + 1 : size); }
+};
+
 // out[r][0 .. vectors*W) for r < rows; out_step >= vectors*W.
 template <class C, bool kUnitRow>
 static void gemm_rows(int64_t rows, int64_t depth, const C* R, int64_t step, const C* P, int64_t panel_step, int vectors,
                       C* out, int64_t out_step, Start<C> start) {
-    const int64_t most = kMaxRows[vectors];
-    const int64_t blocks = (rows + most - 1) / most;
-    int64_t r = 0;
-    for (int64_t b = 0; b < blocks; ++b) {
-        const int n = static_cast<int>((rows - r + blocks - b - 1) / (blocks - b));
-        int64_t offsets[16];
-        Init<C> init{nullptr, offsets};
-        if (start.accumulate) {
-            init.base = out + r * out_step;
-            for (int i = 0; i < n; ++i) offsets[i] = i * out_step;
-        } else if (start.base) {
-            init.base = start.base;
-            int64_t phase = r % start.period;
+    if (rows == 0) return;
+    const RowBlocks blocks(rows, kMaxRows[vectors]);
+    int64_t offsets[16];
+    if (start.accumulate)
+        for (int i = 0; i < 16; ++i) offsets[i] = i * out_step;
+    int64_t r = 0, phase = 0;
+    for (int64_t b = 0; b < blocks.count; ++b) {
+        const int n = blocks.rows(b);
+        Init<C> init{start.accumulate ? out + r * out_step : start.base, offsets};
+        if (start.base)
             for (int i = 0; i < n; ++i) {
                 offsets[i] = phase * start.stride;
                 if (++phase == start.period) phase = 0;
             }
-        }
         pick<C, kUnitRow>(n, vectors)(depth, R + r * (kUnitRow ? 1 : step), step, P, panel_step, out + r * out_step,
                                       out_step, init);
         r += n;
+    }
+}
+
+// One small factor applied to many tokens: out[t] (outputs, lanes) = M in[t] (depth, lanes) + start, M given as
+// (depth, outputs). Token by token, so that `out` is written in the order of memory.
+template <class C>
+static void mix_tokens(const C* M, int64_t outputs, int64_t depth, int64_t tokens, int64_t lanes, const C* in, int64_t in_step,
+                       C* out, int64_t out_step, Start<C> start) {
+    constexpr int W = Simd<C>::W;
+    constexpr int kVectors = 2;
+    const int64_t vectors = (lanes + W - 1) / W;
+    const RowBlocks blocks(outputs, kMaxRows[kVectors]);
+    const MicroKernel<C> kernels[2][2] = {
+        {pick<C, true>(static_cast<int>(blocks.size), 1), pick<C, true>(static_cast<int>(blocks.size), 2)},
+        {blocks.larger ? pick<C, true>(static_cast<int>(blocks.size) + 1, 1) : nullptr,
+         blocks.larger ? pick<C, true>(static_cast<int>(blocks.size) + 1, 2) : nullptr}};
+    int64_t offsets[16];
+    for (int i = 0; i < 16; ++i) offsets[i] = i * (start.accumulate ? out_step : start.stride);
+    for (int64_t t = 0; t < tokens; ++t) {
+        int64_t row = 0;
+        for (int64_t b = 0; b < blocks.count; ++b) {
+            for (int64_t v = 0; v < vectors; v += kVectors) {
+                C* to = out + (t * outputs + row) * out_step + v * W;
+                const C* base = start.accumulate ? to : start.base ? start.base + row * start.stride + v * W : nullptr;
+                kernels[b < blocks.larger][v + 1 < vectors](depth, M + row, outputs, in + t * depth * in_step + v * W, in_step, to,
+                                                            out_step, Init<C>{base, offsets});
+            }
+            row += blocks.rows(b);
+        }
     }
 }
 

@@ -12,6 +12,8 @@ constexpr double kSerialWork = 400e3;
 constexpr int64_t kTileRows = 96;
 // With fewer rows than this in all, packing the right factor costs more than it saves.
 constexpr int64_t kDotRows = 24;
+// Up to this many rows the threads share out the panels instead of the tokens.
+constexpr int64_t kTaskPackRows = 192;
 // A transposed load or store costs about as much as this many multiply-adds per element.
 constexpr double kTransposeCost = 4;
 constexpr double kOddTransposeCost = 24;
@@ -75,16 +77,23 @@ Plan plan_forward(const Shape& s, const Machine& machine) {
     const bool dot_allowed = p.commuted ? machine.can_dot_commuted : machine.can_dot;
     p.packed = !dot_allowed || p.tokens * rows_a_token > kDotRows || p.m2 * p.n2 <= 4096;
 
-    const int64_t threads = best.work * static_cast<double>(s.tokens) < kSerialWork ? 1 : machine.threads;
-    p.tile_tokens = std::max<int64_t>(1, kTileRows / rows_a_token);
+    p.serial = best.work * static_cast<double>(s.tokens) < kSerialWork;
+    const int64_t threads = p.serial ? 1 : machine.threads;
+    const int64_t tile_rows = std::max<int64_t>(kTileRows / s.terms, machine.max_rows);
+    const int64_t rows = p.tokens * rows_a_token;
+    if (!p.packed || (rows <= kTaskPackRows && p.panels >= threads)) {
+        // Few rows: the threads share out the panels, and each packs its own while it is in L1.
+        p.pack_in_task = p.packed;
+        p.token_tiles = 1;
+        p.panel_groups = std::min(p.panels, threads);
+    } else {
+        p.token_tiles = ceil_div(p.tokens, std::max<int64_t>(1, tile_rows / rows_a_token));
+        // Equal shares: a whole number of tiles for every thread, as long as a tile still fills the register tile.
+        if (rows >= threads * machine.max_rows) p.token_tiles = std::min(p.tokens, round_up(p.token_tiles, threads));
+        p.panel_groups = 1;
+    }
+    p.tile_tokens = std::max<int64_t>(1, ceil_div(p.tokens, std::max<int64_t>(1, p.token_tiles)));
     p.token_tiles = ceil_div(p.tokens, p.tile_tokens);
-    // Equal shares: a whole number of tiles for every thread, as long as a tile still fills the register tile.
-    if (p.tokens * rows_a_token >= threads * machine.max_rows && p.packed)
-        p.token_tiles = std::min(p.tokens, round_up(p.token_tiles, threads));
-    p.token_tiles = std::max<int64_t>(1, p.token_tiles);
-    p.tile_tokens = std::max<int64_t>(1, ceil_div(p.tokens, p.token_tiles));
-    p.token_tiles = ceil_div(p.tokens, p.tile_tokens);
-    p.panel_groups = p.token_tiles < threads ? std::min(p.panels, ceil_div(threads, std::max<int64_t>(1, p.token_tiles))) : 1;
     return p;
 }
 

@@ -25,6 +25,8 @@ struct Plan {
     int64_t token_tiles;
     int64_t panel_groups;  // few tokens: the panels, not the tokens, are shared out among the threads
     bool packed;           // right factor copied into panels; otherwise read in place by dot products
+    bool pack_in_task;     // each task packs its panels as it uses them; otherwise all are packed before
+    bool serial;           // too little work to share out
     double multiply_adds;  // a token, of the chosen order
 };
 

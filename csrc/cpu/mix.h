@@ -1,0 +1,110 @@
+// A tiny factor fused with the transpose of a commuted plan: its product is formed between the shuffles and the store.
+#pragma once
+
+#include "stages.h"
+
+namespace kron {
+namespace KRON_ISA {
+
+// The tiny factor in the kernels' form: (S, n1, m1), consecutive outputs neighbours.
+template <class C>
+struct Mix {
+    const C* factor;
+    int64_t terms, m1, n1;
+};
+
+// x tokens of (cols, Q), Q = n1 -> out[t, i] (cols lanes) at column s * out_term: sum_q factor[s, q, i] x[., q].
+template <class C, class E, int Q>
+static void split_mix(const E* x, int64_t x_stride, int64_t tokens, int64_t cols, Mix<C> mix, C* out, int64_t out_step,
+                      int64_t out_term) {
+    constexpr int W = Simd<C>::W;
+    for (int64_t t = 0; t < tokens; ++t) {
+        const E* src = x + t * x_stride;
+        for (int64_t c = 0; c < cols; c += W) {
+            Vec<C> v[Q];
+            if (cols - c >= W) {
+#pragma GCC unroll 16
+                for (int q = 0; q < Q; ++q) v[q] = load<C, E>(src + c * Q + q * W);
+            } else {
+                for (int q = 0; q < Q; ++q) v[q] = load_part<C, E>(src + c * Q + q * W, (cols - c) * Q - q * W);
+            }
+            deinterleave<C, Q>(v);
+            const C* f = mix.factor;
+            for (int64_t s = 0; s < mix.terms; ++s, f += Q * mix.m1) {
+                C* dst = out + t * mix.m1 * out_step + s * out_term + c;
+                for (int64_t i = 0; i < mix.m1; ++i) {
+                    // Two chains: one of Q dependent additions would wait on itself.
+                    Vec<C> even = v[0] * f[i], odd{};
+#pragma GCC unroll 16
+                    for (int q = 1; q < Q; ++q) (q % 2 ? odd : even) += v[q] * f[q * mix.m1 + i];
+                    store<C>(dst + i * out_step, even + odd);
+                }
+            }
+        }
+    }
+}
+
+// in[t, k] (cols lanes) at column s * in_term -> y tokens of (cols, Q), Q = m1:
+// y[., q] = finish(sum_{s,k} factor[s, k, q] in[t, k] at s).
+template <class C, class E, int Q>
+static void mix_merge(const C* in, int64_t in_step, int64_t in_term, int64_t tokens, int64_t cols, Mix<C> mix, E* y,
+                      int64_t y_stride, Finish<C> finish, int64_t at) {
+    constexpr int W = Simd<C>::W;
+    for (int64_t t = 0; t < tokens; ++t) {
+        E* dst = y + t * y_stride;
+        for (int64_t c = 0; c < cols; c += W) {
+            Vec<C> v[Q] = {};
+            const C* f = mix.factor;
+            for (int64_t s = 0; s < mix.terms; ++s)
+                for (int64_t k = 0; k < mix.n1; ++k, f += Q) {
+                    const Vec<C> z = load<C>(in + (t * mix.n1 + k) * in_step + s * in_term + c);
+#pragma GCC unroll 16
+                    for (int q = 0; q < Q; ++q) v[q] += z * f[q];
+                }
+            interleave<C, Q>(v);
+            const int64_t left = (cols - c) * Q;
+            if (left >= W * Q) {
+#pragma GCC unroll 16
+                for (int q = 0; q < Q; ++q) store<C, E>(dst + c * Q + q * W, finish.vec(v[q], at + c * Q + q * W));
+            } else {
+                for (int q = 0; q < Q; ++q) {
+                    const int64_t count = left - q * W;
+                    if (count > 0) store_part<C, E>(dst + c * Q + q * W, finish.part(v[q], at + c * Q + q * W, count), count);
+                }
+            }
+        }
+    }
+}
+
+template <class C, class E>
+using SplitMix = void (*)(const E*, int64_t, int64_t, int64_t, Mix<C>, C*, int64_t, int64_t);
+template <class C, class E>
+using MixMerge = void (*)(const C*, int64_t, int64_t, int64_t, int64_t, Mix<C>, E*, int64_t, Finish<C>, int64_t);
+
+// Null for a width that is not 1, 2, 4, 8 or 16: then the transpose and the product are separate passes.
+template <class C, class E>
+static SplitMix<C, E> pick_split_mix(int64_t width) {
+    switch (width) {
+        case 1: return split_mix<C, E, 1>;
+        case 2: return split_mix<C, E, 2>;
+        case 4: return split_mix<C, E, 4>;
+        case 8: return split_mix<C, E, 8>;
+        case 16: return split_mix<C, E, 16>;
+    }
+    return nullptr;
+}
+
+template <class C, class E>
+static MixMerge<C, E> pick_mix_merge(int64_t width) {
+    switch (width) {
+        case 1: return mix_merge<C, E, 1>;
+        case 2: return mix_merge<C, E, 2>;
+        case 4: return mix_merge<C, E, 4>;
+        case 8: return mix_merge<C, E, 8>;
+        case 16: return mix_merge<C, E, 16>;
+    }
+    return nullptr;
+}
+
+}  // namespace KRON_ISA
+}  // namespace kron
