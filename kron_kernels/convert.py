@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from .calibrate import Calibration
 from .counting import count_parameters
@@ -115,13 +116,14 @@ def kronify_(
         )
         if progress is not None:
             progress(done, len(targets), target.name)
-    for target, module in zip(targets, replacements, strict=True):
+    for target, replacement in zip(targets, replacements, strict=True):
         decoders = tied_decoders(model, target.module)
-        model.set_submodule(target.name, module)
-        if isinstance(module, KronEmbedding):
-            tie_decoders_(model, decoders, module)
-    if hasattr(model, "config"):
-        model.config.kron = config.to_dict()
+        model.set_submodule(target.name, replacement)
+        if isinstance(replacement, KronEmbedding):
+            tie_decoders_(model, decoders, replacement)
+    model_config: Any = getattr(model, "config", None)
+    if isinstance(model_config, PreTrainedConfig):
+        model_config.kron = config.to_dict()
     return ConversionReport(config, tuple(layers), params_before, count_parameters(model))
 
 
@@ -139,7 +141,8 @@ def tied_decoders(model: nn.Module, embedding: nn.Module) -> list[str]:
 def tie_decoders_(model: nn.Module, decoders: list[str], embedding: KronEmbedding) -> None:
     """Replace the named linear layers by decoders on the embedding's factors, and tell transformers of the ties."""
     for name in decoders:
-        model.set_submodule(name, embedding.tied_decoder(model.get_submodule(name).bias))
+        decoder: Any = model.get_submodule(name)
+        model.set_submodule(name, embedding.tied_decoder(decoder.bias))
     for prefix, module in model.named_modules():
         tied = getattr(module, "_tied_weights_keys", None)
         if not isinstance(tied, Mapping):
@@ -173,7 +176,7 @@ def _plan(model: nn.Module, config: KronConfig, calibration: Calibration | None,
     roles = set()
     for name, module in model.named_modules():
         role = config.role_of(name)
-        if role not in config.rules:
+        if role is None or role not in config.rules:
             continue
         roles.add(role)
         if config.skips(name):
@@ -187,13 +190,15 @@ def _plan(model: nn.Module, config: KronConfig, calibration: Calibration | None,
         targets.append(target)
     for role in config.rules:
         if role not in roles:
-            raise ValueError(f"model: no module plays the role {role!r}; its patterns: {', '.join(config.patterns[role])}")
+            patterns = ", ".join(config.patterns[role])
+            raise ValueError(f"model: no module plays the role {role!r}; its patterns: {patterns}")
     return targets
 
 
 def _target(name: str, role: str, module: nn.Module, config: KronConfig) -> _Target:
     if not isinstance(module, (nn.Linear, nn.Embedding)):
-        raise ValueError(f"model: expected {name} ({role}) to be nn.Linear or nn.Embedding, got {type(module).__name__}")
+        got = type(module).__name__
+        raise ValueError(f"model: expected {name} ({role}) to be nn.Linear or nn.Embedding, got {got}")
     if not module.weight.is_floating_point():
         raise ValueError(f"model: expected {name} ({role}) to have a floating-point weight, got {module.weight.dtype}")
     rule = config.rules[role]
@@ -222,15 +227,13 @@ def _fresh(target: _Target) -> KronLinear | KronEmbedding:
     module, (a_shape, b_shape) = target.module, target.shapes
     factory: dict[str, Any] = {"device": module.weight.device, "dtype": module.weight.dtype}
     if isinstance(module, nn.Embedding):
-        size = (module.num_embeddings, module.embedding_dim, b_shape[1])
-        return KronEmbedding(*size, target.terms, module.padding_idx, **factory)
-    size = (module.in_features, module.out_features)
-    return KronLinear(*size, (a_shape, b_shape), target.terms, module.bias is not None, **factory)
+        rows, dim, padding_idx = module.num_embeddings, module.embedding_dim, module.padding_idx
+        return KronEmbedding(rows, dim, b_shape[1], target.terms, padding_idx, **factory)
+    bias = module.bias is not None
+    return KronLinear(module.in_features, module.out_features, (a_shape, b_shape), target.terms, bias, **factory)
 
 
-def _fitted(
-    target: _Target, calibration: Calibration | None
-) -> tuple[KronLinear | KronEmbedding, float, float | None]:
+def _fitted(target: _Target, calibration: Calibration | None) -> tuple[KronLinear | KronEmbedding, float, float | None]:
     module: KronLinear | KronEmbedding
     if isinstance(target.module, nn.Embedding):
         module, factors = fit_embedding(target.module, target.shapes[1][1], target.terms)

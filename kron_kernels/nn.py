@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._checks import check_activation
+from ._checks import activation_code
 from .factorize import KronFactors, mean_corrected_bias, nearest_kronecker
 from .functional import kron_matmul
 from .reference import kron_weight
@@ -94,8 +94,8 @@ class KronLinear(_KronFactored):
                 f"shapes: expected a product of shape (out_features, in_features) = ({out_features}, {in_features}), "
                 f"got {m1}x{n1} (x) {m2}x{n2} of shape ({m1 * m2}, {n1 * n2})"
             )
-        check_activation(activation)
-        factory = {"device": device, "dtype": dtype}
+        activation_code(activation)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(shapes, terms, factory)
         self.in_features = in_features
         self.out_features = out_features
@@ -205,7 +205,7 @@ class KronEmbedding(_KronFactored):
         return torch.where((ids == self.padding_idx).unsqueeze(-1), out.detach(), out)
 
     def decode(self, hidden: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Logits ``hidden @ table^T + bias`` without the table: ``hidden (..., embedding_dim)`` -> ``(..., num_embeddings)``."""
+        """Logits ``hidden @ table^T + bias`` (..., num_embeddings) of ``hidden (..., embedding_dim)``."""
         return kron_matmul(hidden, self.a, self.b, bias)
 
     def tied_decoder(self, bias: nn.Parameter | None = None) -> KronDecoder:
@@ -290,8 +290,6 @@ def fit_embedding(embedding: nn.Embedding, factor: int, terms: int = 1) -> tuple
     if factor < 1 or dim % factor:
         raise ValueError(f"factor: expected a divisor of embedding_dim = {dim}, got {factor}")
     factors = nearest_kronecker(weight, (rows, dim // factor), terms)
-    layer = KronEmbedding(
-        rows, dim, factor, terms, embedding.padding_idx, device=weight.device, dtype=weight.dtype
-    )
+    layer = KronEmbedding(rows, dim, factor, terms, embedding.padding_idx, device=weight.device, dtype=weight.dtype)
     layer._load_factors(factors.a, factors.b)
     return layer.train(embedding.training), factors

@@ -175,8 +175,8 @@ def preset(name: str, hidden_size: int | None = None, intermediate_size: int | N
     "K8" and "K21": the shapes of KroneckerBERT (Tahaei et al., NAACL 2022, table 1): 7.7 and 21 times fewer
     parameters on BERT-base.
 
-    "K19": our own, 5,716,620 parameters on BERT-base, 19.15 times fewer. Of all choices of one large and one tiny factor
-    (2 to 16 wide) for attention, feed-forward and embedding within about 1 % of 19 times, it needs the fewest
+    "K19": our own, 5,716,620 parameters on BERT-base, 19.15 times fewer. Of all choices of one large and one tiny
+    factor (2 to 16 wide) for attention, feed-forward and embedding within about 1 % of 19 times, it needs the fewest
     multiply-adds: those of K21, whose embedding it widens from 48 to 64 stored numbers a token.
 
     Given ``hidden_size`` and ``intermediate_size``, also checks that the shapes divide those of an encoder of that

@@ -107,7 +107,8 @@ def test_tied_decoder_stays_tied(name, tmp_path):
     embedding, decoder = model.get_input_embeddings(), model.get_output_embeddings()
     assert isinstance(decoder, KronDecoder)
     model.tie_weights()
-    assert decoder.a is embedding.a and decoder.b is embedding.b
+    assert decoder.a is embedding.a
+    assert decoder.b is embedding.b
     clone = copy.deepcopy(model)
     assert clone.get_output_embeddings().a is clone.get_input_embeddings().a
     model.save_pretrained(tmp_path)
@@ -225,10 +226,14 @@ ODD = preset("K8").rules
 @pytest.mark.parametrize(
     ("spoil", "config", "match"),
     [
-        (None, KronConfig({**ODD, "ffn_out": ShapeRule(a=(5, 1))}), r"encoder.layer.0.output.dense \(ffn_out\): a: .*5x1"),
+        (
+            None,
+            KronConfig({**ODD, "ffn_out": ShapeRule(a=(5, 1))}),
+            r"encoder.layer.0.output.dense \(ffn_out\): a: .*5x1",
+        ),
         (None, KronConfig({**ODD, "ffn_out": ShapeRule(a=(2, 2), terms=5)}), r"\(ffn_out\): terms: .*= 4, got 5"),
         (None, KronConfig({**ODD, "embedding": ShapeRule(b=(2, 2))}), r"\(embedding\): b: expected a row vector .*2x2"),
-        (None, KronConfig(ODD, patterns={role: ("nothing",) for role in ODD}), "no module plays the role 'attention'"),
+        (None, KronConfig(ODD, patterns=dict.fromkeys(ODD, ("nothing",))), "no module plays the role 'attention'"),
         (nan_weight, "K8", "model: expected finite weights, got NaN or inf in encoder.layer.1.output.dense"),
         (integer_linear, "K8", r"model: expected encoder.layer.1.output.dense .* floating-point weight, got .*int8"),
         (identity_layer, "K8", "model: expected encoder.layer.1.output.dense .* got Identity"),
@@ -264,7 +269,7 @@ def test_a_layer_without_calibration_is_named():
     model = make_model()
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][:-2]
     calibration = calibrate(model, [{"input_ids": IDS}], names)
-    with pytest.raises(ValueError, match="calibration: expected a moment for encoder.layer.1.output.dense, got none"):
+    with pytest.raises(ValueError, match=r"calibration: expected a moment for encoder.layer.1.output.dense, got none"):
         kronify_(model, "K8", calibration=calibration)
 
 

@@ -41,7 +41,7 @@ def test_activation_comes_after_the_bias():
     plain.load_state_dict(layer.state_dict())
     x = torch.randn(4, layer.in_features)
     torch.testing.assert_close(layer(x), F.gelu(plain(x)))
-    with pytest.raises(ValueError, match="activation: expected None for a plain nn.Linear, got 'gelu'"):
+    with pytest.raises(ValueError, match=r"activation: expected None for a plain nn.Linear, got 'gelu'"):
         layer.to_linear()
 
 
@@ -60,7 +60,8 @@ def test_full_terms_reproduce_the_dense_layer_both_ways(bias):
 def test_from_linear_keeps_dtype_and_mode():
     dense = nn.Linear(12, 8, dtype=torch.bfloat16).eval()
     layer = KronLinear.from_linear(dense, (4, 2))
-    assert layer.a.dtype is torch.bfloat16 and not layer.training
+    assert layer.a.dtype is torch.bfloat16
+    assert not layer.training
     assert not layer.to_linear().training
 
 

@@ -89,7 +89,8 @@ def test_initial_table_has_unit_variance():
 def test_tied_decoder_shares_the_factors():
     embedding = KronEmbedding(10, 12, 4)
     decoder = embedding.tied_decoder(nn.Parameter(torch.randn(10)))
-    assert decoder.a is embedding.a and decoder.b is embedding.b
+    assert decoder.a is embedding.a
+    assert decoder.b is embedding.b
     hidden = torch.randn(3, 12)
     torch.testing.assert_close(decoder(hidden), embedding.decode(hidden, decoder.bias))
     assert repr(decoder) == "KronDecoder(bias=True, factors=10x3 (x) 1x4, terms=1, compression=3.53x)"

@@ -101,7 +101,7 @@ def test_roles_of_module_names(name, role):
 
 def test_a_module_of_two_roles_is_an_error():
     config = KronConfig({"attention": ShapeRule(a=(1, 1))}, patterns={"attention": ("q",), "other": ("q$",)})
-    with pytest.raises(ValueError, match="patterns: layer.q matches several roles: attention, other"):
+    with pytest.raises(ValueError, match=r"patterns: layer.q matches several roles: attention, other"):
         config.role_of("layer.q")
 
 
@@ -119,7 +119,7 @@ def changed(**changes):
         (changed(rules={"attention": [2, 2]}), r"rules\['attention'\]: expected a mapping, got \[2, 2\]"),
         (changed(rules=[]), r"rules: expected a mapping from role to rule, got \[\]"),
         (changed(rules={}), "rules: expected at least one role, got none"),
-        (changed(rules={"mixer": {"a": [2, 2]}}), "rules: role 'mixer' has no patterns; known roles: attention, ffn_in"),
+        (changed(rules={"mixer": {"a": [2, 2]}}), "rules: role 'mixer' has no patterns; known roles: attention"),
         (changed(skip=["("]), r"patterns: '\(' is not a regular expression"),
         (changed(rules={"attention": {"a": [2, 0]}}), r"a: expected two positive integers, got \[2, 0\]"),
         (changed(rules={"attention": {"a": [2, 2], "terms": 0}}), "terms: expected an integer of at least 1, got 0"),

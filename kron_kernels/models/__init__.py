@@ -1,4 +1,4 @@
-"""Model families with Kronecker-factored weights, for transformers. Importing this registers them with its Auto classes."""
+"""Kronecker-factored model families for transformers. Importing this registers them with its Auto classes."""
 
 from .bert import (
     KronBertConfig,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -29,35 +29,36 @@ from transformers import (
 )
 
 from ..calibrate import Calibration
-from ..convert import ConversionReport, Progress, kronify_, tie_decoders_, tied_decoders
+from ..convert import ConversionReport, Progress, kronify_, tie_decoders_
 from ..nn import KronDecoder, KronEmbedding, KronLinear
 from ..presets import KronConfig, as_kron_config, preset
+
+_WORD_WEIGHT = "bert.embeddings.word_embeddings.weight"
 
 
 @strict
 class KronBertConfig(BertConfig):
-    """A BertConfig with ``kron``: a preset's name or the dict of a KronConfig. It is kept as the dict.
+    """A BertConfig with ``kron``: a KronConfig, its dict or a preset's name. It is kept as the dict.
 
-    Raises ValueError for an unknown preset, one that does not divide the model's sizes, and a dict that is no KronConfig.
+    Raises ValueError for an unknown preset, one that does not divide the model's sizes, and any other dict; TypeError
+    for anything else.
     """
 
     model_type = "kron_bert"
 
-    kron: dict | str = "K8"
+    kron: Any = "K8"
 
     def __post_init__(self, **kwargs: Any) -> None:
         if isinstance(self.kron, str):
-            self.kron = preset(self.kron, self.hidden_size, self.intermediate_size).to_dict()
-        else:
-            KronConfig.from_dict(self.kron)
+            self.kron = preset(self.kron, self.hidden_size, self.intermediate_size)
+        self.kron = as_kron_config(self.kron).to_dict()
         super().__post_init__(**kwargs)
 
     @classmethod
     def from_dense(cls, config: BertConfig, kron: KronConfig | Mapping[str, Any] | str) -> KronBertConfig:
         """The configuration of a BERT compressed by ``kron``."""
         fields = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "architectures")}
-        fields["kron"] = kron if isinstance(kron, str) else as_kron_config(kron).to_dict()
-        return cls(**fields)
+        return cls(**{**fields, "kron": kron})
 
 
 class KronBertPreTrainedModel(BertPreTrainedModel):
@@ -65,6 +66,8 @@ class KronBertPreTrainedModel(BertPreTrainedModel):
 
     config: KronBertConfig
     config_class = KronBertConfig
+    bert: Any  # the encoder of a model with a head
+    conversion_report: ConversionReport
 
     def __init__(self, config: KronBertConfig, *args: Any, **kwargs: Any) -> None:
         device = torch.get_default_device()
@@ -74,9 +77,10 @@ class KronBertPreTrainedModel(BertPreTrainedModel):
             if isinstance(self, BertModel):
                 kronify_(self, config.kron, fit=False)
             else:
-                dense: BertModel = self.bert
-                decoders = tied_decoders(self, dense.get_input_embeddings())
-                self.bert = KronBertModel(config, add_pooling_layer=dense.pooler is not None)
+                self.bert = KronBertModel(config, add_pooling_layer=self.bert.pooler is not None)
+                # Declared ties: transformers makes the actual ones only after loading.
+                ties = self.all_tied_weights_keys.items()
+                decoders = [layer.removesuffix(".weight") for layer, source in ties if source == _WORD_WEIGHT]
                 tie_decoders_(self, decoders, self.bert.get_input_embeddings())
         if device.type != "meta":
             self.to_empty(device=device)
@@ -102,11 +106,12 @@ class KronBertPreTrainedModel(BertPreTrainedModel):
     ) -> Any:
         """As transformers' own, but a checkpoint that is damaged or lacks Kronecker factors raises OSError."""
         try:
-            model, info = super().from_pretrained(
+            loaded: Any = super().from_pretrained(
                 pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
             )
         except SafetensorError as error:
             raise OSError(f"{pretrained_model_name_or_path}: damaged checkpoint: {error}") from error
+        model, info = loaded
         factors = {
             f"{name}.{factor}"
             for name, module in model.named_modules()
@@ -158,13 +163,13 @@ class KronBertPreTrainedModel(BertPreTrainedModel):
     @torch.no_grad()
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
-    ) -> KronEmbedding:
+    ) -> Any:
         """Resize the vocabulary: rows of A are kept, cut off or added, and an output layer follows.
 
         Added tokens get the mean of the rows of A (``mean_resizing``) or rows drawn as at initialisation, and an output
         bias of zero. ``pad_to_multiple_of`` rounds the size up. Returns the word embedding.
         """
-        old = self.get_input_embeddings()
+        old = cast(KronEmbedding, self.get_input_embeddings())
         size = old.num_embeddings if new_num_tokens is None else new_num_tokens
         if pad_to_multiple_of is not None:
             size = -(-size // pad_to_multiple_of) * pad_to_multiple_of
@@ -178,12 +183,13 @@ class KronBertPreTrainedModel(BertPreTrainedModel):
             new.a[:, kept:] = old.a.mean(1, keepdim=True)
         new.a[:, :kept] = old.a[:, :kept]
         new.b.copy_(old.b)
-        output = self.get_output_embeddings()
+        output: Any = self.get_output_embeddings()
         self.set_input_embeddings(new.requires_grad_(old.a.requires_grad))
         if isinstance(output, KronDecoder):
-            bias = nn.Parameter(torch.zeros(size, **factory), output.bias.requires_grad)
-            bias[:kept] = output.bias[:kept]
-            self.set_output_embeddings(new.tied_decoder(bias))
+            old_bias: Any = output.bias
+            bias = torch.zeros(size, **factory)
+            bias[:kept] = old_bias[:kept]
+            self.set_output_embeddings(new.tied_decoder(nn.Parameter(bias, old_bias.requires_grad)))
         elif output is not None:
             self.set_output_embeddings(self._get_resized_lm_head(output, size, mean_resizing=mean_resizing))
         self.config.vocab_size = size
@@ -192,8 +198,6 @@ class KronBertPreTrainedModel(BertPreTrainedModel):
 
 class KronBertModel(KronBertPreTrainedModel, BertModel):
     """BertModel with Kronecker-factored layers: the encoder, with a dense pooler unless ``add_pooling_layer=False``."""
-
-    conversion_report: ConversionReport
 
 
 class KronBertForMaskedLM(KronBertPreTrainedModel, BertForMaskedLM):
