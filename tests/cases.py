@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -138,15 +139,31 @@ def backward_oracle(operands: Operands) -> tuple[Tensor, ...]:
     return dx, da, db, o.grad.sum(0)
 
 
+@functools.cache
+def forward_case(case: Case, dtype: torch.dtype, activation: str | None = None) -> tuple[Operands, Tensor, Tensor]:
+    """Operands, output of torch in the same dtype, and oracle of a case; made once for all tests of a run."""
+    o = make(case, dtype)
+    return o, reference.kron_mm(o.x, o.a, o.b, o.bias, activation), forward_oracle(o, activation)
+
+
+@functools.cache
+def backward_case(case: Case, dtype: torch.dtype) -> tuple[Operands, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Operands, gradients of torch in the same dtype, and oracles of a case."""
+    o = make(case, dtype)
+    return o, reference.kron_mm_backward(o.grad, o.x, o.a, o.b), backward_oracle(o)
+
+
 def assert_accurate(actual: Tensor, same_dtype: Tensor, oracle: Tensor, what: str = "output") -> None:
     """The error rule: against fp64 at most twice the error of torch in the same dtype, as maximum and relative RMS.
 
-    One unit in the last place of the largest value is always allowed: torch's error may be zero by luck.
+    One unit in the last place of the largest value is always allowed, for torch's error may be zero by luck; in
+    float64, where the oracle errs as much as what it judges, sixteen.
     """
     assert actual.shape == oracle.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(oracle.shape)}"
     if actual.numel() == 0:
         return
-    floor = torch.finfo(same_dtype.dtype).eps * oracle.abs().max().item()
+    units = 16 if same_dtype.dtype is torch.float64 else 1
+    floor = units * torch.finfo(same_dtype.dtype).eps * oracle.abs().max().item()
     for name, norm in (("maximum", _max), ("RMS", _rms)):
         error, allowed = norm(actual.double() - oracle), 2 * norm(same_dtype.double() - oracle) + floor
         assert error <= allowed, f"{what}: {name} error {error:.3e}, allowed {allowed:.3e}"
