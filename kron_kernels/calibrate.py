@@ -5,40 +5,28 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import tempfile
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ._input_recorder import InputRecorder, InputStatistics
+
 _FORMAT = "kron_kernels.calibration"
 _VERSION = 1
-# Rows of an input cast to the moment's dtype at a time.
-_CHUNK_ROWS = 16384
 
 Progress = Callable[[int, int, str], None]
-
-
-@dataclass
-class InputStatistics:
-    """Moment (n, n) and mean (n,) of one input, over `tokens` rows."""
-
-    moment: Tensor
-    mean: Tensor
-    tokens: int
 
 
 class Calibration(Mapping[str, Tensor]):
     """Mapping from module name to the moment C = E[x x^T] (n, n) of that module's inputs.
 
-    `input_mean[name]` is E[x] (n,), `tokens[name]` the number of rows behind both, `covariance(name)` is C less
+    ``input_mean[name]`` is E[x] (n,), ``tokens[name]`` the number of rows behind both, ``covariance(name)`` is C less
     the mean's part. Modules that were fed the same tensors (Q, K and V of an attention layer) share one statistics
-    object, in memory and in the file. `save` and `load` keep it in a safetensors file.
+    object, in memory and in the file. ``save`` and ``load`` keep it in a safetensors file.
     """
 
     def __init__(self, statistics: Mapping[str, InputStatistics]) -> None:
@@ -69,7 +57,7 @@ class Calibration(Mapping[str, Tensor]):
         return statistics.moment - torch.outer(statistics.mean, statistics.mean).to(statistics.moment.dtype)
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Write to a safetensors file, whole or not at all; FileExistsError where it exists and not `overwrite`."""
+        """Write to a safetensors file, whole or not at all; FileExistsError where it exists and not ``overwrite``."""
         from safetensors.torch import save_file
 
         path = Path(path)
@@ -90,18 +78,16 @@ class Calibration(Mapping[str, Tensor]):
             "modules": json.dumps(members),
             "tokens": json.dumps([self._statistics[names[0]].tokens for names in members]),
         }
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             save_file(tensors, temporary, metadata=metadata)
             os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        finally:
+            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibration:
-        """Read what `save` wrote; ValueError for a file that is damaged or of another kind or version."""
+        """Read what ``save`` wrote; ValueError for a file that is damaged or of another kind or version."""
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -116,8 +102,8 @@ class Calibration(Mapping[str, Tensor]):
                     moment, mean = file.get_tensor(f"{index}.moment"), file.get_tensor(f"{index}.mean")
                     shared = InputStatistics(moment, mean, counts[index])
                     statistics.update(dict.fromkeys(names, shared))
-        except SafetensorError as error:
-            raise ValueError(f"path: {path} is not a readable safetensors file: {error}") from None
+        except (SafetensorError, KeyError, IndexError, json.JSONDecodeError) as error:
+            raise ValueError(f"path: {path} is damaged or no safetensors file: {error}") from None
         return cls(statistics)
 
 
@@ -130,14 +116,14 @@ def calibrate(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> Calibration:
-    """Run `model` over `batches` and gather the second moment and mean of the inputs of its linear layers.
+    """Run ``model`` over ``batches`` and gather the second moment and mean of the inputs of its linear layers.
 
     Each batch is a mapping of keyword arguments, as a tokenizer returns it, a tuple of positional ones, or one tensor;
-    tensors are moved to the model's device. Where a mapping holds an `attention_mask` (B, L), inputs of shape
-    (B, L, n) or (B*L, n) leave out the tokens it marks with 0. `modules` names the modules to watch (any that
-    take a tensor of fixed width first); every nn.Linear that runs, unless given. `dtype` is that of sums and moments,
+    tensors are moved to the model's device. Where a mapping holds an ``attention_mask`` (B, L), inputs of shape
+    (B, L, n) or (B*L, n) leave out the tokens it marks with 0. ``modules`` names the modules to watch (any that
+    take a tensor of fixed width first); every nn.Linear that runs, unless given. ``dtype`` is that of sums and moments,
     float32 or float64; the memory needed is one (n, n) matrix for each distinct input. The first batch runs twice:
-    once to see which modules share an input. `progress(done, total, what)` is called after each pass.
+    once to see which modules share an input. ``progress(done, total, what)`` is called after each pass.
 
     The model runs in evaluation mode, without gradients, and is left as it was, its hooks removed, also after an
     error. Raises ValueError for unknown names, no batches, a batch of another kind, a mask of another shape and
@@ -149,7 +135,7 @@ def calibrate(
     batches = list(batches)
     if not batches:
         raise ValueError("batches: expected at least one batch, got none")
-    recorder = _Recorder(dtype)
+    recorder = InputRecorder(dtype)
     with _evaluating(model), ExitStack() as hooks:
         for name, module in watched.items():
             handle = module.register_forward_pre_hook(recorder.hook(name), with_kwargs=True)
@@ -166,123 +152,12 @@ def calibrate(
     return Calibration(recorder.statistics())
 
 
-class _Sums:
-    """Running sums of one input that the modules `names` share."""
-
-    def __init__(self, names: list[str]) -> None:
-        self.names = names
-        self.added: set[int] = set()
-        self.tokens = 0
-        self._outer = self._total = torch.empty(0)
-
-    def add(self, rows: Tensor, dtype: torch.dtype) -> None:
-        n = rows.shape[1]
-        if self.tokens == 0:
-            self._outer = torch.zeros(n, n, dtype=dtype, device=rows.device)
-            self._total = torch.zeros(n, dtype=torch.float64, device=rows.device)
-        elif n != self._total.shape[0]:
-            raise ValueError(f"modules: {self.names[0]} takes inputs {self._total.shape[0]} wide and {n} wide")
-        # An autocast context around the caller would round the products to half precision.
-        with torch.autocast(rows.device.type, enabled=False):
-            for chunk in rows.split(_CHUNK_ROWS):
-                chunk = chunk.to(dtype)
-                self._outer.addmm_(chunk.T, chunk)
-                self._total += chunk.sum(0, dtype=torch.float64)
-        self.tokens += rows.shape[0]
-
-    def statistics(self) -> InputStatistics:
-        if self.tokens == 0:
-            raise ValueError(f"batches: attention_mask leaves no token for {self.names[0]}")
-        if not (torch.isfinite(self._total).all() and torch.isfinite(self._outer).all()):
-            raise ValueError(f"batches: the inputs of {self.names[0]} hold NaN or inf")
-        moment = self._outer.div_(self.tokens)
-        return InputStatistics(moment, (self._total / self.tokens).to(moment.dtype), self.tokens)
-
-
-class _Recorder:
-    """Finds, in its first pass, which modules are fed the same tensors, and sums inputs in the passes after it."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.groups: dict[str, _Sums] = {}
-        self._dtype = dtype
-        self._probing = True
-        self._mask: Tensor | None = None
-        # Tensors seen in this pass, by id: the weak reference tells each from a later one at its address.
-        self._seen: dict[int, tuple[weakref.ref[Tensor], int, int]] = {}
-        self._count = 0
-        self._calls: dict[str, list[int]] = {}
-
-    def hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-            if x is None or not x.is_floating_point() or x.ndim == 0:
-                got = "no tensor" if x is None else f"{x.dtype} of shape {tuple(x.shape)}"
-                raise ValueError(f"modules: {name} must take floating-point rows (..., n), got {got}")
-            serial = self._serial(x)
-            self._calls.setdefault(name, []).append(serial)
-            if self._probing:
-                return
-            group = self.groups.setdefault(name, _Sums([name]))
-            # Each member of a group comes with the same tensor: the first one adds it for all.
-            if serial not in group.added:
-                group.added.add(serial)
-                group.add(self._tokens(x), self._dtype)
-
-        return record
-
-    def begin(self, mask: Tensor | None) -> None:
-        """Start a forward pass."""
-        self._mask, self._count = mask, 0
-        self._seen.clear()
-        self._calls = {}
-        for group in self.groups.values():
-            group.added.clear()
-
-    def end(self) -> None:
-        """End a forward pass: the first makes the groups, the others are checked against them."""
-        if self._probing:
-            by_inputs: dict[tuple[int, ...], list[str]] = {}
-            for name, serials in self._calls.items():
-                by_inputs.setdefault(tuple(serials), []).append(name)
-            for names in by_inputs.values():
-                self.groups.update(dict.fromkeys(names, _Sums(names)))
-            self._probing = False
-            return
-        for name, group in self.groups.items():
-            if self._calls.get(name) != self._calls.get(group.names[0]):
-                raise RuntimeError(
-                    f"modules: {group.names[0]} and {name} share their inputs in the first batch but not in a later "
-                    "one; calibrate them apart"
-                )
-
-    def statistics(self) -> dict[str, InputStatistics]:
-        done: dict[int, InputStatistics] = {}
-        for group in self.groups.values():
-            if id(group) not in done:
-                done[id(group)] = group.statistics()
-        return {name: done[id(group)] for name, group in self.groups.items()}
-
-    def _serial(self, x: Tensor) -> int:
-        """A number for this tensor with its present values, the same throughout one pass."""
-        version = 0 if x.is_inference() else x._version
-        known = self._seen.get(id(x))
-        if known is None or known[0]() is not x or known[1] != version:
-            self._count += 1
-            known = self._seen[id(x)] = (weakref.ref(x), version, self._count)
-        return known[2]
-
-    def _tokens(self, x: Tensor) -> Tensor:
-        """The rows (T, n) of `x` that the mask keeps; all of them where its shape is not that of tokens."""
-        rows = x.reshape(-1, x.shape[-1])
-        if self._mask is None or x.shape[:-1] not in (self._mask.shape, (self._mask.numel(),)):
-            return rows
-        return rows[self._mask.flatten()]
-
-
 def _watched(model: nn.Module, modules: Sequence[str] | None) -> dict[str, nn.Module]:
     named = dict(model.named_modules())
     if modules is None:
-        watched = {name: module for name, module in named.items() if isinstance(module, nn.Linear)}
+        watched: dict[str, nn.Module] = {
+            name: module for name, module in named.items() if isinstance(module, nn.Linear)
+        }
         if not watched:
             raise ValueError("model: expected at least one nn.Linear, got none; name the modules to calibrate")
         return watched

@@ -12,7 +12,7 @@ MOMENT_TOLERANCE = 1e-5
 
 
 def check_positive(name: str, value: int) -> None:
-    """`value` must be an int of at least 1."""
+    """``value`` must be an int of at least 1."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name}: expected a positive int, got {value!r}")
     if value < 1:
@@ -20,7 +20,7 @@ def check_positive(name: str, value: int) -> None:
 
 
 def check_weight(weight: Tensor, shape: tuple[int, int] | None = None) -> None:
-    """`weight` must be a finite floating-point matrix, of `shape` where one is given."""
+    """``weight`` must be a finite floating-point matrix, of ``shape`` where one is given."""
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight: expected a torch.Tensor, got {type(weight).__name__}")
     if weight.ndim != 2 or 0 in weight.shape:
@@ -34,7 +34,7 @@ def check_weight(weight: Tensor, shape: tuple[int, int] | None = None) -> None:
 
 
 def check_a_shape(a_shape: Sequence[int], m: int, n: int) -> tuple[int, int]:
-    """`a_shape` must be a pair (m1, n1) that divides (m, n); returns it as a tuple."""
+    """``a_shape`` must be a pair (m1, n1) that divides (m, n); returns it as a tuple."""
     pair = tuple(a_shape)
     if len(pair) != 2 or not all(isinstance(size, int) and not isinstance(size, bool) for size in pair):
         raise TypeError(f"a_shape: expected two ints (m1, n1), got {a_shape!r}")
@@ -44,14 +44,14 @@ def check_a_shape(a_shape: Sequence[int], m: int, n: int) -> tuple[int, int]:
 
 
 def check_terms(terms: int, most: int) -> None:
-    """`terms` must be an int between 1 and `most`."""
+    """``terms`` must be an int between 1 and ``most``."""
     check_positive("terms", terms)
     if terms > most:
         raise ValueError(f"terms: expected at most min(m1*n1, m2*n2) = {most}, got {terms}")
 
 
 def check_moment(moment: Tensor, n: int) -> None:
-    """`moment` must be a finite, symmetric, positive semi-definite (n, n) floating-point matrix with a positive trace."""
+    """``moment`` must be a finite, symmetric, positive semi-definite, non-zero (n, n) floating-point matrix."""
     if not isinstance(moment, Tensor) or not moment.is_floating_point():
         got = moment.dtype if isinstance(moment, Tensor) else type(moment).__name__
         raise TypeError(f"input_moment: expected a floating-point torch.Tensor, got {got}")
@@ -66,8 +66,7 @@ def check_moment(moment: Tensor, n: int) -> None:
     trace = float(moment.diagonal().double().sum())
     shifted = moment.double().clone()
     shifted.diagonal().add_(MOMENT_TOLERANCE * trace)
-    if trace <= 0 or int(torch.linalg.cholesky_ex(shifted).info) != 0:
-        raise ValueError(
-            f"input_moment: expected a positive semi-definite matrix with a positive trace, got one with trace {trace:.3g}"
-            + (" and a negative eigenvalue" if trace > 0 else "")
-        )
+    if trace <= 0:
+        raise ValueError(f"input_moment: expected a positive trace, got {trace:.3g}")
+    if int(torch.linalg.cholesky_ex(shifted).info) != 0:
+        raise ValueError("input_moment: expected a positive semi-definite matrix, got one with a negative eigenvalue")

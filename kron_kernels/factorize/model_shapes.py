@@ -41,8 +41,8 @@ class BertSize:
 class ModelShapes:
     """Factor shapes of every role of a BERT encoder and what the whole model then costs.
 
-    `params` counts all that is stored, the dense parts included, `compression` is how many times fewer that is than
-    in the dense encoder, and `macs` are the multiply-adds a token of all encoder linear layers (a look-up in the
+    ``params`` counts all that is stored, the dense parts included, ``compression`` is how many times fewer that is than
+    in the dense encoder, and ``macs`` are the multiply-adds a token of all encoder linear layers (a look-up in the
     embedding adds next to none).
     """
 
@@ -64,8 +64,8 @@ def model_shapes(
 ) -> ModelShapes:
     """The cost of an encoder whose first factors A have the shapes given, one pair for each matrix.
 
-    `attention` (Q, K, V and O), `ffn_in` (intermediate x hidden), `ffn_out` (hidden x intermediate), `embedding`
-    (vocab x hidden). Raises ValueError for a shape that does not divide.
+    ``attention`` (Q, K, V and O), ``ffn_in`` (intermediate x hidden), ``ffn_out`` (hidden x intermediate) and
+    ``embedding`` (vocab x hidden). Raises ValueError for a shape that does not divide.
     """
     h, i = size.hidden, size.intermediate
     shapes = (
@@ -88,12 +88,12 @@ def search_model_shapes(
     tiny: tuple[int, int] = (2, 16),
     limit: int | None = 20,
 ) -> list[ModelShapes]:
-    """One-term shapes that compress an encoder of `size` (BERT-base unless given) about `target_compression` times.
+    """One-term shapes that compress an encoder of ``size`` (BERT-base unless given) about ``target_compression`` times.
 
-    Searches pairs of one large and one tiny factor, with the tiny one's sides within `tiny`, where a product is one
+    Searches pairs of one large and one tiny factor, with the tiny one's sides within ``tiny``, where a product is one
     matrix multiplication with a small mix. As in KroneckerBERT the tiny factor is on the right in attention and on
     the left in the FFN, the two FFN matrices mirror each other, and the embedding's tiny factor is a row. Keeps those
-    whose compression is within the share `tolerance` of the target, fewest multiply-adds first, then nearest first.
+    whose compression is within the share ``tolerance`` of the target, fewest multiply-adds first, then nearest first.
     """
     if not target_compression > 1:
         raise ValueError(f"target_compression: expected a number above 1, got {target_compression}")

@@ -1,4 +1,4 @@
-"""`nearest_kronecker`: the best Kronecker factors of a weight, and what they lose."""
+"""``nearest_kronecker``: the best Kronecker factors of a weight, and what they lose."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _BLOCK_ENTRIES = 1 << 22
 class KronFactors:
     """Factors of W ~ sum_s a[s] (x) b[s] and their errors.
 
-    `a` is (S, m1, n1), `b` is (S, m2, n2), in the weight's dtype and on its device. `relative_error` is
+    ``a`` is (S, m1, n1), ``b`` is (S, m2, n2), in the weight's dtype and on its device. ``relative_error`` is
     ||W - What|| / ||W|| in the Frobenius norm, of the factors as they are, rounding to the weight's dtype included.
-    A data-aware fit also has `weighted_error`, the same with W C^(1/2) for W: the root mean square error of the layer's
-    output on the calibration data relative to that output. `history` then holds the fit's weighted error (under the
-    slightly regularised C) at its start and after each round.
+    A data-aware fit also has ``weighted_error``, the same with W C^(1/2) for W: the root mean square error of the
+    layer's output on the calibration data relative to that output. ``history`` then holds the fit's weighted error
+    (under the slightly regularised C) at its start and after each round.
     """
 
     a: Tensor
@@ -44,19 +44,20 @@ def nearest_kronecker(
     input_moment: Tensor | None = None,
     rounds: int = 15,
 ) -> KronFactors:
-    """Kronecker factors nearest to `weight` (m, n): a (S, m1, n1) and b (S, m/m1, n/n1) with S = `terms`.
+    """Kronecker factors nearest to ``weight`` (m, n): a (S, m1, n1) and b (S, m/m1, n/n1) with S = ``terms``.
 
-    Without `input_moment` this is the nearest sum of Kronecker products in the Frobenius norm (Van Loan and Pitsianis,
-    "Approximation with Kronecker products", 1993), with each singular value split evenly between a and b; it is exact
-    at terms = min(m1*n1, m2*n2).
+    Without ``input_moment`` this is the nearest sum of Kronecker products in the Frobenius norm (Van Loan and
+    Pitsianis, "Approximation with Kronecker products", 1993), with each singular value split evenly between a and b;
+    it is exact at terms = min(m1*n1, m2*n2).
 
-    With `input_moment` = C = E[x x^T] (n, n) of the layer's inputs it minimises ||(W - What) C^(1/2)||, the error of the
-    output, by at most `rounds` rounds of alternating least squares started from those factors. C is used with 1e-4
-    of its mean diagonal added to the diagonal. Each half step solves a system of S*n1 or S*n2 unknowns a row.
+    With ``input_moment`` = C = E[x x^T] (n, n) of the layer's inputs it minimises ||(W - What) C^(1/2)||, the error
+    of the output, by at most ``rounds`` rounds of alternating least squares started from those factors. C is used
+    with a hundredth of its mean diagonal added to its diagonal. Each round factors matrices of S*n1 and S*n2 rows.
+    Where the bias takes up the mean error (``mean_corrected_bias``), the covariance is the better C.
 
     Computes in fp64 for every dtype, without touching the global random state, and returns the weight's dtype.
-    Raises ValueError or TypeError for a weight that is not a finite floating-point matrix, an `a_shape` that does not
-    divide it, `terms` out of range, or an `input_moment` that is no symmetric positive semi-definite (n, n) matrix.
+    Raises ValueError or TypeError for a weight that is not a finite floating-point matrix, an ``a_shape`` that does not
+    divide it, ``terms`` out of range, or an ``input_moment`` that is no symmetric positive semi-definite (n, n) matrix.
     """
     check_weight(weight)
     m, n = weight.shape
@@ -65,7 +66,7 @@ def nearest_kronecker(
     weight = weight.detach()
     if input_moment is None:
         a, b = van_loan(weight, (m1, n1), terms)
-        a, b = a.to(weight.dtype), b.to(weight.dtype)
+        a, b = a.to(weight.dtype).contiguous(), b.to(weight.dtype).contiguous()
         return KronFactors(a, b, approximation_errors(weight, a, b)[0])
     check_moment(input_moment, n)
     if not isinstance(rounds, int) or rounds < 0:
@@ -73,7 +74,7 @@ def nearest_kronecker(
     input_moment = input_moment.detach().to(weight.device)
     a, b = van_loan(weight, (m1, n1), terms)
     a, b, history = fit_kronecker(weight, a, b, input_moment, rounds)
-    a, b = a.to(weight.dtype), b.to(weight.dtype)
+    a, b = a.to(weight.dtype).contiguous(), b.to(weight.dtype).contiguous()
     return KronFactors(a, b, *approximation_errors(weight, a, b, input_moment), history)
 
 
@@ -106,9 +107,9 @@ def _relative(lost: float, energy: float) -> float:
 def mean_corrected_bias(weight: Tensor, factors: KronFactors, bias: Tensor | None, input_mean: Tensor) -> Tensor:
     """The bias (m,) with which factored and dense layer have the same mean output: bias + (W - What) mean.
 
-    `weight` is the dense (m, n) weight, `bias` (m,) or None (zeros), `input_mean` (n,) the mean of the layer's inputs.
-    Computed in fp64, without building What, and returned in the weight's dtype. Raises ValueError for a mean or bias
-    of another shape.
+    ``weight`` is the dense (m, n) weight, ``bias`` (m,) or None (zeros), ``input_mean`` (n,) the mean of the layer's
+    inputs. Computed in fp64, without building What, and returned in the weight's dtype. Raises ValueError for a mean
+    or bias of another shape.
     """
     m, n = weight.shape
     if tuple(input_mean.shape) != (n,):

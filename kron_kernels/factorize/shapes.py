@@ -15,10 +15,10 @@ from .vanloan import van_loan_error
 
 @dataclass(frozen=True)
 class FactorShape:
-    """One way to write an (m, n) weight as a sum of `terms` products of an `a` and a `b` matrix.
+    """One way to write an (m, n) weight as a sum of ``terms`` products of an ``a`` and a ``b`` matrix.
 
-    `params` counts the entries of all factors, `macs` the multiply-adds a token in the cheaper contraction order.
-    `relative_error` and `weighted_error` are those of a fit to the weight that was searched, None without one.
+    ``params`` counts the entries of all factors, ``macs`` the multiply-adds a token in the cheaper contraction order.
+    ``relative_error`` and ``weighted_error`` are those of a fit to the weight that was searched, None without one.
     """
 
     a: tuple[int, int]
@@ -36,7 +36,7 @@ def order_cost(m1: int, n1: int, m2: int, n2: int, terms: int = 1) -> tuple[int,
 
 
 def factor_shape(m: int, n: int, a_shape: Sequence[int], terms: int = 1) -> FactorShape:
-    """The FactorShape of an (m, n) weight whose first factor is `a_shape`; ValueError where that does not divide."""
+    """The FactorShape of an (m, n) weight whose first factor is ``a_shape``; ValueError where that does not divide."""
     m1, n1 = check_a_shape(a_shape, m, n)
     m2, n2 = m // m1, n // n1
     params = terms * (m1 * n1 + m2 * n2)
@@ -65,15 +65,16 @@ def search_factor_shapes(
 ) -> list[FactorShape]:
     """All factor shapes of an (m, n) weight within a budget, best first.
 
-    With `weight` (m, n) every shape within the budget is fitted and the list is ordered by error, then by multiply-adds:
-    by the Frobenius error of the nearest Kronecker product, which needs leading singular values only, or, with
-    `input_moment` (n, n), by the weighted error of a data-aware fit of `rounds` rounds, which takes longer. Without
-    `weight` the order is by parameters kept, most first, since captured energy follows them closely, then by
-    multiply-adds.
+    With ``weight`` (m, n) every shape within the budget is fitted and the list is ordered by error, then by
+    multiply-adds: by the Frobenius error of the nearest Kronecker product, which needs leading singular values only,
+    or, with ``input_moment`` (n, n), by the weighted error of a data-aware fit of ``rounds`` rounds, which takes
+    longer. Without ``weight`` the order is by parameters kept, most first, since captured energy follows them closely,
+    then by multiply-adds.
 
-    `max_params` bounds the stored entries (m*n - 1 unless given), `max_macs` the multiply-adds a token, `terms` lists
-    the numbers of terms to try (those beyond a shape's full rank are left out), `limit` cuts the list (None: all), and
-    `progress(done, total, shape)` is called after each fit. Raises ValueError or TypeError for arguments out of range.
+    ``max_params`` bounds the stored entries (m*n - 1 unless given), ``max_macs`` the multiply-adds a token, ``terms``
+    lists the numbers of terms to try (those beyond a shape's full rank are left out), ``limit`` cuts the list (None:
+    all), and ``progress(done, total, shape)`` is called after each fit. Raises ValueError or TypeError for arguments
+    out of range.
     """
     check_positive("m", m)
     check_positive("n", n)

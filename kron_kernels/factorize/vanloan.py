@@ -21,7 +21,7 @@ _DENSE_EIGH_LIMIT = 1024
 
 
 def rearranged_blocks(weight: Tensor, a_shape: tuple[int, int], transposed: bool) -> Iterator[Tensor]:
-    """Row blocks, in order and in fp64, of R (m1*n1, m2*n2), or of R^T where `transposed`."""
+    """Row blocks, in order and in fp64, of R (m1*n1, m2*n2), or of R^T where ``transposed``."""
     m1, n1 = a_shape
     grid = weight.unflatten(0, (m1, -1)).unflatten(2, (n1, -1))
     # (m1, n1, m2, n2) or (m2, n2, m1, n1)
@@ -32,7 +32,7 @@ def rearranged_blocks(weight: Tensor, a_shape: tuple[int, int], transposed: bool
 
 
 def van_loan(weight: Tensor, a_shape: tuple[int, int], terms: int) -> tuple[Tensor, Tensor]:
-    """The `terms` leading pairs, fp64: a (S, m1, n1) and b (S, m2, n2), each pair's singular value split evenly."""
+    """The ``terms`` leading pairs, fp64: a (S, m1, n1) and b (S, m2, n2), each pair's singular value split evenly."""
     (m1, n1), (m2, n2) = a_shape, (weight.shape[0] // a_shape[0], weight.shape[1] // a_shape[1])
     a_is_small = m1 * n1 < m2 * n2
     gram = _gram(weight, a_shape, a_is_small)
@@ -57,7 +57,7 @@ def with_fixed_signs(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def van_loan_error(weight: Tensor, a_shape: tuple[int, int], terms: int) -> float:
-    """Relative Frobenius error of the nearest sum of `terms` Kronecker products, without building the factors."""
+    """Relative Frobenius error of the nearest sum of ``terms`` Kronecker products, without building the factors."""
     a_is_small = a_shape[0] * a_shape[1] * a_shape[0] * a_shape[1] < weight.numel()
     gram = _gram(weight, a_shape, a_is_small)
     total = float(gram.trace())
@@ -67,7 +67,7 @@ def van_loan_error(weight: Tensor, a_shape: tuple[int, int], terms: int) -> floa
 
 
 def leading_eigenvectors(gram: Tensor, count: int) -> Tensor:
-    """Orthonormal eigenvectors (k, count) of the largest eigenvalues of the symmetric `gram` (k, k), largest first."""
+    """Orthonormal eigenvectors (k, count) of the largest eigenvalues of symmetric ``gram`` (k, k), largest first."""
     size = gram.shape[0]
     if size <= _DENSE_EIGH_LIMIT or count * 8 > size:
         return torch.linalg.eigh(gram).eigenvectors[:, -count:].flip(1)

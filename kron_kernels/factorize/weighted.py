@@ -1,11 +1,11 @@
 """The data-aware fit: Kronecker factors that keep a layer's output, not its weight.
 
-Minimises f = || (W - sum_s A_s (x) B_s) C^(1/2) ||_F^2, the mean squared error of the output when the layer's inputs have
-the second moment C = E[x x^T] (n, n). With one side fixed f is quadratic in the other, and each of its rows has the
+Minimises f = || (W - sum_s A_s (x) B_s) C^(1/2) ||_F^2, the mean squared error of the output when the layer's inputs
+have the second moment C = E[x x^T] (n, n). With one side fixed f is quadratic in the other, and all its rows have the
 same small normal matrix, so alternating least squares solves each half exactly:
 
-    B fixed: row i of [A_1 .. A_S] (m1, S*n1) has the normal matrix H[(s,j),(t,J)] = sum_{k,l,L} B_s[k,l] C[jl,JL] B_t[k,L]
-    A fixed: row k of [B_1 .. B_S] (m2, S*n2) has K[(s,l),(t,L)] = sum_{i,j,J} A_s[i,j] C[jl,JL] A_t[i,J]
+    B fixed, rows of [A_1 .. A_S] (m1, S*n1): H[(s,j),(t,J)] = sum_{k,l,L} B_s[k,l] C[jl,JL] B_t[k,L]
+    A fixed, rows of [B_1 .. B_S] (m2, S*n2): K[(s,l),(t,L)] = sum_{i,j,J} A_s[i,j] C[jl,JL] A_t[i,J]
 
 The right-hand sides need W C only, which is formed once. Reading C as (n1*n1, n2*n2) and W C as (m1*n1, m2*n2) makes
 every step of a round a matrix product or a small solve, and no object is larger than W or C.
@@ -19,8 +19,8 @@ from torch import Tensor
 from .vanloan import rearranged_blocks, with_fixed_signs
 
 # Added to C's diagonal, as a share of its mean: directions that calibration never saw keep a small weight, so that the
-# factors stay bounded there, while the fit to what it did see does not change measurably.
-RIDGE = 1e-4
+# factors stay bounded there. On encoders calibrated with 4,000 to 10,000 tokens a hundredth did best on other text.
+RIDGE = 1e-2
 # Each half step also pays this share of the normal matrix's mean diagonal for moving away from where it is. It makes
 # the solve well posed for redundant terms, and unlike a ridge on the factors it cannot let the objective rise.
 _PROXIMAL = 1e-10
@@ -31,7 +31,7 @@ _SETTLED = 1e-9
 def fit_kronecker(
     weight: Tensor, a: Tensor, b: Tensor, moment: Tensor, rounds: int
 ) -> tuple[Tensor, Tensor, tuple[float, ...]]:
-    """Alternating least squares from `a` (S, m1, n1) and `b` (S, m2, n2), both fp64, in at most `rounds` rounds.
+    """Alternating least squares from ``a`` (S, m1, n1) and ``b`` (S, m2, n2), both fp64, in at most ``rounds`` rounds.
 
     Returns the factors, their norms split evenly, and the relative weighted error under the regularised C at the start
     and after each round; but for rounding it never rises.
@@ -45,27 +45,22 @@ def fit_kronecker(
     pairs = c.view(n1, n2, n1, n2).transpose(1, 2).reshape(n1 * n1, n2 * n2)
     del weighted, c
 
-    def share(a_normal: Tensor, a_side: Tensor) -> float:
-        lost = energy - 2 * (a * a_side).sum() + (a * _times_normal(a, a_normal)).sum()
-        return max(0.0, float(lost) / energy) if energy > 0 else 0.0
-
-    history = []
+    history: list[float] = []
     for done in range(rounds + 1):
         b, a = _orthonormal_first(b, a)
-        a_normal, a_side = _normal_matrix(pairs, b), (b.flatten(1) @ target.T).view(terms, m1, n1)
-        history.append(share(a_normal, a_side))
-        settled = done > 0 and history[-2] - history[-1] <= _SETTLED
-        if done == rounds or settled:
+        normal, side = _normal_matrix(pairs, b), (b.flatten(1) @ target.T).view(terms, m1, n1)
+        lost = energy - 2 * (a * side).sum() + (a * _times_normal(a, normal)).sum()
+        history.append(max(0.0, float(lost) / energy) if energy > 0 else 0.0)
+        if done == rounds or (done > 0 and history[-2] - history[-1] <= _SETTLED):
             break
-        a = _half_step(a, a_side, a_normal)
-        a, b = _orthonormal_first(a, b)
+        a, b = _orthonormal_first(_half_step(a, side, normal), b)
         b = _half_step(b, (a.flatten(1) @ target).view(terms, m2, n2), _normal_matrix(pairs.T, a))
     a, b = _evenly_split(a, b)
     return a, b, tuple(value**0.5 for value in history)
 
 
 def regularised(moment: Tensor) -> Tensor:
-    """`moment` in fp64, made symmetric, with RIDGE times the mean of its diagonal added to the diagonal."""
+    """``moment`` in fp64, made symmetric, with RIDGE times the mean of its diagonal added to the diagonal."""
     c = moment.to(torch.float64)
     c = (c + c.T) / 2
     c.diagonal().add_(RIDGE * c.diagonal().mean())
@@ -73,7 +68,7 @@ def regularised(moment: Tensor) -> Tensor:
 
 
 def _normal_matrix(pairs: Tensor, fixed: Tensor) -> Tensor:
-    """sum over the fixed side of F_s[k,l] C F_t[k,L], as (S*c, S*c), for `fixed` (S, r, f) and `pairs` (c*c, f*f)."""
+    """Sum of F_s[k,l] C[jl,JL] F_t[k,L], (S*c, S*c), for ``fixed`` F (S, r, f) and C as ``pairs`` (c*c, f*f)."""
     terms, free = fixed.shape[0], round(pairs.shape[0] ** 0.5)
     products = torch.einsum("skl,tkr->lrst", fixed, fixed).flatten(0, 1).flatten(1)
     normal = (pairs @ products).view(free, free, terms, terms)
@@ -81,7 +76,7 @@ def _normal_matrix(pairs: Tensor, fixed: Tensor) -> Tensor:
 
 
 def _times_normal(factors: Tensor, normal: Tensor) -> Tensor:
-    """Rows of [F_1 .. F_S] (r, S*c) times `normal`, back as (S, r, c)."""
+    """Rows of [F_1 .. F_S] (r, S*c) times ``normal``, back as (S, r, c)."""
     return (_rows(factors) @ normal).unflatten(1, (factors.shape[0], -1)).transpose(0, 1)
 
 
@@ -91,21 +86,24 @@ def _rows(factors: Tensor) -> Tensor:
 
 
 def _half_step(factors: Tensor, side: Tensor, normal: Tensor) -> Tensor:
-    """The `factors` (S, r, c) that solve F normal = side, as a correction to those that came."""
+    """The ``factors`` (S, r, c) that solve F normal = side, as a correction to those that came."""
     gradient = _rows(side - _times_normal(factors, normal))
     shift = _PROXIMAL * float(normal.diagonal().mean())
     if shift <= 0:
         return factors
-    while True:
-        root, failed = torch.linalg.cholesky_ex(normal + shift * torch.eye(len(normal), dtype=normal.dtype, device=normal.device))
-        if int(failed) == 0:
-            step = torch.cholesky_solve(gradient.T, root).T
-            return factors + step.unflatten(1, (factors.shape[0], -1)).transpose(0, 1)
-        shift *= 10
+    failed = 1
+    while failed:
+        shifted = normal.clone()
+        shifted.diagonal().add_(shift)
+        root, info = torch.linalg.cholesky_ex(shifted)
+        # A moment summed in fp32 may be indefinite by its rounding.
+        failed, shift = int(info), shift * 10
+    step = torch.cholesky_solve(gradient.T, root).T
+    return factors + step.unflatten(1, (factors.shape[0], -1)).transpose(0, 1)
 
 
 def _orthonormal_first(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """The same sum of products with the terms of `first` orthonormal, which keeps the normal matrix well conditioned."""
+    """The same sum of products with the terms of ``first`` orthonormal: it keeps the normal matrix well conditioned."""
     q, r = torch.linalg.qr(first.flatten(1).T)
     return q.T.reshape(first.shape), (r @ second.flatten(1)).view(second.shape)
 
