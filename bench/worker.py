@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,10 +22,18 @@ from kron_kernels.timing import gemm_peak_gflops, peak_memory_growth
 from kron_kernels.timing.compare import Result, compare
 from kron_kernels.timing.layers import CASES, LayerProblem
 
+Say = Callable[[dict[str, Any]], None]
+
 
 def main() -> None:
     job = json.loads(sys.argv[1])
-    # Libraries may print what they like; the protocol keeps the real stdout to itself.
+    say = protocol()
+    torch.set_num_threads(job["threads"])
+    {"time": _time_points, "memory": _memory_points, "peak": _peak}[job["kind"]](job, say)
+
+
+def protocol() -> Say:
+    """A function that writes one message; whatever libraries print goes to stderr from here on."""
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
@@ -32,16 +41,15 @@ def main() -> None:
         channel.write(json.dumps(message) + "\n")
         channel.flush()
 
-    torch.set_num_threads(job["threads"])
-    {"time": _time_points, "memory": _memory_points, "peak": _peak}[job["kind"]](job, say)
+    return say
 
 
-def _peak(_job: dict[str, Any], say: Any) -> None:
+def _peak(_job: dict[str, Any], say: Say) -> None:
     for name, dtype in DTYPES.items():
         say({"dtype": name, "gflops": gemm_peak_gflops(dtype)})
 
 
-def _time_points(job: dict[str, Any], say: Any) -> None:
+def _time_points(job: dict[str, Any], say: Say) -> None:
     for point in job["points"]:
         index = point["index"]
         problem = _problem(point)
@@ -60,7 +68,7 @@ def _time_points(job: dict[str, Any], say: Any) -> None:
         say({"done": index})
 
 
-def _memory_points(job: dict[str, Any], say: Any) -> None:
+def _memory_points(job: dict[str, Any], say: Say) -> None:
     """Peak growth of the resident set over one forward; the parent sets the allocator to give memory back at once."""
     for point in job["points"]:
         problem = _problem(point)

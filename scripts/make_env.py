@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--extras", default="dev,bench,plots", help="optional dependencies of the package, by comma")
     arguments = parser.parse_args()
 
-    python = arguments.venv / "bin" / "python"
+    python = arguments.venv.absolute() / "bin" / "python"
     if not python.exists():
         shared = has_torch(Path(sys.executable))
         step(f"creating {arguments.venv}" + (" on top of this Python's torch" if shared else ""))
@@ -38,7 +38,7 @@ def main() -> None:
     pip(python, "install", *BUILD_TOOLS)
     step("building and installing kron_kernels")
     # The build must find the environment's cmake and ninja first.
-    path = f"{python.parent.resolve()}{os.pathsep}{os.environ.get('PATH', '')}"
+    path = f"{python.parent}{os.pathsep}{os.environ.get('PATH', '')}"
     pip(python, "install", "--no-build-isolation", "-e", f"{ROOT}[{arguments.extras}]", PATH=path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -43,7 +44,7 @@ def encoders(presets: Sequence[str], dtype: torch.dtype, **sizes: int) -> dict[s
     from transformers import BertConfig, BertModel
 
     torch.manual_seed(0)
-    config = BertConfig(**sizes)
+    config = BertConfig(**sizes)  # type: ignore[arg-type]
     models: dict[str, nn.Module] = {"dense": BertModel(config)}
     for name in presets:
         models[name] = BertModel(config)
@@ -69,7 +70,7 @@ def compare_encoders(
     right = {name: model for name, model in models.items() if errors[name] <= tolerance}
     timings: dict[str, Timing] = {}
     if "dense" in right:
-        variants = [Variant(name, lambda model=model: forward(model, ids)) for name, model in right.items()]
+        variants = [Variant(name, functools.partial(forward, model, ids)) for name, model in right.items()]
         timings = {timing.name: timing for timing in interleave(variants, "dense", seconds=seconds)}
     return [
         EncoderResult(name, count_parameters(model), errors[name], tolerance, timings.get(name))
