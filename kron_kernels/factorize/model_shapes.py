@@ -42,8 +42,8 @@ class ModelShapes:
     """Factor shapes of every role of a BERT encoder and what the whole model then costs.
 
     ``params`` counts all that is stored, the dense parts included, ``compression`` is how many times fewer that is than
-    in the dense encoder, and ``macs`` are the multiply-adds a token of all encoder linear layers (a look-up in the
-    embedding adds next to none).
+    in the dense encoder, and ``macs`` and ``flops`` are the multiply-adds and the operations a token of all encoder
+    linear layers (a look-up in the embedding adds next to none).
     """
 
     attention: FactorShape
@@ -53,6 +53,7 @@ class ModelShapes:
     params: int
     compression: float
     macs: int
+    flops: int
 
 
 def model_shapes(
@@ -76,8 +77,9 @@ def model_shapes(
     )
     linear_params = size.layers * (4 * shapes[0].params + shapes[1].params + shapes[2].params)
     macs = size.layers * (4 * shapes[0].macs + shapes[1].macs + shapes[2].macs)
+    flops = size.layers * (4 * shapes[0].flops + shapes[1].flops + shapes[2].flops)
     params = size.kept_params() + linear_params + shapes[3].params
-    return ModelShapes(*shapes, params, size.dense_params() / params, macs)
+    return ModelShapes(*shapes, params, size.dense_params() / params, macs, flops)
 
 
 def search_model_shapes(

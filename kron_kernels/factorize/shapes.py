@@ -29,6 +29,14 @@ class FactorShape:
     relative_error: float | None = None
     weighted_error: float | None = None
 
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions a token in the cheaper order: an inner product of k pairs takes 2 k - 1."""
+        (m1, n1), (m2, n2) = self.a, self.b
+        b_first, a_first = order_cost(m1, n1, m2, n2, self.terms)
+        inner_results = n1 * m2 if b_first <= a_first else m1 * n2
+        return 2 * self.macs - self.terms * inner_results - m1 * m2
+
 
 def order_cost(m1: int, n1: int, m2: int, n2: int, terms: int = 1) -> tuple[int, int]:
     """Multiply-adds a token of sum_s A_s X B_s^T, (B first, A first), for A_s (m1, n1), B_s (m2, n2) and X (n1, n2)."""
