@@ -148,7 +148,7 @@ def calibrate(
             if progress is not None:
                 progress(done + 1, len(batches) + 1, "calibrating")
     if modules is not None and (idle := [name for name in modules if name not in recorder.groups]):
-        raise ValueError(f"modules: {', '.join(idle)} did not run on the first batch")
+        raise ValueError(f"modules: {', '.join(idle)} did not run")
     return Calibration(recorder.statistics())
 
 
