@@ -39,12 +39,11 @@ class _Sums:
             self._total = torch.zeros(n, dtype=torch.float64, device=rows.device)
         elif n != self._total.shape[0]:
             raise ValueError(f"modules: {self.names[0]} takes inputs {self._total.shape[0]} wide and {n} wide")
-        # An autocast context around the caller would round the products to half precision.
-        with torch.autocast(rows.device.type, enabled=False):
-            for chunk in rows.split(_CHUNK_ROWS):
-                chunk = chunk.to(dtype)
-                self._outer.addmm_(chunk.T, chunk)
-                self._total += chunk.sum(0, dtype=torch.float64)
+        for chunk in rows.split(_CHUNK_ROWS):
+            chunk = chunk.to(dtype)
+            # In place: autocast, where the caller has it on, leaves that in full precision.
+            self._outer.addmm_(chunk.T, chunk)
+            self._total += chunk.sum(0, dtype=torch.float64)
         self.tokens += rows.shape[0]
 
     def statistics(self) -> InputStatistics:

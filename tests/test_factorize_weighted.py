@@ -57,6 +57,25 @@ def test_is_stationary_in_each_factor(size: tuple[int, int], a_shape: tuple[int,
         assert float(gradient.norm()) < 2e-3
 
 
+@pytest.mark.parametrize("terms", [1, 2])
+def test_each_half_is_the_least_squares_solution(terms: int) -> None:
+    weight, x = torch.randn(6, 12, dtype=torch.float64), uneven_inputs(200, 12).double()
+    moment = x.T @ x / len(x)
+    factors = nearest_kronecker(weight, (3, 4), terms, input_moment=moment, rounds=1)
+    root = torch.linalg.cholesky(moment + 1e-2 * moment.diagonal().mean() * torch.eye(12))
+
+    def solve(basis: list[Tensor], count: int) -> Tensor:
+        design = torch.stack([(product @ root).flatten() for product in basis], 1)
+        return torch.linalg.lstsq(design, (weight @ root).flatten()).solution.view(terms, count)
+
+    b = nearest_kronecker(weight, (3, 4), terms).b
+    units = torch.eye(12).double().view(12, 3, 4)
+    a = solve([torch.kron(unit, b[s]) for s in range(terms) for unit in units], 12).view(terms, 3, 4)
+    units = torch.eye(6).double().view(6, 2, 3)
+    b = solve([torch.kron(a[s], unit) for s in range(terms) for unit in units], 6).view(terms, 2, 3)
+    torch.testing.assert_close(kron_weight(factors.a, factors.b), kron_weight(a, b))
+
+
 def test_solves_a_factor_exactly_when_the_other_is_right() -> None:
     a, b = torch.randn(6, 4, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
     x = uneven_inputs(500, 12).double()
