@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,10 +21,21 @@ def activation_code(activation: str | None) -> int:
     return code
 
 
+def check_types(x: Any, a: Any, b: Any, bias: Any) -> None:
+    """Raise TypeError for what is no tensor."""
+    if isinstance(x, Tensor) and isinstance(a, Tensor) and isinstance(b, Tensor):
+        if bias is None or isinstance(bias, Tensor):
+            return
+        raise TypeError(f"bias: expected a Tensor or None, got {type(bias).__name__}")
+    for name, operand in (("x", x), ("a", a), ("b", b)):
+        if not isinstance(operand, Tensor):
+            raise TypeError(f"{name}: expected a Tensor, got {type(operand).__name__}")
+
+
 def check_operands(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
     """Check ``x (..., n1 * n2)``, ``a (S, m1, n1)``, ``b (S, m2, n2)``, ``bias (m1 * m2,)`` against each other.
 
-    Raises TypeError for what is no tensor and for dtypes, ValueError for shapes and devices.
+    Raises TypeError for dtypes, ValueError for shapes and devices.
     """
     a_shape, b_shape = a.shape, b.shape
     if len(a_shape) != 3 or len(b_shape) != 3 or a_shape[0] != b_shape[0] or 0 in a_shape or 0 in b_shape:
@@ -48,10 +61,10 @@ def check_operands(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> None
 
 
 def _match(name: str, tensor: Tensor, x: Tensor) -> None:
-    if tensor.dtype is not x.dtype:
-        raise TypeError(f"{name}: expected the dtype of x, {x.dtype}, got {tensor.dtype}")
     if tensor.device != x.device:
         raise ValueError(f"{name}: expected the device of x, {x.device}, got {tensor.device}")
+    if tensor.dtype is not x.dtype:
+        raise TypeError(f"{name}: expected the dtype of x, {x.dtype}, got {tensor.dtype}")
 
 
 def _bad_factors(a: Tensor, b: Tensor) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _backends, reference
-from ._checks import activation_code, check_operands
+from ._checks import activation_code, check_operands, check_types
 from ._ops import kron_mm, kron_mm_backward
 
 
@@ -45,10 +45,11 @@ def kron_matmul(
 
     Differentiable to any order in ``x``, ``a``, ``b`` and ``bias``; only the inputs are kept for backward.
     """
+    check_types(x, a, b, bias)
     if a.dim() == 2 and b.dim() == 2:
         a, b = a.unsqueeze(0), b.unsqueeze(0)
     device = x.device
-    if torch.is_autocast_enabled(device.type):
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):  # meta has no autocast: asking is an error
         x, a, b, bias = _autocast(device.type, x, a, b, bias)
     check_operands(x, a, b, bias)
     code = activation_code(activation)
