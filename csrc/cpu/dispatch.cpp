@@ -56,7 +56,7 @@ std::atomic<int>& cap() {
 const Kernels& active() {
 #if defined(__x86_64__)
     switch (active_isa()) {
-        case Isa::amx:
+        case Isa::amx: return kAmxKernels;
         case Isa::avx512: return kAvx512Kernels;
         case Isa::avx2: return kAvx2Kernels;
         case Isa::portable: break;

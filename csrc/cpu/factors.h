@@ -120,5 +120,27 @@ static void dot_panel(int64_t rows, int64_t depth, const C* R, int64_t step, con
         for (int64_t l = lanes; l < width; ++l) out[i * out_step + l] = 0;
 }
 
+// The right factor's GEMM on vectors, the default policy of Forward. AmxGemm is the other one.
+template <class C>
+struct VectorGemm {
+    typedef C Row;
+    static constexpr bool kConvertsRows = false;
+    static constexpr int64_t kRowBlock = 1;
+    static constexpr int kPanelVectors = 0;  // the plan chooses
+    static int64_t depth(int64_t n) { return n; }
+    static int64_t panel_size(int64_t n, int vectors) { return n * vectors * Simd<C>::W; }
+    static void begin() {}
+    static void end() {}
+
+    template <class E>
+    static void pack(const E* M, int64_t lane_step, int64_t k_step, int64_t lanes, int64_t n, int vectors, C* out) {
+        pack_panel<C, E>(M, lane_step, k_step, lanes, n, vectors, out);
+    }
+    static void multiply(int64_t rows, int64_t n, const C* R, int64_t step, const C* panel, int64_t panel_step, int vectors, C* out,
+                         int64_t out_step, Start<C> start) {
+        gemm_rows<C, false>(rows, n, R, step, panel, panel_step, vectors, out, out_step, start);
+    }
+};
+
 }  // namespace KRON_ISA
 }  // namespace kron

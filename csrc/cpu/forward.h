@@ -17,8 +17,10 @@
 namespace kron {
 namespace KRON_ISA {
 
-template <class C, class E>
+// G: how the GEMM is done (VectorGemm, AmxGemm) and in which type it reads its rows.
+template <class C, class E, class G>
 struct Forward {
+    typedef typename G::Row Row;
     Plan plan;
     const E* x;
     int64_t x_stride;
@@ -32,29 +34,37 @@ struct Forward {
     SplitMix<C, E> split_mix_x;  // commuted, left first: load and left product in one pass
     MixMerge<C, E> mix_merge_y;  // commuted, right first: left product and store in one pass
     const C* left_compact;       // (S, n1, m1)
-    C* panels;                   // (S, panels) of (n2, panel width)
+    Row* panels;                 // (S, panels) of (n2, panel width)
     const C* bias;               // (m1*m2,) in y's layout, or null
 
     static constexpr int W = Simd<C>::W;
 
     int64_t width() const { return static_cast<int64_t>(plan.panel_vectors) * W; }
-    int64_t panel_size() const { return plan.n2 * width(); }
+    int64_t panel_size() const { return G::panel_size(plan.n2, plan.panel_vectors); }
     int64_t x_step() const { return staged_x ? row_step<C>(plan.n2) : plan.n2; }
-    int64_t middle_term() const { return padded<C>(plan.right_first ? plan.m2 : plan.n2); }
+    // Whole panels: a GEMM may write all lanes of its last one.
+    int64_t outputs_padded() const { return plan.panels * width(); }
+    int64_t middle_term() const { return plan.right_first ? outputs_padded() : padded<C>(plan.n2); }
     int64_t middle_step() const { return row_step<C>(plan.terms * middle_term()); }
-    int64_t result_step() const { return direct_y ? plan.m2 : row_step<C>(plan.m2); }
+    int64_t result_step() const { return direct_y ? plan.m2 : row_step<C>(outputs_padded()); }
 
     // Scratch of one task, laid out by a Carver (which only counts when its base is null).
     struct Tile {
-        C *x, *middle, *result, *panel;
+        C *x, *middle, *result;
+        Row *rows, *panel;
     };
+    static int64_t row_blocks(int64_t rows) { return (rows + G::kRowBlock - 1) / G::kRowBlock * G::kRowBlock; }
+    int64_t gemm_rows_a_token() const { return plan.right_first ? plan.n1 : plan.m1; }
+    int64_t gemm_step() const { return (plan.right_first ? 1 : plan.terms) * G::depth(plan.n2); }
     Tile carve(Carver& c) const {
         const int64_t t = plan.tile_tokens;
         Tile tile{};
         if (staged_x) tile.x = c.take<C>(t * plan.n1 * x_step());
-        tile.middle = c.take<C>(t * (plan.right_first ? plan.n1 : plan.m1) * middle_step());
-        if (!direct_y && !mix_merge_y) tile.result = c.take<C>(t * plan.m1 * result_step());
-        if (plan.pack_in_task) tile.panel = c.take<C>(panel_size());
+        const int64_t rows = row_blocks(t * gemm_rows_a_token());
+        tile.middle = c.take<C>(rows * middle_step());
+        if (!direct_y && !mix_merge_y) tile.result = c.take<C>(row_blocks(t * plan.m1) * result_step());
+        if (G::kConvertsRows) tile.rows = c.take<Row>(rows * gemm_step());
+        if (plan.pack_in_task) tile.panel = c.take<Row>(panel_size());
         return tile;
     }
 
@@ -83,23 +93,48 @@ struct Forward {
 
     Mix<C> mix() const { return Mix<C>{left_compact, plan.terms, plan.m1, plan.n1}; }
 
+    // The rows of term s that the GEMM reads: X when the right factor comes first (the same for all terms), else left X.
+    struct Rows {
+        const C* compute;
+        int64_t compute_step;
+        const Row* gemm;
+        int64_t step;
+    };
+    Rows gemm_rows_of(int64_t s, const C* x_rows, int64_t tokens, const Tile& tile) const {
+        const int64_t rows = tokens * gemm_rows_a_token();
+        Rows r{};
+        r.compute = plan.right_first ? x_rows : tile.middle + s * middle_term();
+        r.compute_step = plan.right_first ? x_step() : middle_step();
+        if constexpr (G::kConvertsRows) {
+            if (!plan.packed) return r;
+            r.step = gemm_step();
+            Row* own = tile.rows + (plan.right_first ? 0 : s * G::depth(plan.n2));
+            r.gemm = own;
+            if (!plan.right_first || s == 0) G::convert(r.compute, r.compute_step, rows, plan.n2, own, r.step);
+        } else {
+            r.gemm = r.compute;
+            r.step = r.compute_step;
+        }
+        return r;
+    }
+
     // out (rows, lanes of the panel) = R (rows, n2) right_s^T + start.
-    void multiply_panel(int64_t s, int64_t panel, int64_t rows, const C* R, int64_t step, C* own_panel, C* out,
-                        int64_t out_step, Start<C> start) const {
+    void multiply_panel(int64_t s, int64_t panel, int64_t rows, const Rows& R, Row* own_panel, C* out, int64_t out_step,
+                        Start<C> start) const {
         const int64_t lane = panel * width();
         const int64_t lanes = plan.m2 - lane < width() ? plan.m2 - lane : width();
         const int vectors = static_cast<int>((lanes + W - 1) / W);
         const E* F = static_cast<const E*>(right.data) + s * right.stride_term + lane * right.stride_row;
         if (!plan.packed) {
-            dot_panel<C, E>(rows, plan.n2, R, step, F, right.stride_row, lanes, vectors * W, out, out_step, start);
+            dot_panel<C, E>(rows, plan.n2, R.compute, R.compute_step, F, right.stride_row, lanes, vectors * W, out, out_step, start);
             return;
         }
-        const C* packed = panels + (s * plan.panels + panel) * panel_size();
+        const Row* packed = panels + (s * plan.panels + panel) * panel_size();
         if (own_panel) {
-            pack_panel<C, E>(F, right.stride_row, right.stride_col, lanes, plan.n2, plan.panel_vectors, own_panel);
+            G::pack(F, right.stride_row, right.stride_col, lanes, plan.n2, plan.panel_vectors, own_panel);
             packed = own_panel;
         }
-        gemm_rows<C, false>(rows, plan.n2, R, step, packed, width(), vectors, out, out_step, start);
+        G::multiply(rows, plan.n2, R.gemm, R.step, packed, width(), vectors, out, out_step, start);
     }
 
     void run(int64_t index) const {
@@ -111,18 +146,22 @@ struct Forward {
         carve(count);
         Carver carver(scratch(ScratchSlot::task, count.used()));
         const Tile tile = carve(carver);
+        G::begin();
         if (plan.right_first)
             run_right_first(first, tokens, from, to, tile);
         else
             run_left_first(first, tokens, from, to, tile);
+        G::end();
     }
 
     void run_right_first(int64_t first, int64_t tokens, int64_t from, int64_t to, const Tile& tile) const {
-        const C* rows = stage_x(first, tokens, tile);
-        for (int64_t s = 0; s < plan.terms; ++s)
+        const C* x_rows = stage_x(first, tokens, tile);
+        for (int64_t s = 0; s < plan.terms; ++s) {
+            const Rows rows = gemm_rows_of(s, x_rows, tokens, tile);
             for (int64_t panel = from; panel < to; ++panel)
-                multiply_panel(s, panel, tokens * plan.n1, rows, x_step(), tile.panel,
-                               tile.middle + s * middle_term() + panel * width(), middle_step(), Start<C>{});
+                multiply_panel(s, panel, tokens * plan.n1, rows, tile.panel, tile.middle + s * middle_term() + panel * width(),
+                               middle_step(), Start<C>{});
+        }
         const int64_t lane = from * width();
         const int64_t lanes = (to * width() < plan.m2 ? to * width() : plan.m2) - lane;
         const int64_t outputs = plan.m1 * plan.m2;
@@ -147,16 +186,17 @@ struct Forward {
     void run_left_first(int64_t first, int64_t tokens, int64_t from, int64_t to, const Tile& tile) const {
         mix_x(first, tokens, tile);
         C* result = direct_y ? reinterpret_cast<C*>(y) + first * plan.m1 * plan.m2 : tile.result;
-        for (int64_t panel = from; panel < to; ++panel)
-            for (int64_t s = 0; s < plan.terms; ++s) {
+        for (int64_t s = 0; s < plan.terms; ++s) {
+            const Rows rows = gemm_rows_of(s, nullptr, tokens, tile);
+            for (int64_t panel = from; panel < to; ++panel) {
                 Start<C> start;
                 if (s > 0)
                     start.accumulate = true;
                 else if (direct_y && bias)
                     start = Start<C>{bias + panel * width(), plan.m2, plan.m1, false};
-                multiply_panel(s, panel, tokens * plan.m1, tile.middle + s * middle_term(), middle_step(), tile.panel,
-                               result + panel * width(), result_step(), start);
+                multiply_panel(s, panel, tokens * plan.m1, rows, tile.panel, result + panel * width(), result_step(), start);
             }
+        }
         const int64_t lane = from * width();
         finish(first, tokens, lane, (to * width() < plan.m2 ? to * width() : plan.m2) - lane, result + lane);
     }
@@ -181,17 +221,16 @@ struct Forward {
         const int64_t s = index / plan.panels, panel = index % plan.panels, lane = panel * width();
         const int64_t lanes = plan.m2 - lane < width() ? plan.m2 - lane : width();
         const E* F = static_cast<const E*>(right.data) + s * right.stride_term + lane * right.stride_row;
-        pack_panel<C, E>(F, right.stride_row, right.stride_col, lanes, plan.n2, plan.panel_vectors,
-                         panels + index * panel_size());
+        G::pack(F, right.stride_row, right.stride_col, lanes, plan.n2, plan.panel_vectors, panels + index * panel_size());
     }
 };
 
-template <class C, class E>
+template <class C, class E, class G = VectorGemm<C>>
 static void forward(const ForwardArgs& args, const Executor& executor) {
-    typedef Forward<C, E> F;
+    typedef Forward<C, E, G> F;
     const Shape& shape = args.shape;
     F f{};
-    f.plan = plan_forward(shape, Machine{Simd<C>::W, kMaxRows[2], executor.threads, args.b.stride_col == 1,
+    f.plan = plan_forward(shape, Machine{Simd<C>::W, kMaxRows[2], G::kPanelVectors, executor.threads, args.b.stride_col == 1,
                                          args.a.stride_col == 1});
     const Plan& p = f.plan;
     f.x = static_cast<const E*>(args.x);
@@ -215,7 +254,7 @@ static void forward(const ForwardArgs& args, const Executor& executor) {
     const auto carve = [&](Carver& c) {
         left_compact = c.take<C>(shape.terms * p.m1 * p.n1);
         if (args.bias && !same) bias = c.take<C>(shape.m1 * shape.m2);
-        if (p.packed && !p.pack_in_task) f.panels = c.take<C>(all_panels * f.panel_size());
+        if (p.packed && !p.pack_in_task) f.panels = c.take<typename G::Row>(all_panels * f.panel_size());
     };
     Carver count(nullptr), tile_count(nullptr);
     carve(count);

@@ -70,7 +70,7 @@ Plan plan_forward(const Shape& s, const Machine& machine) {
     p.tokens = s.tokens, p.terms = s.terms;
     p.m1 = best.m1, p.n1 = best.n1, p.m2 = best.m2, p.n2 = best.n2;
     p.multiply_adds = best.work;
-    p.panel_vectors = panel_vectors(p.m2, machine.lanes);
+    p.panel_vectors = machine.panel_vectors ? machine.panel_vectors : panel_vectors(p.m2, machine.lanes);
     p.panels = ceil_div(p.m2, static_cast<int64_t>(p.panel_vectors) * machine.lanes);
 
     const int64_t rows_a_token = p.right_first ? p.n1 : p.m1;

@@ -33,6 +33,7 @@ struct Plan {
 struct Machine {
     int lanes;     // elements of the compute type in a vector
     int max_rows;  // rows of the widest register tile
+    int panel_vectors;  // fixed by the kernel, or 0: free to choose
     int threads;
     bool can_dot;  // the right factors' rows are contiguous in memory (natural, commuted)
     bool can_dot_commuted;

@@ -10,6 +10,8 @@
 
 #include "kron/problem.h"
 
+void amx_emulated_forward(const kron::ForwardArgs& args, const kron::Executor& executor);  // amx_emulated.cpp
+
 namespace {
 
 using kron::Activation;
@@ -150,7 +152,9 @@ void compare(const std::vector<double>& expected, const Buffer& got, double tol,
     if (!(finite && worst <= tol * scale)) std::printf("   error %.3g of scale %.3g, allowed %.3g\n", worst, scale, tol * scale);
 }
 
-void test_forward(const Product& p, const kron::Executor& executor, const char* where) {
+typedef void (*ForwardFunction)(const kron::ForwardArgs&, const kron::Executor&);
+
+void test_forward(const Product& p, ForwardFunction forward, const kron::Executor& executor, const char* where) {
     const Case& c = p.c;
     std::vector<double> expected(size_t(c.tokens * p.m), 0.0);
     for (int64_t t = 0; t < c.tokens; ++t)
@@ -167,9 +171,9 @@ void test_forward(const Product& p, const kron::Executor& executor, const char* 
             y = activate(c.activation, y + (c.bias ? p.bias.at(i) : 0));
         }
     const Buffer y(c.tokens * p.m, c.dtype);
-    kron::kron_mm_forward({p.shape(), p.x.get(), p.n + c.gap, p.factor(p.a, c.m1, c.n1), p.factor(p.b, c.m2, c.n2),
-                           c.bias ? p.bias.get() : nullptr, c.activation, y.get()},
-                          executor);
+    forward({p.shape(), p.x.get(), p.n + c.gap, p.factor(p.a, c.m1, c.n1), p.factor(p.b, c.m2, c.n2),
+             c.bias ? p.bias.get() : nullptr, c.activation, y.get()},
+            executor);
     compare(expected, y, tolerance(c.dtype, c.terms * (p.n + 1)), "forward", where);
 }
 
@@ -215,9 +219,15 @@ void run_case(const Case& c, int wanted = 15) {
                           kron::isa_name(kron::active_isa()), executor.threads, long(c.tokens), long(c.terms), long(c.m1),
                           long(c.n1), long(c.m2), long(c.n2), int(c.dtype), int(c.activation), long(c.gap),
                           c.bias ? " bias" : "", c.transposed ? " transposed" : "");
-            test_forward(p, executor, where);
+            test_forward(p, kron::kron_mm_forward, executor, where);
             test_backward(p, executor, where, wanted);
         }
+    }
+    if (c.dtype == DType::bf16 && c.tokens > 0) {
+        char where[200];
+        std::snprintf(where, sizeof where, "emulated AMX, T=%ld S=%ld A=%ldx%ld B=%ldx%ld", long(c.tokens), long(c.terms),
+                      long(c.m1), long(c.n1), long(c.m2), long(c.n2));
+        test_forward(p, amx_emulated_forward, kThreads, where);
     }
     kron::set_isa_cap(kron::Isa::amx);
 }
@@ -235,7 +245,9 @@ int main(int argc, char** argv) {
             for (const bool transposed : {false, true})
                 run_case({tokens, s[0], s[1], s[2], s[3], s[4], DType::f32, true, transposed, Activation::none, transposed ? 3 : 0});
     for (const DType dtype : {DType::f64, DType::bf16, DType::f16})
-        for (const auto& s : shapes) run_case({19, s[0], s[1], s[2], s[3], s[4], dtype, true, false, Activation::gelu, 0});
+        for (const auto& s : shapes)
+            for (const int64_t tokens : {19, 45})
+                run_case({tokens, s[0], s[1], s[2], s[3], s[4], dtype, true, false, Activation::gelu, 0});
     for (int kind = 1; kind <= 4; ++kind)
         for (const DType dtype : {DType::f32, DType::f64})
             run_case({9, 1, 8, 2, 48, 32, dtype, true, false, static_cast<Activation>(kind), 0});
