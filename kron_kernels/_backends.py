@@ -82,8 +82,11 @@ def resolve(backend: str | None, device: torch.device) -> str:
 def _introspect() -> Any:
     if not _CPU_READY:
         raise RuntimeError(f"backend 'cpu' is not available: {_STATUS['cpu'].reason}")
-    from . import _introspect
-
+    try:
+        from . import _introspect
+    except ImportError as error:
+        built = build_info().get("introspection", "not built")
+        raise RuntimeError(f"the introspection module does not load: {error} (build: {built})") from error
     return _introspect
 
 

@@ -88,7 +88,7 @@ def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """``function.apply`` without inspecting its signature on every call, which costs as much as five small products."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*args)
-    return super(torch.autograd.Function, function).apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
 class KronMatmul(torch.autograd.Function):
