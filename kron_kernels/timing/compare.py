@@ -13,8 +13,8 @@ from .layers import DENSE, TOLERANCE, Candidate, LayerProblem
 class Result:
     """What became of one candidate.
 
-    ``status`` is "ok" (checked and timed), "wrong" (its error is above the tolerance: not timed) or "failed" (it
-    raised); ``reason`` says more for the last two. ``error`` is the largest relative error against float64.
+    ``status`` is "ok" (checked and timed), "wrong" (its error is above the tolerance: not timed), "failed" (it
+    raised) or "skipped"; ``reason`` says more unless it is ok. ``error`` is the largest relative error against float64.
     """
 
     name: str
@@ -62,7 +62,7 @@ def compare(
 
 def _check(problem: LayerProblem, candidate: Candidate, tolerance: float, starting: Callable[[str], None]) -> Result:
     if problem.backward and candidate.differentiates is None:
-        return Result(candidate.name, "failed", "forward only")
+        return Result(candidate.name, "skipped", "forward only")
     starting(candidate.name)
     try:
         error = problem.error(candidate)
