@@ -26,7 +26,7 @@ SIZES = {
     "num_attention_heads": 2,
     "max_position_embeddings": 24,
 }
-WORDS = "the a cat dog bird sees likes hears and or small big red blue".split()
+WORDS = ["the", "a", "cat", "dog", "bird", "sees", "likes", "hears", "and", "or", "small", "big", "red", "blue"]
 SENTENCES = [f"the {left} {verb} a {right}" for left in WORDS[2:5] for verb in WORDS[5:8] for right in WORDS[2:5]]
 Capture = pytest.CaptureFixture[str]
 
@@ -98,7 +98,7 @@ def test_calibration_lowers_the_output_error(bert: Path, text: Path, tmp_path: P
     dense = transformers.BertModel.from_pretrained(bert).eval()
     batches = tokenize(transformers.AutoTokenizer.from_pretrained(bert), SENTENCES[:20])
     moments = pipeline.calibrate(dense, batches)
-    errors = {name: 0.0 for name in ("plain", "aware")}
+    errors = dict.fromkeys(("plain", "aware"), 0.0)
     for name in errors:
         model = transformers.AutoModel.from_pretrained(tmp_path / name)
         for layer, module in model.named_modules():

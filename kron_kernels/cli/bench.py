@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..timing import Timing, describe_machine, gemm_peak_gflops
 from ..timing.compare import Result, compare
-from ..timing.encoder import EncoderResult, compare_encoders, encoders
 from ..timing.layers import CASES, STOCK, LayerProblem
 from .output import Progress, add_json_flag, format_table, print_json
+
+if TYPE_CHECKING:
+    from ..timing.encoder import EncoderResult
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -70,6 +72,9 @@ def run_layers(arguments: argparse.Namespace) -> int:
 
 def run_model(arguments: argparse.Namespace) -> int:
     """Time the encoder; 1 when any model computed wrongly."""
+    # Imports transformers, which takes seconds.
+    from ..timing.encoder import compare_encoders, encoders
+
     _set_threads(arguments.threads)
     presets = arguments.preset or ["K8", "K21"]
     progress, rows = Progress(), []

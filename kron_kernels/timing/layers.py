@@ -131,6 +131,8 @@ class LayerProblem:
         else:
             dx, da, db, dbias = reference.kron_mm_backward(self.grad.double(), self.x.double(), a, b)
             want |= {"x": dx, "a": da[0], "b": db[0], "bias": dbias}
+            if "weight" in (candidate.differentiates or ()):
+                want["weight"] = self.grad.double().T @ self.x.double()
             leaves = [tensor.detach().requires_grad_() for tensor in (self.x, *operands)]
             y = candidate.function(*leaves)
             names = ("y", "x", *(candidate.differentiates or ()))

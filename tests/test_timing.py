@@ -1,0 +1,169 @@
+"""Interleaved timing, memory peaks, and the rule that what computes wrongly is not timed."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import pytest
+import torch
+
+from kron_kernels.timing import Quantiles, Variant, describe_machine, gemm_peak_gflops, interleave, peak_memory_growth
+from kron_kernels.timing.compare import compare
+from kron_kernels.timing.layers import (
+    A_FIRST,
+    B_FIRST,
+    CASES,
+    DENSE,
+    MATERIALISED,
+    OURS,
+    STOCK,
+    TOLERANCE,
+    Candidate,
+    LayerCase,
+    LayerProblem,
+)
+
+SMALL = LayerCase("small", (6, 4), (5, 3))
+
+
+def test_quantiles_interpolate() -> None:
+    assert Quantiles.of([3.0]) == Quantiles(3.0, 3.0, 3.0)
+    quantiles = Quantiles.of([float(value) for value in range(11)])
+    assert dataclasses.astuple(quantiles) == pytest.approx((1.0, 5.0, 9.0))
+
+
+def test_speedup_is_over_the_baseline() -> None:
+    variants = [Variant("slow", lambda: time.sleep(0.004)), Variant("fast", lambda: time.sleep(0.001))]
+    slow, fast = interleave(variants, "slow", seconds=0.05)
+    assert (slow.name, fast.name) == ("slow", "fast")
+    assert slow.speedup == Quantiles(1.0, 1.0, 1.0)
+    assert 1.5 < fast.speedup.q50 < 4.5
+    assert 0.004 <= slow.seconds.q50 < 0.02
+    assert slow.rounds == fast.rounds >= 5
+    assert fast.calls > slow.calls
+
+
+def test_every_variant_has_its_turn_in_every_round() -> None:
+    order: list[str] = []
+    variants = [Variant(name, lambda name=name: order.append(name)) for name in "abc"]  # type: ignore[misc]
+    timings = interleave(variants, "a", seconds=1e-9, warmup_seconds=1e-9, min_rounds=6, max_rounds=6)
+    timed = order[-6 * 3 :]
+    assert [timing.calls for timing in timings] == [6, 6, 6]
+    assert [timed[start : start + 3] for start in (0, 3, 6)] == [["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"]]
+
+
+def test_rest_is_not_timed() -> None:
+    (timing,) = interleave([Variant("rests", lambda: None, rest_seconds=0.01)], "rests", seconds=1e-6)
+    assert timing.seconds.q50 < 0.005
+
+
+def test_interleave_refuses_bad_names() -> None:
+    variant = Variant("a", lambda: None)
+    with pytest.raises(ValueError, match=r"variants: names must differ, got \['a', 'a'\]"):
+        interleave([variant, variant], "a")
+    with pytest.raises(ValueError, match=r"baseline: expected one of \['a'\], got 'b'"):
+        interleave([variant], "b")
+
+
+def test_peak_memory_growth_sees_a_temporary() -> None:
+    def run() -> torch.Tensor:
+        return torch.ones(16 * 2**20).sum()
+
+    run()
+    growth = peak_memory_growth(run)
+    if growth is None:
+        pytest.skip("this system does not tell the peak")
+    assert 60 * 2**20 < growth < 100 * 2**20
+
+
+def test_machine_and_peak() -> None:
+    machine = describe_machine()
+    assert machine["torch"] == torch.__version__
+    assert machine["threads"] == torch.get_num_threads()
+    assert gemm_peak_gflops(torch.float32, (64,), 2) > 0
+
+
+def test_case_counts_the_cheaper_order() -> None:
+    case = CASES["k21-attention"]
+    assert case.shape == (768, 768)
+    assert case.macs == 38_400
+    assert case.saving == pytest.approx(15.36)
+    assert str(case) == "384x48 (x) 2x16"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("candidate", STOCK, ids=lambda candidate: candidate.name)
+def test_every_stock_way_is_right(candidate: Candidate, backward: bool, dtype: torch.dtype) -> None:
+    problem = LayerProblem(SMALL, 7, dtype, backward, copies=2)
+    assert problem.error(candidate) <= TOLERANCE[dtype]
+    run = problem.runner(candidate)
+    first, second, third = run(), run(), run()
+    pick = (lambda result: result[0]) if backward else (lambda result: result)
+    assert torch.equal(pick(first), pick(third)), "the copies take turns"
+    assert not torch.equal(pick(first), pick(second)), "the copies differ"
+
+
+@pytest.mark.parametrize(
+    ("right", "position"), [(B_FIRST, 0), (B_FIRST, 1), (B_FIRST, 2), (B_FIRST, 3), (DENSE, 1), (DENSE, 2)]
+)
+def test_a_wrong_gradient_shows(right: Candidate, position: int) -> None:
+    class Damaged(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            ctx.save_for_backward(*inputs)
+            return right.function(*inputs)
+
+        @staticmethod
+        def backward(ctx, grad):
+            leaves = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+            with torch.enable_grad():
+                gradients = list(torch.autograd.grad(right.function(*leaves), leaves, grad))
+            gradients[position] = gradients[position] * 1.01
+            return tuple(gradients)
+
+    damaged = dataclasses.replace(right, function=Damaged.apply)
+    assert LayerProblem(SMALL, 7, torch.float32, backward=True).error(damaged) > TOLERANCE[torch.float32]
+
+
+def test_compare_times_only_what_is_right() -> None:
+    def raises(*_):
+        raise RuntimeError("no such kernel\nand a long story")
+
+    wrong = dataclasses.replace(A_FIRST, name="wrong", function=lambda *args: A_FIRST.function(*args) * 1.001)
+    lost = dataclasses.replace(A_FIRST, name="lost", function=lambda *args: A_FIRST.function(*args) * float("nan"))
+    failing = dataclasses.replace(A_FIRST, name="failing", function=raises)
+    started: list[str] = []
+    results = compare(
+        LayerProblem(SMALL, 7, torch.float32),
+        [DENSE, wrong, lost, failing, OURS],
+        seconds=0.01,
+        starting=started.append,
+    )
+    by_name = {result.name: result for result in results}
+    assert {name: result.status for name, result in by_name.items()} == {
+        "dense": "ok",
+        "wrong": "wrong",
+        "lost": "wrong",
+        "failing": "failed",
+        "kron_kernels": "ok",
+    }
+    assert {name for name, result in by_name.items() if result.timing} == {"dense", "kron_kernels"}
+    assert by_name["wrong"].reason == "relative error 1.0e-03 above 1e-05"
+    assert by_name["failing"].reason == "RuntimeError: no such kernel"
+    assert started == ["dense", "wrong", "lost", "failing", "kron_kernels", "timing"]
+
+
+def test_compare_without_a_right_baseline_times_nothing() -> None:
+    wrong = dataclasses.replace(DENSE, function=lambda *args: DENSE.function(*args) + 1)
+    results = compare(LayerProblem(SMALL, 7, torch.float32), [wrong, OURS], seconds=0.01)
+    assert [(result.status, result.timing) for result in results] == [("wrong", None), ("failed", None)]
+    assert results[1].reason == "no dense baseline to compare with"
+
+
+def test_compare_skips_forward_only_ways_of_backward() -> None:
+    forward_only = dataclasses.replace(MATERIALISED, differentiates=None)
+    problem = LayerProblem(SMALL, 7, torch.float32, backward=True)
+    results = compare(problem, [DENSE, forward_only], seconds=0.01)
+    assert (results[1].status, results[1].reason) == ("skipped", "forward only")
