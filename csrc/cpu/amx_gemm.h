@@ -53,7 +53,7 @@ struct AmxGemm {
 
     // out (rows rounded up to kRowBlock, 32) = [out +] R (same rows, depth) panel.
     static void multiply(int64_t rows, int64_t n, const bf16* R, int64_t step, const bf16* panel, int64_t, int,
-                         float* out, int64_t out_step, Start<float> start) {
+                         float* out, int64_t out_step, Start<float> start, Ahead*) {
         for (int64_t r = 0; r < rows; r += 32) {
             const bf16* R0 = R + r * step;
             float* to = out + r * out_step;

@@ -137,8 +137,8 @@ struct VectorGemm {
         pack_panel<C, E>(M, lane_step, k_step, lanes, n, vectors, out);
     }
     static void multiply(int64_t rows, int64_t n, const C* R, int64_t step, const C* panel, int64_t panel_step, int vectors, C* out,
-                         int64_t out_step, Start<C> start) {
-        gemm_rows<C, false>(rows, n, R, step, panel, panel_step, vectors, out, out_step, start);
+                         int64_t out_step, Start<C> start, Ahead* ahead) {
+        gemm_rows<C, false>(rows, n, R, step, panel, panel_step, vectors, out, out_step, start, ahead);
     }
 };
 

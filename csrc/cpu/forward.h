@@ -120,7 +120,7 @@ struct Forward {
 
     // out (rows, lanes of the panel) = R (rows, n2) right_s^T + start.
     void multiply_panel(int64_t s, int64_t panel, int64_t rows, const Rows& R, Row* own_panel, C* out, int64_t out_step,
-                        Start<C> start) const {
+                        Start<C> start, Ahead* ahead) const {
         const int64_t lane = panel * width();
         const int64_t lanes = plan.m2 - lane < width() ? plan.m2 - lane : width();
         const int vectors = static_cast<int>((lanes + W - 1) / W);
@@ -134,7 +134,17 @@ struct Forward {
             G::pack(F, right.stride_row, right.stride_col, lanes, plan.n2, plan.panel_vectors, own_panel);
             packed = own_panel;
         }
-        G::multiply(rows, plan.n2, R.gemm, R.step, packed, width(), vectors, out, out_step, start);
+        G::multiply(rows, plan.n2, R.gemm, R.step, packed, width(), vectors, out, out_step, start, ahead);
+    }
+
+    // Spreads `count` elements over the k steps of this task's GEMM.
+    Ahead fetch(const E* from, int64_t count, int64_t rows, int64_t panels_here) const {
+        const int64_t blocks = (rows + kMaxRows[plan.panel_vectors] - 1) / kMaxRows[plan.panel_vectors];
+        const int64_t steps = blocks * plan.n2 * panels_here * plan.terms;
+        const int64_t bytes = count * static_cast<int64_t>(sizeof(E));
+        // A small tile is covered by the hardware's own prefetching.
+        const int64_t step = bytes < 32768 || steps == 0 ? 0 : bytes / steps;
+        return Ahead{step ? reinterpret_cast<const char*>(from) : reinterpret_cast<const char*>(left_compact), step < 64 ? step : 64};
     }
 
     void run(int64_t index) const {
@@ -156,11 +166,12 @@ struct Forward {
 
     void run_right_first(int64_t first, int64_t tokens, int64_t from, int64_t to, const Tile& tile) const {
         const C* x_rows = stage_x(first, tokens, tile);
+        Ahead ahead = fetch(y + first * plan.m1 * plan.m2, tokens * plan.m1 * plan.m2, tokens * plan.n1, to - from);
         for (int64_t s = 0; s < plan.terms; ++s) {
             const Rows rows = gemm_rows_of(s, x_rows, tokens, tile);
             for (int64_t panel = from; panel < to; ++panel)
                 multiply_panel(s, panel, tokens * plan.n1, rows, tile.panel, tile.middle + s * middle_term() + panel * width(),
-                               middle_step(), Start<C>{});
+                               middle_step(), Start<C>{}, &ahead);
         }
         const int64_t lane = from * width();
         const int64_t lanes = (to * width() < plan.m2 ? to * width() : plan.m2) - lane;
@@ -185,6 +196,8 @@ struct Forward {
 
     void run_left_first(int64_t first, int64_t tokens, int64_t from, int64_t to, const Tile& tile) const {
         mix_x(first, tokens, tile);
+        const int64_t next = first + tokens, left = plan.tokens - next < tokens ? plan.tokens - next : tokens;
+        Ahead ahead = fetch(x + next * x_stride, left * x_stride, tokens * plan.m1, to - from);
         C* result = direct_y ? reinterpret_cast<C*>(y) + first * plan.m1 * plan.m2 : tile.result;
         for (int64_t s = 0; s < plan.terms; ++s) {
             const Rows rows = gemm_rows_of(s, nullptr, tokens, tile);
@@ -194,7 +207,7 @@ struct Forward {
                     start.accumulate = true;
                 else if (direct_y && bias)
                     start = Start<C>{bias + panel * width(), plan.m2, plan.m1, false};
-                multiply_panel(s, panel, tokens * plan.m1, rows, tile.panel, result + panel * width(), result_step(), start);
+                multiply_panel(s, panel, tokens * plan.m1, rows, tile.panel, result + panel * width(), result_step(), start, &ahead);
             }
         }
         const int64_t lane = from * width();

@@ -26,21 +26,34 @@ struct Init {
     const int64_t* rows;
 };
 
+// Memory that will be wanted after this product (results about to be written, the next tile's input), fetched into L2 a
+// little with every k, so that it arrives while the multipliers are busy. step 0 fetches one line again and again, which
+// costs nothing measurable.
+struct Ahead {
+    const char* at;
+    int64_t step;  // bytes a k
+};
+
 // kUnitRow: consecutive rows of R are neighbours in memory (R[r + k * step]); otherwise consecutive k are
 // (R[r * step + k]). Then at most four base pointers reach all rows through scaled addressing.
 template <class C, int MR, int NV, bool kUnitRow>
 static void micro_kernel(int64_t depth, const C* R, int64_t step, const C* P, int64_t panel_step, C* out,
-                         int64_t out_step, Init<C> init) {
+                         int64_t out_step, Init<C> init, Ahead ahead) {
     constexpr int W = Simd<C>::W;
     Vec<C> acc[MR][NV] = {};
     const C* group[(MR + 2) / 3];
 #pragma GCC unroll 8
     for (int q = 0; q < (MR + 2) / 3; ++q) group[q] = R + 3 * q * (kUnitRow ? 1 : step);
+#pragma GCC unroll 2
     for (int64_t k = 0; k < depth; ++k) {
         Vec<C> p[NV];
 #pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) p[v] = load<C>(P + v * W);
         P += panel_step;
+        if (!kUnitRow) {
+            __builtin_prefetch(ahead.at, 0, 2);
+            ahead.at += ahead.step;
+        }
 #pragma GCC unroll 16
         for (int r = 0; r < MR; ++r) {
             const C value = kUnitRow ? R[r] : group[r / 3][(r % 3) * step];
@@ -67,7 +80,7 @@ static void micro_kernel(int64_t depth, const C* R, int64_t step, const C* P, in
 }
 
 template <class C>
-using MicroKernel = void (*)(int64_t, const C*, int64_t, const C*, int64_t, C*, int64_t, Init<C>);
+using MicroKernel = void (*)(int64_t, const C*, int64_t, const C*, int64_t, C*, int64_t, Init<C>, Ahead);
 
 template <class C, int NV, bool kUnitRow>
 static MicroKernel<C> pick_rows(int rows) {
@@ -122,7 +135,7 @@ struct RowBlocks {
 // out[r][0 .. vectors*W) for r < rows; out_step >= vectors*W.
 template <class C, bool kUnitRow>
 static void gemm_rows(int64_t rows, int64_t depth, const C* R, int64_t step, const C* P, int64_t panel_step, int vectors,
-                      C* out, int64_t out_step, Start<C> start) {
+                      C* out, int64_t out_step, Start<C> start, Ahead* ahead = nullptr) {
     if (rows == 0) return;
     const RowBlocks blocks(rows, kMaxRows[vectors]);
     int64_t offsets[16];
@@ -138,7 +151,8 @@ static void gemm_rows(int64_t rows, int64_t depth, const C* R, int64_t step, con
                 if (++phase == start.period) phase = 0;
             }
         pick<C, kUnitRow>(n, vectors)(depth, R + r * (kUnitRow ? 1 : step), step, P, panel_step, out + r * out_step,
-                                      out_step, init);
+                                      out_step, init, ahead ? *ahead : Ahead{reinterpret_cast<const char*>(P), 0});
+        if (ahead) ahead->at += ahead->step * depth;
         r += n;
     }
 }
@@ -165,7 +179,7 @@ static void mix_tokens(const C* M, int64_t outputs, int64_t depth, int64_t token
                 C* to = out + (t * outputs + row) * out_step + v * W;
                 const C* base = start.accumulate ? to : start.base ? start.base + row * start.stride + v * W : nullptr;
                 kernels[b < blocks.larger][v + 1 < vectors](depth, M + row, outputs, in + t * depth * in_step + v * W, in_step, to,
-                                                            out_step, Init<C>{base, offsets});
+                                                            out_step, Init<C>{base, offsets}, Ahead{reinterpret_cast<const char*>(M), 0});
             }
             row += blocks.rows(b);
         }

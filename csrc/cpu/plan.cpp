@@ -10,6 +10,8 @@ constexpr double kSerialWork = 400e3;
 // Rows of the GEMM per tile: enough to reuse a panel of the right factor from L2, few enough that the tile of
 // intermediates (rows x panel) stays in L1.
 constexpr int64_t kTileRows = 96;
+// Bytes of x and y a tile may cover, so that what is fetched ahead is still in L2 when it is used.
+constexpr int64_t kTileBytes = 384 * 1024;
 // With fewer rows than this in all, packing the right factor costs more than it saves.
 constexpr int64_t kDotRows = 24;
 // Up to this many rows the threads share out the panels instead of the tokens.
@@ -20,6 +22,8 @@ constexpr double kOddTransposeCost = 24;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
 bool is_shuffle_width(int64_t width) { return width == 1 || width == 2 || width == 4 || width == 8 || width == 16; }
 
@@ -79,7 +83,9 @@ Plan plan_forward(const Shape& s, const Machine& machine) {
 
     p.serial = best.work * static_cast<double>(s.tokens) < kSerialWork;
     const int64_t threads = p.serial ? 1 : machine.threads;
-    const int64_t tile_rows = std::max<int64_t>(kTileRows / s.terms, machine.max_rows);
+    const int64_t token_bytes = (s.m1 * s.m2 + s.n1 * s.n2) * size_of(s.dtype);
+    const int64_t tile_rows = std::max<int64_t>(
+        std::min(kTileRows / s.terms, kTileBytes / token_bytes * rows_a_token), machine.max_rows);
     const int64_t rows = p.tokens * rows_a_token;
     if (!p.packed || (rows <= kTaskPackRows && p.panels >= threads)) {
         // Few rows: the threads share out the panels, and each packs its own while it is in L1.
