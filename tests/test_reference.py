@@ -69,7 +69,7 @@ def test_error_rule_catches_one_wrong_element() -> None:
     right: Tensor = reference.kron_mm(operands.x, operands.a, operands.b, operands.bias)
     cases.assert_accurate(right, right, oracle)
     wrong = right.clone()
-    wrong[3, 5] += 1e-4
+    wrong[3, 5] += 1e-5
     with pytest.raises(AssertionError, match="maximum error"):
         cases.assert_accurate(wrong, right, oracle)
     wrong[3, 5] = float("nan")
