@@ -78,15 +78,15 @@ def kronify_(
 
     Works on encoders whose module names match the config's patterns: BERT and its kin with any head, MPNet. Poolers,
     heads, LayerNorms, position and type embeddings stay as they are. An output layer tied to the word embedding
-    becomes one on the embedding's factors and stays tied. Where the model has a ``config``, the conversion is
-    recorded in its ``kron`` field.
+    becomes one on the embedding's factors and stays tied. The conversion is recorded in the ``kron`` field of a
+    transformers configuration. The files of a model converted in place load into one given the same structure with
+    ``fit=False``; those of ``KronBertModel.from_dense`` and its kin load by themselves.
 
     Args:
         model: changed only once every layer has been fitted; after an error it is as it was.
         config: a KronConfig, its dict, or a preset's name.
         calibration: the second moments and means of the layers' inputs (see ``calibrate``). The fit then minimises
-            the error of each layer's output (Tahaei et al. start from the plain fit), and the mean error goes to the
-            bias.
+            the error of each layer's output, its mean error taken up by the bias (see ``fit_linear``).
         fit: False leaves the new factors freshly drawn: the structure only, for a state dict to be loaded into.
         progress: called as ``progress(done, total, name)`` after each layer.
 

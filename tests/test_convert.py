@@ -122,6 +122,16 @@ def test_tied_decoder_stays_tied(name, tmp_path):
     torch.testing.assert_close(outputs(loaded), outputs(model))
 
 
+def test_declared_ties_name_the_factors():
+    model = make_model("bert-mlm")
+    model._tied_weights_keys = {"cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight"}
+    kronify_(model, "K8")
+    # "decoder.b" must not take "decoder.bias" along
+    assert model.get_expanded_tied_weights_keys() == {
+        f"cls.predictions.decoder.{factor}": f"bert.embeddings.word_embeddings.{factor}" for factor in "ab"
+    }
+
+
 def test_decoder_with_a_weight_of_its_own_stays_dense():
     model = make_model("bert-mlm", tie_word_embeddings=False)
     kronify_(model, "K8")

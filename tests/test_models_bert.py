@@ -188,6 +188,16 @@ def test_a_loaded_padding_row_is_kept(tmp_path):
     assert (AutoModel.from_pretrained(tmp_path).embeddings.word_embeddings.a[:, 0] == 0.25).all()
 
 
+def test_initialisation_leaves_loaded_parameters_alone():
+    model = make_kron()
+    model.embeddings.word_embeddings.a.data[:, 0] = 0.25
+    before = copy.deepcopy(model.state_dict())
+    for tensor in (*model.modules(), *model.parameters()):
+        tensor._is_hf_initialized = isinstance(tensor, nn.Parameter)
+    model.initialize_weights()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_a_dense_checkpoint_is_refused(tmp_path):
     make_dense().save_pretrained(tmp_path)
     with pytest.raises(OSError, match=r"expected Kronecker factors, 26 are missing, .*KronBertModel.from_dense"):

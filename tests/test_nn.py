@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from kron_kernels.nn import KronLinear
+from kron_kernels.nn import KronLinear, fit_linear
 
 SHAPES = {
     "tiny_b": ((6, 4), (2, 3)),
@@ -71,6 +71,24 @@ def test_input_mean_moves_the_mean_error_into_the_bias():
     layer = KronLinear.from_linear(dense, (4, 2), input_mean=x.mean(0))
     torch.testing.assert_close(layer(x).mean(0), dense(x).mean(0))
     assert not torch.allclose(KronLinear.from_linear(dense, (4, 2))(x).mean(0), dense(x).mean(0), atol=0.1)
+
+
+def test_moment_and_mean_together_leave_the_deviations_to_the_factors():
+    dense = nn.Linear(12, 8)
+    x = torch.randn(400, 12) * torch.logspace(-1, 1, 12) + torch.linspace(5, -5, 12)
+    moment, mean = x.T @ x / 400, x.mean(0)
+    wanted = dense(x)
+    errors = []
+    for means in (None, mean):
+        layer, factors = fit_linear(dense, (4, 2), 1, moment, means)
+        error = layer(x) - wanted
+        errors.append(error.norm() / (wanted - dense.bias).norm())
+        torch.testing.assert_close(torch.tensor(factors.weighted_error), errors[-1], rtol=1e-3, atol=0)
+    assert errors[1] < 0.9 * errors[0]
+    constant = torch.ones(12)
+    layer, factors = fit_linear(dense, (4, 2), 1, torch.outer(constant, constant), constant)
+    torch.testing.assert_close(layer(constant), dense(constant))
+    assert factors.weighted_error < 0.01
 
 
 def test_input_moment_lowers_the_output_error():

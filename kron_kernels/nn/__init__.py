@@ -1,0 +1,11 @@
+"""Modules with Kronecker-factored weights: drop-in for nn.Linear and nn.Embedding, and the decoder tied to the latter.
+
+A weight is ``W = sum_s A_s (x) B_s`` with ``a (S, m1, n1)`` and ``b (S, m2, n2)``; it is never built in ``forward``.
+The state dict of every module holds ``a``, ``b`` and, where there is one, ``bias``.
+"""
+
+from .embedding import KronDecoder, KronEmbedding, fit_embedding
+from .factored import Shape, Shapes
+from .linear import KronLinear, fit_linear
+
+__all__ = ["KronDecoder", "KronEmbedding", "KronLinear", "Shape", "Shapes", "fit_embedding", "fit_linear"]

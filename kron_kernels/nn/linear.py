@@ -1,0 +1,156 @@
+"""KronLinear, and its fit to a dense layer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .._checks import activation_code
+from ..factorize import KronFactors, mean_corrected_bias, nearest_kronecker
+from ..functional import kron_matmul
+from .factored import KronFactored, Shape, Shapes, empty_factors
+
+
+class KronLinear(KronFactored):
+    """``activation(x (sum_s A_s (x) B_s)^T + bias)``: nn.Linear with a Kronecker-factored weight.
+
+    ``x`` is ``(..., in_features)``, the result ``(..., out_features)``; ``shapes`` is ``((m1, n1), (m2, n2))`` with
+    ``m1 * m2 == out_features`` and ``n1 * n2 == in_features``. ``activation`` is None, "gelu" (erf), "gelu_tanh",
+    "relu" or "silu", applied after the bias. Raises ValueError where shapes, terms or activation do not fit.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        shapes: Shapes,
+        terms: int = 1,
+        bias: bool = True,
+        activation: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        (m1, n1), (m2, n2) = shapes
+        if (m1 * m2, n1 * n2) != (out_features, in_features):
+            raise ValueError(
+                f"shapes: expected a product of shape (out_features, in_features) = ({out_features}, {in_features}), "
+                f"got {m1}x{n1} (x) {m2}x{n2} of shape ({m1 * m2}, {n1 * n2})"
+            )
+        activation_code(activation)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__(*empty_factors(shapes, terms, factory))
+        self.in_features = in_features
+        self.out_features = out_features
+        self.activation = activation
+        self.bias = nn.Parameter(torch.empty(out_features, **factory)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self, std: float | None = None) -> None:
+        """Draw the factors so that the entries of W have standard deviation ``std``.
+
+        The default is nn.Linear's, ``1 / sqrt(3 * in_features)``: with inputs of unit variance the outputs then have
+        variance ``in_features * S * var(a) * var(b) = 1/3``, as those of nn.Linear, where
+        ``var(a) = var(b) = std / sqrt(S)``. The bias is uniform in ``+-1 / sqrt(in_features)``.
+        """
+        self.init_factors(1 / math.sqrt(3 * self.in_features) if std is None else std)
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.in_features)
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kron_matmul(x, self.a, self.b, self.bias, activation=self.activation)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        a_shape: Shape,
+        terms: int = 1,
+        input_moment: Tensor | None = None,
+        input_mean: Tensor | None = None,
+    ) -> KronLinear:
+        """The nearest Kronecker layer to ``linear`` with A of shape ``a_shape`` (see ``fit_linear``)."""
+        return fit_linear(linear, a_shape, terms, input_moment, input_mean)[0]
+
+    def to_linear(self) -> nn.Linear:
+        """The dense layer that computes the same; ValueError where an activation is part of this one."""
+        if self.activation is not None:
+            raise ValueError(f"activation: expected None for a plain nn.Linear, got {self.activation!r}")
+        linear = nn.utils.skip_init(
+            nn.Linear,
+            self.in_features,
+            self.out_features,
+            bias=self.bias is not None,
+            device=self.a.device,
+            dtype=self.a.dtype,
+        )
+        with torch.no_grad():
+            linear.weight.copy_(self.dense_weight())
+            if self.bias is not None:
+                linear.bias.copy_(self.bias)
+        return linear.train(self.training)
+
+    def extra_repr(self) -> str:
+        activation = f", activation={self.activation}" if self.activation else ""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"{self.factor_repr()}{activation}"
+        )
+
+
+def fit_linear(
+    linear: nn.Linear,
+    a_shape: Shape,
+    terms: int = 1,
+    input_moment: Tensor | None = None,
+    input_mean: Tensor | None = None,
+) -> tuple[KronLinear, KronFactors]:
+    """The nearest Kronecker layer to ``linear``, and the fit with its errors.
+
+    ``input_moment (in_features, in_features)``, E[x x^T] of the inputs, makes the fit data-aware (see
+    ``nearest_kronecker``). ``input_mean (in_features,)`` moves the mean error of the outputs into the bias, if there is
+    one: ``bias + (W - sum_s A_s (x) B_s) mean``. Given both, only deviations from the mean are left for the factors to
+    fit. ``weighted_error`` is then the output error with that bias, still relative to the dense product ``W x``.
+    Device, dtype and training mode come from ``linear``. Raises ValueError where ``a_shape`` does not divide.
+    """
+    weight = linear.weight.detach()
+    if input_moment is None or input_mean is None or linear.bias is None:
+        factors = nearest_kronecker(weight, a_shape, terms, input_moment=input_moment)
+    else:
+        covariance = _covariance(input_moment, input_mean)
+        factors = nearest_kronecker(weight, a_shape, terms, input_moment=covariance)
+        share = (_output_energy(weight, covariance) / _output_energy(weight, input_moment)) ** 0.5
+        factors = replace(factors, weighted_error=cast(float, factors.weighted_error) * share)
+    layer = nn.utils.skip_init(
+        KronLinear,
+        linear.in_features,
+        linear.out_features,
+        (tuple(factors.a.shape[1:]), tuple(factors.b.shape[1:])),
+        terms,
+        bias=linear.bias is not None,
+        device=weight.device,
+        dtype=weight.dtype,
+    )
+    layer.load_factors(factors.a, factors.b)
+    if linear.bias is not None:
+        bias = linear.bias.detach()
+        with torch.no_grad():
+            layer.bias.copy_(bias if input_mean is None else mean_corrected_bias(weight, factors, bias, input_mean))
+    return layer.train(linear.training), factors
+
+
+def _covariance(moment: Tensor, mean: Tensor) -> Tensor:
+    """E[x x^T] - E[x] E[x]^T (n, n) in fp64, kept positive semi-definite where the mean is all but everything."""
+    covariance = moment.double() - torch.outer(mean.double(), mean.double())
+    covariance.diagonal().add_(1e-6 * moment.double().diagonal().mean())
+    return covariance
+
+
+def _output_energy(weight: Tensor, moment: Tensor) -> float:
+    """E[|W x|^2] of inputs with this moment."""
+    weight, moment = weight.float(), moment.to(weight.device, torch.float32)
+    return float(((weight @ moment) * weight).sum())
