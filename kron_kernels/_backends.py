@@ -58,15 +58,15 @@ def available() -> dict[str, Status]:
     return dict(_STATUS)
 
 
-def resolve(backend: str | None, device: torch.device) -> str:
-    """Name of the backend that computes on ``device``.
+def resolve(backend: str | None, device_type: str) -> str:
+    """Name of the backend that computes on devices of a type, "cpu" or another of torch's.
 
     ``backend`` is None (take ``KRON_KERNELS_BACKEND``, else "auto"), "auto", or a name of ``available()``. Raises
-    ValueError for an unknown name and RuntimeError when the named backend is missing or does not serve the device.
+    ValueError for an unknown name and RuntimeError when the named backend is missing or does not serve such devices.
     """
     name = _DEFAULT if backend is None else backend
     if name == "auto":
-        return "cpu" if _CPU_READY and device.type == "cpu" else "reference"
+        return "cpu" if _CPU_READY and device_type == "cpu" else "reference"
     status = _STATUS.get(name)
     if status is None:
         origin = "environment variable KRON_KERNELS_BACKEND" if backend is None else "backend"
@@ -74,8 +74,8 @@ def resolve(backend: str | None, device: torch.device) -> str:
         raise ValueError(f"{origin}: expected one of {choices}, got {name!r}")
     if not status.available:
         raise RuntimeError(f"backend {name!r} is not available: {status.reason}")
-    if name == "cpu" and device.type != "cpu":
-        raise RuntimeError(f"backend 'cpu' computes tensors on the cpu, got a tensor on {device}")
+    if name == "cpu" and device_type != "cpu":
+        raise RuntimeError(f"backend 'cpu' computes tensors on the cpu, got a tensor on {device_type}")
     return name
 
 

@@ -37,14 +37,14 @@ def check_operands(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> None
 
     Raises TypeError for dtypes, ValueError for shapes and devices.
     """
-    a_shape, b_shape = a.shape, b.shape
-    if len(a_shape) != 3 or len(b_shape) != 3 or a_shape[0] != b_shape[0] or 0 in a_shape or 0 in b_shape:
+    if a.dim() != 3 or b.dim() != 3:
         _bad_factors(a, b)
-    x_shape, n = x.shape, a_shape[2] * b_shape[2]
-    if not x_shape or x_shape[-1] != n:
-        raise ValueError(
-            f"x: expected last dimension n1 * n2 = {a_shape[2]} * {b_shape[2]} = {n}, got shape {tuple(x_shape)}"
-        )
+    (terms, m1, n1), (b_terms, m2, n2) = a.shape, b.shape
+    if terms != b_terms or terms * m1 * n1 * m2 * n2 == 0:
+        _bad_factors(a, b)
+    x_shape = x.shape
+    if not x_shape or x_shape[-1] != n1 * n2:
+        raise ValueError(f"x: expected last dimension n1 * n2 = {n1} * {n2} = {n1 * n2}, got shape {tuple(x_shape)}")
     dtype, device = x.dtype, x.device
     if dtype not in DTYPES:
         raise TypeError(f"x: expected dtype float32, float64, bfloat16 or float16, got {dtype}")
@@ -52,10 +52,9 @@ def check_operands(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> None
         _match("a", a, x)
         _match("b", b, x)
     if bias is not None:
-        m = a_shape[1] * b_shape[1]
-        if bias.shape != (m,):
+        if bias.shape != (m1 * m2,):
             raise ValueError(
-                f"bias: expected shape (m1 * m2,) = ({a_shape[1]} * {b_shape[1]},) = ({m},), got {tuple(bias.shape)}"
+                f"bias: expected shape (m1 * m2,) = ({m1} * {m2},) = ({m1 * m2},), got {tuple(bias.shape)}"
             )
         _match("bias", bias, x)
 

@@ -48,12 +48,12 @@ def kron_matmul(
     check_types(x, a, b, bias)
     if a.dim() == 2 and b.dim() == 2:
         a, b = a.unsqueeze(0), b.unsqueeze(0)
-    device = x.device
-    if device.type != "meta" and torch.is_autocast_enabled(device.type):  # meta has no autocast: asking is an error
-        x, a, b, bias = _autocast(device.type, x, a, b, bias)
+    device_type = "cpu" if x.is_cpu else x.device.type  # the short way: a device spells its type anew every time
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):  # meta has no autocast: asking is an error
+        x, a, b, bias = _autocast(device_type, x, a, b, bias)
     check_operands(x, a, b, bias)
     code = activation_code(activation)
-    if _backends.resolve(backend, device) == "reference":
+    if _backends.resolve(backend, device_type) == "reference":
         return reference.kron_mm(x, a, b, bias, activation)
     if not _needs_autograd(x, a, b, bias):
         return kron_mm(x, a, b, bias, code)
