@@ -88,15 +88,11 @@ class KronBertPreTrainedModel(BertPreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # transformers guards torch's init functions so that they leave loaded parameters alone.
-        if isinstance(module, KronLinear):
+        # transformers does not come here with loaded modules, and guards torch's init functions for single parameters.
+        if isinstance(module, (KronLinear, KronEmbedding)):
             module.reset_parameters(self.config.initializer_range)
-            if module.bias is not None:
+            if isinstance(module, KronLinear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, KronEmbedding):
-            # The padding row is set to zero behind that guard.
-            if not getattr(module.a, "_is_hf_initialized", False):
-                module.reset_parameters(self.config.initializer_range)
         else:
             super()._init_weights(module)
 
