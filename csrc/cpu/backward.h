@@ -40,8 +40,21 @@ static void dot_tokens(int64_t tokens, int64_t lanes, const C* P, int64_t p_step
             }
         }
     }
-    for (int i = 0; i < PR; ++i)
-        for (int j = 0; j < QR; ++j) sums[i * sums_step + j] += horizontal_sum<C>(acc[i][j]);
+    if constexpr (PR * QR % W == 0) {
+        Vec<C> flat[PR * QR];
+        // Vector q * (N / W) + p ends in lane q of sum vector p.
+#pragma GCC unroll 16
+        for (int n = 0; n < PR * QR; ++n) flat[n] = acc[n / QR][n % QR];
+        sum_lanes<C, PR * QR>(flat);
+        C total[PR * QR];
+#pragma GCC unroll 4
+        for (int p = 0; p < PR * QR / W; ++p) store<C>(total + p * W, flat[p]);
+        for (int n = 0; n < PR * QR; ++n)
+            sums[n / QR * sums_step + n % QR] += total[n % (PR * QR / W) * W + n / (PR * QR / W)];
+    } else {
+        for (int i = 0; i < PR; ++i)
+            for (int j = 0; j < QR; ++j) sums[i * sums_step + j] += horizontal_sum<C>(acc[i][j]);
+    }
 }
 
 template <class C, class E>
@@ -51,7 +64,6 @@ struct Backward {
     int64_t grad_stride, x_stride;
     E* dx;
     Factor left, right;
-    int64_t m1_original, n1_original, m2_original, n2_original;
     bool need_left, need_right, need_bias;
     bool staged_g, staged_x;
 
@@ -85,7 +97,7 @@ struct Backward {
         if (staged_x) tile.x = c.take<C>(t * plan.n1 * x_step());
         if (dx) tile.dx = c.take<C>(t * plan.n1 * row_step<C>(plan.n2));
         tile.mid = c.take<C>(rows * mid_step());
-        if (need_forward_mix()) tile.mid2 = c.take<C>(rows * mid_step());
+        if (need_forward_mix() && (plan.via_left || plan.right_blocks == 1)) tile.mid2 = c.take<C>(rows * mid_step());
         return tile;
     }
 
@@ -108,11 +120,11 @@ struct Backward {
         return static_cast<int>((lanes + Simd<C>::W - 1) / Simd<C>::W);
     }
 
-    // dRight (m2, n2) += sum over rows of P[row, j2] Q[row, k2].
-    void add_right(int64_t s, C* sums, int64_t rows, const C* P, int64_t p_step, const C* Q, int64_t q_step) const {
-        C* out = sums + left_size() + s * plan.m2 * right_step();
-        for (int64_t p = 0; p < panel_count(plan.n2); ++p)
-            gemm_rows<C, true>(plan.m2, rows, P, p_step, Q + p * kPanel, q_step, vectors_at(plan.n2, p), out + p * kPanel,
+    // out (outputs, inputs) += sum over rows of P[row, output] Q[row, input].
+    void add_right(C* out, int64_t outputs, int64_t inputs, int64_t rows, const C* P, int64_t p_step, const C* Q,
+                   int64_t q_step) const {
+        for (int64_t p = 0; p < panel_count(inputs); ++p)
+            gemm_rows<C, true>(outputs, rows, P, p_step, Q + p * kPanel, q_step, vectors_at(inputs, p), out + p * kPanel,
                                right_step(), Start<C>{nullptr, 0, 1, true});
     }
 
@@ -157,29 +169,36 @@ struct Backward {
         }
     }
 
-    const C* stage(const E* from, int64_t stride, int64_t tokens, int64_t outer, int64_t inner, int64_t outer_original, int64_t inner_original,
-                   bool staged, C* to, int64_t to_step) const {
+    // Tokens from t of one operand as rows of the oriented problem, `to_step` apart; the caller's memory where it will do.
+    const C* stage(const E* from, int64_t stride, int64_t tokens, int64_t outer, int64_t inner, bool staged, C* to, int64_t to_step) const {
         if (!staged) return reinterpret_cast<const C*>(from);
-        if (plan.commuted) {
-            stage_transposed<C, E>(from, stride, tokens, outer_original, inner_original, to, to_step);
-        } else {
+        if (plan.commuted)
+            stage_transposed<C, E>(from, stride, tokens, inner, outer, to, to_step);
+        else
             for (int64_t t = 0; t < tokens; ++t) stage_rows<C, E>(from + t * stride, inner, outer, inner, to + t * outer * to_step, to_step);
-        }
         return to;
+    }
+    const C* stage_g(int64_t t, int64_t tokens, C* to) const {
+        return stage(grad + t * grad_stride, grad_stride, tokens, plan.m1, plan.m2, staged_g, to, g_step());
+    }
+    const C* stage_x(int64_t t, int64_t tokens, C* to) const {
+        return stage(x + t * x_stride, x_stride, tokens, plan.n1, plan.n2, staged_x, to, x_step());
     }
 
     void tile_gradients(const Tile& tile, int64_t tokens, const C* g, const C* xs, C* sums) const {
         const int64_t dx_step = row_step<C>(plan.n2), mid = mid_step();
         const int64_t n1 = plan.n1, m1 = plan.m1, n2 = plan.n2, m2 = plan.m2;
+        const bool right_now = need_right && plan.right_blocks == 1;
         for (int64_t s = 0; s < plan.terms; ++s) {
+            C* dright = sums + left_size() + s * m2 * right_step();
             const C* forward_left = left_forward + s * m1 * n1;
             const C* transposed_left = left_transposed + s * m1 * n1;
             const C* to_m2 = right_panels + s * panel_count(m2) * n2 * kPanel;
             const C* to_n2 = right_t_panels + s * panel_count(n2) * m2 * kPanel;
             if (plan.via_left) {
-                if (dx || need_right) through_left(transposed_left, n1, m1, tokens, m2, g, g_step(), tile.mid, mid, false);
+                if (dx || right_now) through_left(transposed_left, n1, m1, tokens, m2, g, g_step(), tile.mid, mid, false);
                 if (dx) through_right(to_n2, n2, m2, tokens * n1, tile.mid, mid, tile.dx, dx_step, s > 0);
-                if (need_right) add_right(s, sums, tokens * n1, tile.mid, mid, xs, x_step());
+                if (right_now) add_right(dright, m2, n2, tokens * n1, tile.mid, mid, xs, x_step());
                 if (need_left) {
                     through_right(to_m2, m2, n2, tokens * n1, xs, x_step(), tile.mid2, mid, false);
                     add_left(s, sums, tokens, m2, g, g_step(), tile.mid2, mid);
@@ -188,10 +207,62 @@ struct Backward {
                 if (dx || need_left) through_right(to_n2, n2, m2, tokens * m1, g, g_step(), tile.mid, mid, false);
                 if (dx) through_left(transposed_left, n1, m1, tokens, n2, tile.mid, mid, tile.dx, dx_step, s > 0);
                 if (need_left) add_left(s, sums, tokens, n2, tile.mid, mid, xs, x_step());
-                if (need_right) {
+                if (right_now) {
                     through_left(forward_left, m1, n1, tokens, n2, xs, x_step(), tile.mid2, mid, false);
-                    add_right(s, sums, tokens * m1, g, g_step(), tile.mid2, mid);
+                    add_right(dright, m2, n2, tokens * m1, g, g_step(), tile.mid2, mid);
                 }
+            }
+        }
+    }
+
+    // Scratch of one block of dRight: the operand that the left factor mixes (some lanes, before and after), the other one.
+    struct RightTile {
+        C *source, *mixed, *other;
+    };
+    RightTile carve_right(Carver& c) const {
+        const int64_t t = plan.tile_tokens, step = row_step<C>(plan.right_block);
+        RightTile tile{};
+        tile.source = c.take<C>(t * (plan.via_left ? plan.m1 : plan.n1) * step);
+        tile.mixed = c.take<C>(t * (plan.via_left ? plan.n1 : plan.m1) * step);
+        tile.other = plan.via_left ? c.take<C>(t * plan.n1 * x_step()) : c.take<C>(t * plan.m1 * g_step());
+        return tile;
+    }
+    size_t task_bytes() const {
+        Carver tile(nullptr), right_tile(nullptr);
+        carve(tile);
+        if (plan.right_blocks > 1) carve_right(right_tile);
+        return tile.used() > right_tile.used() ? tile.used() : right_tile.used();
+    }
+
+    // Lanes [lane, lane + lanes) of tokens [t, t + tokens) of the operand that the left factor mixes, mixed by term s.
+    void mix_lanes(int64_t s, int64_t t, int64_t tokens, int64_t lane, int64_t lanes, const RightTile& tile, int64_t step) const {
+        const E* from = plan.via_left ? grad + t * grad_stride : x + t * x_stride;
+        const int64_t stride = plan.via_left ? grad_stride : x_stride;
+        const int64_t outer = plan.via_left ? plan.m1 : plan.n1, inner = plan.via_left ? plan.m2 : plan.n2;
+        const int64_t outputs = plan.via_left ? plan.n1 : plan.m1;
+        if (plan.commuted)
+            stage_transposed<C, E>(from + lane * outer, stride, tokens, lanes, outer, tile.source, step);
+        else
+            for (int64_t i = 0; i < tokens; ++i)
+                stage_rows<C, E>(from + i * stride + lane, inner, outer, lanes, tile.source + i * outer * step, step);
+        through_left((plan.via_left ? left_transposed : left_forward) + s * plan.m1 * plan.n1, outputs, outer, tokens, lanes,
+                     tile.source, step, tile.mixed, step, false);
+    }
+
+    void right_block(int64_t block, int64_t from, int64_t end, const RightTile& tile, C* sums) const {
+        const int64_t lane = block * plan.right_block, all = plan.via_left ? plan.m2 : plan.n2;
+        const int64_t lanes = all - lane < plan.right_block ? all - lane : plan.right_block;
+        const int64_t step = row_step<C>(plan.right_block);
+        for (int64_t t = from; t < end; t += plan.tile_tokens) {
+            const int64_t tokens = end - t < plan.tile_tokens ? end - t : plan.tile_tokens;
+            const C* other = plan.via_left ? stage_x(t, tokens, tile.other) : stage_g(t, tokens, tile.other);
+            for (int64_t s = 0; s < plan.terms; ++s) {
+                mix_lanes(s, t, tokens, lane, lanes, tile, step);
+                C* out = sums + left_size() + s * plan.m2 * right_step();
+                if (plan.via_left)
+                    add_right(out + lane * right_step(), lanes, plan.n2, tokens * plan.n1, tile.mixed, step, other, x_step());
+                else
+                    add_right(out + lane, plan.m2, lanes, tokens * plan.m1, other, g_step(), tile.mixed, step);
             }
         }
     }
@@ -199,16 +270,15 @@ struct Backward {
     void run(int64_t chunk) const {
         C* sums = partial + chunk * partial_size();
         memset(sums, 0, static_cast<size_t>(partial_size()) * sizeof(C));
-        Carver count(nullptr);
-        carve(count);
-        Carver carver(scratch(ScratchSlot::task, count.used()));
+        void* memory = scratch(ScratchSlot::task, task_bytes());
+        Carver carver(memory), right_carver(memory);
         const Tile tile = carve(carver);
-        const int64_t end = plan.tokens * (chunk + 1) / plan.chunks;
+        const int64_t from = plan.tokens * chunk / plan.chunks, end = plan.tokens * (chunk + 1) / plan.chunks;
         const int64_t inputs = plan.n1 * plan.n2;
-        for (int64_t t = plan.tokens * chunk / plan.chunks; t < end; t += plan.tile_tokens) {
+        for (int64_t t = from; t < end; t += plan.tile_tokens) {
             const int64_t tokens = end - t < plan.tile_tokens ? end - t : plan.tile_tokens;
-            const C* g = stage(grad + t * grad_stride, grad_stride, tokens, plan.m1, plan.m2, m1_original, m2_original, staged_g, tile.g, g_step());
-            const C* xs = stage(x + t * x_stride, x_stride, tokens, plan.n1, plan.n2, n1_original, n2_original, staged_x, tile.x, x_step());
+            const C* g = stage_g(t, tokens, tile.g);
+            const C* xs = stage_x(t, tokens, tile.x);
             tile_gradients(tile, tokens, g, xs, sums);
             if (need_bias) add_bias(sums, grad + t * grad_stride, tokens);
             if (!dx) continue;
@@ -218,6 +288,9 @@ struct Backward {
             else
                 finish_rows<C, E>(tile.dx, row_step<C>(plan.n2), tokens * plan.n1, plan.n2, dx + t * inputs, plan.n2, plain, 0, 0, 1);
         }
+        if (!need_right || plan.right_blocks == 1) return;
+        const RightTile right_tile = carve_right(right_carver);
+        for (int64_t block = 0; block < plan.right_blocks; ++block) right_block(block, from, end, right_tile, sums);
     }
 
     // out (rows, cols) contiguous = the chunks' sums at `offset`, rows `step` apart.
@@ -259,7 +332,6 @@ static void backward(const BackwardArgs& args, const Executor& executor) {
     b.grad_stride = args.grad_stride, b.x_stride = args.x_stride;
     b.dx = static_cast<E*>(args.dx);
     b.left = commuted ? args.b : args.a, b.right = commuted ? args.a : args.b;
-    b.m1_original = shape.m1, b.n1_original = shape.n1, b.m2_original = shape.m2, b.n2_original = shape.n2;
     E* dleft = static_cast<E*>(commuted ? args.db : args.da);
     E* dright = static_cast<E*>(commuted ? args.da : args.db);
     b.need_left = dleft, b.need_right = dright, b.need_bias = args.dbias;
@@ -276,10 +348,9 @@ static void backward(const BackwardArgs& args, const Executor& executor) {
         b.right_t_panels = c.take<C>(p.terms * B::panel_count(p.n2) * p.m2 * B::kPanel);
         b.partial = c.take<C>(p.chunks * b.partial_size());
     };
-    Carver count(nullptr), tile_count(nullptr);
+    Carver count(nullptr);
     carve(count);
-    b.carve(tile_count);
-    record_scratch(static_cast<int64_t>(count.used() + tile_count.used() * static_cast<size_t>(executor.threads)));
+    record_scratch(static_cast<int64_t>(count.used() + b.task_bytes() * static_cast<size_t>(executor.threads)));
     Carver carver(scratch(ScratchSlot::call, count.used()));
     carve(carver);
     compact_left<C, E>(b.left, p.terms, p.m1, p.n1, false, b.left_forward);

@@ -12,6 +12,8 @@ constexpr double kSerialWork = 400e3;
 constexpr int64_t kTileRows = 96;
 // Bytes of x and y a tile may cover, so that what is fetched ahead is still in L2 when it is used.
 constexpr int64_t kTileBytes = 384 * 1024;
+// Bytes of one block of a factor's gradient.
+constexpr int64_t kSumsBytes = 192 * 1024;
 // With fewer rows than this in all, packing the right factor costs more than it saves.
 constexpr int64_t kDotRows = 24;
 // Up to this many rows the threads share out the panels instead of the tokens.
@@ -118,12 +120,17 @@ BackwardPlan plan_backward(const Shape& s, const Machine& machine) {
             if (commuted) cost += transpose_cost(s) + static_cast<double>(s.n1 * s.n2) * kTransposeCost;
             if (best_cost < 0 || cost < best_cost) {
                 best_cost = cost;
-                best = BackwardPlan{commuted, via_left, s.tokens, s.terms, a1, b1, a2, b2, 0, 0,
+                best = BackwardPlan{commuted, via_left, s.tokens, s.terms, a1, b1, a2, b2, 0, 0, 0, 0,
                                     work * static_cast<double>(s.terms)};
             }
         }
     const int64_t rows_a_token = best.via_left ? best.n1 : best.m1;
     best.tile_tokens = std::max<int64_t>(1, kTileRows / rows_a_token);
+    // The sums of a large right factor are taken block by block, so that a block stays in L2 while all tokens pass.
+    const int64_t lanes = best.via_left ? best.m2 : best.n2;
+    const int64_t blocks = ceil_div(best.m2 * best.n2 * 4, kSumsBytes);
+    best.right_block = round_up(ceil_div(lanes, blocks), 96);
+    best.right_blocks = ceil_div(lanes, best.right_block);
     const bool serial = best.multiply_adds * static_cast<double>(s.tokens) < kSerialWork;
     best.chunks = serial ? 1 : std::min<int64_t>(machine.threads, ceil_div(std::max<int64_t>(1, s.tokens), 4));
     return best;

@@ -48,6 +48,9 @@ struct BackwardPlan {
     bool via_left;
     int64_t tokens, terms, m1, n1, m2, n2;
     int64_t tile_tokens;
+    // dRight is summed in this many blocks of right_block outputs (via_left) or inputs (otherwise) of the right factor.
+    // One block: in the same pass over the tokens as everything else.
+    int64_t right_blocks, right_block;
     int64_t chunks;  // contiguous token ranges, each with partial sums of its own, added in order
     double multiply_adds;
 };

@@ -244,6 +244,10 @@ int main(int argc, char** argv) {
         for (const int64_t tokens : {0, 1, 3, 13, 70})
             for (const bool transposed : {false, true})
                 run_case({tokens, s[0], s[1], s[2], s[3], s[4], DType::f32, true, transposed, Activation::none, transposed ? 3 : 0});
+    // Large enough for the blocked factor gradient (both plans, both layouts) and for panels packed ahead of the tasks.
+    const int64_t large[][5] = {{1, 8, 2, 240, 250}, {2, 2, 8, 250, 240}, {1, 250, 230, 2, 2}, {1, 230, 250, 4, 2}};
+    for (const auto& s : large)
+        for (const int64_t tokens : {5, 130}) run_case({tokens, s[0], s[1], s[2], s[3], s[4], DType::f32, true, false, Activation::none, 1});
     for (const DType dtype : {DType::f64, DType::bf16, DType::f16})
         for (const auto& s : shapes)
             for (const int64_t tokens : {19, 45})
