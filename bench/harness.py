@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import datetime
 import json
@@ -14,6 +15,8 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from kron_kernels.timing import describe_machine
 
@@ -173,6 +176,14 @@ class _Watchdog:
     def _bite(self) -> None:
         self.bit = True
         self._process.kill()
+
+
+def add_run_options(parser: argparse.ArgumentParser, seconds: float) -> None:
+    """The options of every script that measures; ``seconds`` is the default time for each candidate at each point."""
+    parser.add_argument("--seconds", type=float, default=seconds, help=f"time for each candidate ({seconds:g})")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--budget", type=float, help="minutes after which no new job is started")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV files")
 
 
 class Budget:

@@ -11,12 +11,11 @@ import itertools
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 
 from bench.candidates import ALONE, MAIN, Missing, fastkron
-from bench.harness import KEEP_MEMORY, RESULTS, RETURN_MEMORY, Budget, Crash, ResultFile, Row, child, stamp
+from bench.harness import KEEP_MEMORY, RETURN_MEMORY, Budget, Crash, ResultFile, Row, add_run_options, child, stamp
 from kron_kernels.cli.bench import DTYPES
 from kron_kernels.cli.output import Progress
 from kron_kernels.timing.layers import CASES, TOLERANCE, LayerProblem
@@ -221,10 +220,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--weights", choices=("hot", "both"), default="both", help="both: also 12 layers in rotation")
     parser.add_argument("--forward-only", action="store_true")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
-    parser.add_argument("--seconds", type=float, default=0.3, help="time for each candidate at each point (0.3)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--budget", type=float, help="minutes after which no new job is started")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV files")
+    add_run_options(parser, seconds=0.3)
     parser.add_argument("--smoke", action="store_true", help="a minute's worth: two cases, few rows, short times")
     arguments = parser.parse_args()
     if arguments.smoke:

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from pathlib import Path
 
 import torch
 
-from bench.harness import KEEP_MEMORY, RESULTS, RETURN_MEMORY, Budget, ResultFile, Row, child, stamp
+from bench.harness import KEEP_MEMORY, RETURN_MEMORY, Budget, ResultFile, Row, add_run_options, child, stamp
 from kron_kernels.cli.bench import DTYPES
 from kron_kernels.cli.output import Progress
 
@@ -55,10 +54,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sequence", type=int, default=128)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
-    parser.add_argument("--seconds", type=float, default=3.0, help="time for each model at each batch size (3)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--budget", type=float, help="minutes after which no new job is started")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV files")
+    add_run_options(parser, seconds=3.0)
     parser.add_argument("--smoke", action="store_true", help="one layer, batch 1, float32, short times")
     arguments = parser.parse_args()
     if arguments.smoke:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 
@@ -35,12 +34,7 @@ def main() -> None:
             "tolerance": result.tolerance,
         }
         if result.timing:
-            row |= {"rounds": result.timing.rounds, "calls": result.timing.calls}
-            for prefix, quantiles, scale in (
-                ("time_ms", result.timing.seconds, 1e3),
-                ("speedup", result.timing.speedup, 1.0),
-            ):
-                row |= {f"{prefix}_{name}": value * scale for name, value in dataclasses.asdict(quantiles).items()}
+            row |= result.timing.columns("ms")
         say(row)
 
 

@@ -102,17 +102,7 @@ def _row(result: Result) -> dict[str, Any]:
         "error": result.error,
     }
     if result.timing is not None:
-        seconds, speedup = result.timing.seconds, result.timing.speedup
-        row |= {
-            "rounds": result.timing.rounds,
-            "calls": result.timing.calls,
-            "time_us_q10": seconds.q10 * 1e6,
-            "time_us_q50": seconds.q50 * 1e6,
-            "time_us_q90": seconds.q90 * 1e6,
-            "speedup_q10": speedup.q10,
-            "speedup_q50": speedup.q50,
-            "speedup_q90": speedup.q90,
-        }
+        row |= result.timing.columns("us")
     return row
 
 

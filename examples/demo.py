@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import dataclasses
 import importlib.util
 import random
 import statistics
@@ -189,12 +188,7 @@ def time_encoders(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 "error": result.error,
             }
             if result.timing:
-                for prefix, quantiles, scale in (
-                    ("time_ms", result.timing.seconds, 1e3),
-                    ("speedup", result.timing.speedup, 1.0),
-                ):
-                    values = dataclasses.asdict(quantiles)
-                    row |= {f"{prefix}_{name}": round(value * scale, 4) for name, value in values.items()}
+                row |= {name: round(value, 4) for name, value in result.timing.columns("ms").items()}
             rows.append(row)
     table = [
         (

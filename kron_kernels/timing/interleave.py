@@ -53,6 +53,15 @@ class Timing:
     rounds: int
     calls: int
 
+    def columns(self, unit: str) -> dict[str, float]:
+        """The figures by name, as tables keep them; times in ``unit``, "us" or "ms"."""
+        scale = {"us": 1e6, "ms": 1e3}[unit]
+        row: dict[str, float] = {"rounds": self.rounds, "calls": self.calls}
+        for name in ("q10", "q50", "q90"):
+            row[f"time_{unit}_{name}"] = getattr(self.seconds, name) * scale
+            row[f"speedup_{name}"] = getattr(self.speedup, name)
+        return row
+
 
 def interleave(
     variants: Sequence[Variant],
