@@ -57,6 +57,9 @@ def kron_matmul(
         return reference.kron_mm(x, a, b, bias, activation)
     if not _needs_autograd(x, a, b, bias):
         return kron_mm(x, a, b, bias, code)
+    if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        # A traced torch.func.grad goes through the forward of a Function and drops its backward, without an error.
+        return reference.kron_mm(x, a, b, bias, activation)
     y = _apply(KronMatmul, x, a, b, bias)
     return y if activation is None else reference.ACTIVATIONS[activation](y)
 

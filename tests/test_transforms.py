@@ -128,6 +128,17 @@ def test_compile_is_one_graph_for_every_batch_size() -> None:
 
 @pytest.mark.compile
 @pytest.mark.usefixtures("_fresh_dynamo")
+@pytest.mark.parametrize("batched", [False, True])
+def test_compile_around_torch_func(batched: bool) -> None:
+    x, a, b, bias = operands()
+    function = grad(lambda x, a: fused(x, a, b, bias).square().sum(), (0, 1))
+    if batched:
+        function = vmap(function, (0, None))
+    torch.testing.assert_close(torch.compile(function, fullgraph=True, backend="aot_eager")(x, a), function(x, a))
+
+
+@pytest.mark.compile
+@pytest.mark.usefixtures("_fresh_dynamo")
 @pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_compile_with_inductor() -> None:
     layer = Layer()
