@@ -34,7 +34,14 @@ def build_info() -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
+def _one_of(choices: tuple[str, ...]) -> str:
+    return f"expected one of {', '.join(map(repr, choices))}"
+
+
 def _load_extension() -> Status:
+    cap = os.environ.get("KRON_KERNELS_CPU_ISA", "amx")  # read by the core itself, which cannot complain
+    if cap not in CPU_ISA_LEVELS:
+        raise ValueError(f"environment variable KRON_KERNELS_CPU_ISA: {_one_of(CPU_ISA_LEVELS)}, got {cap!r}")
     library = _PACKAGE / "_C.so"
     if not library.is_file():
         reason = build_info().get("missing", "the package was not built")
@@ -70,8 +77,7 @@ def resolve(backend: str | None, device_type: str) -> str:
     status = _STATUS.get(name)
     if status is None:
         origin = "environment variable KRON_KERNELS_BACKEND" if backend is None else "backend"
-        choices = ", ".join(repr(choice) for choice in ("auto", *_STATUS))
-        raise ValueError(f"{origin}: expected one of {choices}, got {name!r}")
+        raise ValueError(f"{origin}: {_one_of(('auto', *_STATUS))}, got {name!r}")
     if not status.available:
         raise RuntimeError(f"backend {name!r} is not available: {status.reason}")
     if name == "cpu" and device_type != "cpu":
@@ -102,7 +108,7 @@ def set_cpu_isa(cap: str) -> str:
     The environment variable ``KRON_KERNELS_CPU_ISA`` does the same at start.
     """
     if cap not in CPU_ISA_LEVELS:
-        raise ValueError(f"cap: expected one of {', '.join(map(repr, CPU_ISA_LEVELS))}, got {cap!r}")
+        raise ValueError(f"cap: {_one_of(CPU_ISA_LEVELS)}, got {cap!r}")
     introspect = _introspect()
     introspect.set_isa_cap(cap)
     return introspect.active_isa()

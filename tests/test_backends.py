@@ -117,6 +117,19 @@ def test_isa_cap_from_the_environment() -> None:
     assert run(code, KRON_KERNELS_CPU_ISA="portable") == "portable"
 
 
+def test_unknown_isa_cap_in_the_environment() -> None:
+    code = """
+try:
+    import kron_kernels
+except ValueError as error:
+    print(error)
+"""
+    expected = (
+        "environment variable KRON_KERNELS_CPU_ISA: expected one of 'portable', 'avx2', 'avx512', 'amx', got 'sse'"
+    )
+    assert run(code, KRON_KERNELS_CPU_ISA="sse") == expected
+
+
 @needs_extension
 def test_binding_and_introspection_share_one_core() -> None:
     """The scratch of an op's call is seen by the introspection module: there is one copy of the core's state."""
