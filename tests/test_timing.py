@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 
 import pytest
 import torch
@@ -33,15 +32,54 @@ def test_quantiles_interpolate() -> None:
     assert dataclasses.astuple(quantiles) == pytest.approx((1.0, 5.0, 9.0))
 
 
-def test_speedup_is_over_the_baseline() -> None:
-    variants = [Variant("slow", lambda: time.sleep(0.004)), Variant("fast", lambda: time.sleep(0.001))]
-    slow, fast = interleave(variants, "slow", seconds=0.05)
+class Clock:
+    """Stands for the time module: only what a variant says it takes goes by."""
+
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("kron_kernels.timing.interleaving.time", clock)
+    return clock
+
+
+def test_speedup_is_over_the_baseline(clock: Clock) -> None:
+    variants = [Variant("slow", lambda: clock.sleep(0.004)), Variant("fast", lambda: clock.sleep(0.001))]
+    slow, fast = interleave(variants, "slow", seconds=0.1)
     assert (slow.name, fast.name) == ("slow", "fast")
-    assert slow.speedup == Quantiles(1.0, 1.0, 1.0)
-    assert 1.5 < fast.speedup.q50 < 4.5
-    assert 0.004 <= slow.seconds.q50 < 0.02
-    assert slow.rounds == fast.rounds >= 5
-    assert fast.calls > slow.calls
+    assert dataclasses.astuple(slow.speedup) == pytest.approx((1, 1, 1))
+    assert dataclasses.astuple(fast.speedup) == pytest.approx((4, 4, 4))
+    assert (slow.seconds.q50, fast.seconds.q50) == pytest.approx((0.004, 0.001))
+    assert (slow.rounds, slow.calls, fast.calls) == (15, 30, 105)
+    assert fast.columns("us") == pytest.approx(
+        {
+            "rounds": 15,
+            "calls": 105,
+            **{f"time_us_{name}": 1000 for name in ("q10", "q50", "q90")},
+            **{f"speedup_{name}": 4 for name in ("q10", "q50", "q90")},
+        }
+    )
+
+
+def test_the_ratio_is_taken_within_a_round(clock: Clock) -> None:
+    # The machine slows down as it goes: each call takes longer than the one before, the baseline's too.
+    variants = [Variant(name, lambda: clock.sleep(0.001 * (1 + clock.now))) for name in ("base", "same")]
+    _, same = interleave(variants, "base", seconds=0.5)
+    assert same.seconds.q90 > 1.3 * same.seconds.q10
+    assert same.speedup.q50 == pytest.approx(1.0, abs=0.05)
+
+
+def test_a_slow_variant_still_gets_its_rounds(clock: Clock) -> None:
+    (timing,) = interleave([Variant("slow", lambda: clock.sleep(1.0))], "slow", seconds=0.3)
+    assert (timing.rounds, timing.calls) == (5, 5)
 
 
 def test_every_variant_has_its_turn_in_every_round() -> None:
@@ -53,9 +91,11 @@ def test_every_variant_has_its_turn_in_every_round() -> None:
     assert [timed[start : start + 3] for start in (0, 3, 6)] == [["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"]]
 
 
-def test_rest_is_not_timed() -> None:
-    (timing,) = interleave([Variant("rests", lambda: None, rest_seconds=0.01)], "rests", seconds=1e-6)
-    assert timing.seconds.q50 < 0.005
+def test_rest_is_not_timed(clock: Clock) -> None:
+    variant = Variant("rests", lambda: clock.sleep(0.001), rest_seconds=0.01)
+    (timing,) = interleave([variant], "rests", seconds=0.1)
+    assert timing.seconds.q50 == pytest.approx(0.001)
+    assert clock.now > 2 * 0.01 * timing.rounds
 
 
 def test_interleave_refuses_bad_names() -> None:

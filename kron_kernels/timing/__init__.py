@@ -3,7 +3,7 @@
 Used by ``kron-kernels bench`` and by the benchmarks outside the package; nothing on the compute path imports it.
 """
 
-from .interleave import Quantiles, Timing, Variant, interleave
+from .interleaving import Quantiles, Timing, Variant, interleave
 from .machine import describe_machine, gemm_peak_gflops
 from .memory import peak_memory_growth
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .interleave import Timing, Variant, interleave
+from .interleaving import Timing, Variant, interleave
 from .layers import DENSE, TOLERANCE, Candidate, LayerProblem
 
 

@@ -16,7 +16,7 @@ from ..counting import count_parameters
 from ..nn import KronEmbedding, KronLinear
 from ..presets import preset
 from ..reference import ACTIVATIONS
-from .interleave import Timing, Variant, interleave
+from .interleaving import Timing, Variant, interleave
 
 # Largest ||h - h64|| / ||h64|| over the last hidden states: rounding gathered through all layers.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
