@@ -52,3 +52,13 @@ def test_required_extension_makes_a_failed_build_an_error(tree: Path) -> None:
     result = build(tree, KRON_KERNELS_REQUIRE_EXT="1")
     assert result.returncode != 0
     assert "the compiled extension was not built: CMake could not configure" in result.stderr
+
+
+def test_binding_uses_the_stable_abi_alone() -> None:
+    """No C++ symbol of at::, c10:: or torch::jit:: in it: what makes one binary good for every later torch."""
+    library = ROOT / "kron_kernels" / "_C.so"
+    if not library.is_file():
+        pytest.skip("the compiled extension was not built in the source tree")
+    symbols = library.read_bytes()
+    for namespace in (b"_ZN2at", b"_ZNK2at", b"_ZN3c10", b"_ZNK3c10", b"_ZN5torch3jit"):
+        assert namespace not in symbols
