@@ -22,6 +22,11 @@ KRON_INLINE int64_t row_step(int64_t n) {
     return (lines | 1) * line;
 }
 
+// The shuffles are instantiated for the dtypes that are to be fast; fp64 and fp16 are right, if slower (they would double
+// the build time).
+template <class C, class E>
+constexpr bool kShuffles = __is_same(C, float) && !__is_same(E, f16);
+
 // in: (rows, cols) row-major, row stride in_step -> out: same, row stride out_step, padded with zeros to whole vectors.
 template <class C, class E>
 static void stage_rows(const E* in, int64_t in_step, int64_t rows, int64_t cols, C* out, int64_t out_step) {
@@ -73,14 +78,16 @@ static void stage_transposed(const E* in, int64_t in_step, int64_t tokens, int64
     for (int64_t t = 0; t < tokens; ++t) {
         const E* src = in + t * in_step;
         C* dst = out + t * width * out_step;
-        switch (width) {
-            case 1: split_columns<C, E, 1>(src, cols, dst, out_step); break;
-            case 2: split_columns<C, E, 2>(src, cols, dst, out_step); break;
-            case 4: split_columns<C, E, 4>(src, cols, dst, out_step); break;
-            case 8: split_columns<C, E, 8>(src, cols, dst, out_step); break;
-            case 16: split_columns<C, E, 16>(src, cols, dst, out_step); break;
-            default: split_columns_any<C, E>(src, cols, width, dst, out_step);
+        if constexpr (kShuffles<C, E>) {
+            switch (width) {
+                case 1: split_columns<C, E, 1>(src, cols, dst, out_step); continue;
+                case 2: split_columns<C, E, 2>(src, cols, dst, out_step); continue;
+                case 4: split_columns<C, E, 4>(src, cols, dst, out_step); continue;
+                case 8: split_columns<C, E, 8>(src, cols, dst, out_step); continue;
+                case 16: split_columns<C, E, 16>(src, cols, dst, out_step); continue;
+            }
         }
+        split_columns_any<C, E>(src, cols, width, dst, out_step);
     }
 }
 
@@ -159,14 +166,16 @@ static void finish_transposed(const C* tile, int64_t tile_step, int64_t tokens, 
     for (int64_t t = 0; t < tokens; ++t) {
         const C* src = tile + t * width * tile_step;
         E* dst = y + t * y_step;
-        switch (width) {
-            case 1: merge_columns<C, E, 1>(src, tile_step, cols, dst, finish, at); break;
-            case 2: merge_columns<C, E, 2>(src, tile_step, cols, dst, finish, at); break;
-            case 4: merge_columns<C, E, 4>(src, tile_step, cols, dst, finish, at); break;
-            case 8: merge_columns<C, E, 8>(src, tile_step, cols, dst, finish, at); break;
-            case 16: merge_columns<C, E, 16>(src, tile_step, cols, dst, finish, at); break;
-            default: merge_columns_any<C, E>(src, tile_step, cols, width, dst, finish, at);
+        if constexpr (kShuffles<C, E>) {
+            switch (width) {
+                case 1: merge_columns<C, E, 1>(src, tile_step, cols, dst, finish, at); continue;
+                case 2: merge_columns<C, E, 2>(src, tile_step, cols, dst, finish, at); continue;
+                case 4: merge_columns<C, E, 4>(src, tile_step, cols, dst, finish, at); continue;
+                case 8: merge_columns<C, E, 8>(src, tile_step, cols, dst, finish, at); continue;
+                case 16: merge_columns<C, E, 16>(src, tile_step, cols, dst, finish, at); continue;
+            }
         }
+        merge_columns_any<C, E>(src, tile_step, cols, width, dst, finish, at);
     }
 }
 
