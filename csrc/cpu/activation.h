@@ -12,13 +12,17 @@ namespace KRON_ISA {
 typedef Simd<float>::V Vf;
 typedef Simd<float>::I Vi;
 
-KRON_INLINE Vf select(Vi mask, Vf yes, Vf no) { return (Vf)(((Vi)yes & mask) | ((Vi)no & ~mask)); }
+KRON_INLINE Vf select(Vi mask, Vf yes, Vf no) {
+    return (Vf)(((Vi)yes & mask) | ((Vi)no & ~mask));
+}
 KRON_INLINE Vf clamp(Vf x, float low, float high) {
     // A NaN fails both comparisons and passes through.
     x = select(x < low, splat<float>(low), x);
     return select(x > high, splat<float>(high), x);
 }
-KRON_INLINE Vf power_of_two(Vi n) { return (Vf)((n + 127) << 23); }
+KRON_INLINE Vf power_of_two(Vi n) {
+    return (Vf)((n + 127) << 23);
+}
 
 // exp on [-104, 88.7], relative error below 2 ulp; results below the smallest normal number are rounded twice.
 KRON_INLINE Vf exp_vec(Vf x) {
@@ -41,15 +45,15 @@ KRON_INLINE Vf exp_vec(Vf x) {
     return p * power_of_two(half) * power_of_two(whole - half);
 }
 
-// Zero below -86: what is left there is subnormal, and arithmetic on such numbers is a hundred times slower. (An infinite
-// x then gives inf * 0, a NaN, as in torch.)
+// Zero below -86: what is left there is subnormal, and arithmetic on such numbers is a hundred times slower. (An
+// infinite x then gives inf * 0, a NaN, as in torch.)
 KRON_INLINE Vf sigmoid_vec(Vf x) {
     return select(x < -86.0f, Vf{}, 1.0f / (1.0f + exp_vec(clamp(-x, -104.0f, 86.0f))));
 }
 
 // x * Phi(x), Phi the normal distribution. For a = |x|: Phi(-a) = exp(-a^2/2) * t P(t), t = 1 / (1 + a/4), where P is a
-// degree-9 minimax fit (relative error 9e-9) on a <= 14.5. Working from the tail keeps the relative error small for negative
-// x, where 1 + erf would cancel. Beyond 12.8 the tail is taken as zero: it would be subnormal, and slow.
+// degree-9 minimax fit (relative error 9e-9) on a <= 14.5. Working from the tail keeps the relative error small for
+// negative x, where 1 + erf would cancel. Beyond 12.8 the tail is taken as zero: it would be subnormal, and slow.
 KRON_INLINE Vf gelu_vec(Vf x) {
     const Vi negative = x < 0.0f;
     const Vf magnitude = select(negative, -x, x);
@@ -85,22 +89,32 @@ KRON_INLINE Vf gelu_tanh_vec(Vf x) {
 
 KRON_INLINE Vf activate(Activation kind, Vf x) {
     switch (kind) {
-        case Activation::gelu: return gelu_vec(x);
-        case Activation::gelu_tanh: return gelu_tanh_vec(x);
-        case Activation::relu: return select(x < 0.0f, Vf{}, x);
-        case Activation::silu: return x * sigmoid_vec(x);
-        case Activation::none: break;
+        case Activation::gelu:
+            return gelu_vec(x);
+        case Activation::gelu_tanh:
+            return gelu_tanh_vec(x);
+        case Activation::relu:
+            return select(x < 0.0f, Vf{}, x);
+        case Activation::silu:
+            return x * sigmoid_vec(x);
+        case Activation::none:
+            break;
     }
     return x;
 }
 
 static double activate_scalar(Activation kind, double x) {
     switch (kind) {
-        case Activation::gelu: return 0.5 * x * ::erfc(-x * 0.70710678118654752440);
-        case Activation::gelu_tanh: return 0.5 * x * (1 + ::tanh(0.79788456080286535588 * (x + 0.044715 * x * x * x)));
-        case Activation::relu: return x < 0 ? 0 : x;
-        case Activation::silu: return x / (1 + ::exp(-x));
-        case Activation::none: break;
+        case Activation::gelu:
+            return 0.5 * x * ::erfc(-x * 0.70710678118654752440);
+        case Activation::gelu_tanh:
+            return 0.5 * x * (1 + ::tanh(0.79788456080286535588 * (x + 0.044715 * x * x * x)));
+        case Activation::relu:
+            return x < 0 ? 0 : x;
+        case Activation::silu:
+            return x / (1 + ::exp(-x));
+        case Activation::none:
+            break;
     }
     return x;
 }

@@ -31,14 +31,17 @@ struct AmxGemm {
                 for (; k + 2 * W <= n; k += 2 * W) {
                     Vec<float> block[W];
 #pragma GCC unroll 16
-                    for (int l = 0; l < W; ++l) block[l] = *reinterpret_cast<const Pairs*>(M + (first + l) * lane_step + k);
+                    for (int l = 0; l < W; ++l)
+                        block[l] = *reinterpret_cast<const Pairs*>(M + (first + l) * lane_step + k);
                     interleave<float, W>(block);
 #pragma GCC unroll 16
-                    for (int p = 0; p < W; ++p) *reinterpret_cast<Pairs*>(out + ((k / 2 + p) * kLanes + first) * 2) = block[p];
+                    for (int p = 0; p < W; ++p)
+                        *reinterpret_cast<Pairs*>(out + ((k / 2 + p) * kLanes + first) * 2) = block[p];
                 }
             for (; k < padded_depth; ++k)
                 for (int64_t l = first; l < first + W; ++l)
-                    out[(k / 2 * kLanes + l) * 2 + k % 2] = k < n && l < lanes ? M[l * lane_step + k * k_step] : bf16{0};
+                    out[(k / 2 * kLanes + l) * 2 + k % 2] =
+                        k < n && l < lanes ? M[l * lane_step + k * k_step] : bf16{0};
         }
     }
 
@@ -66,8 +69,8 @@ struct AmxGemm {
 
     // Tiles 0-3: sums (2 x 2), 4-5: rows, 6-7: panel.
     template <bool kTwo>
-    static void block(int64_t padded_depth, const bf16* R, int64_t step, const bf16* panel, float* out, int64_t out_step,
-                      bool accumulate) {
+    static void block(int64_t padded_depth, const bf16* R, int64_t step, const bf16* panel, float* out,
+                      int64_t out_step, bool accumulate) {
         const int64_t out_bytes = out_step * 4, row_bytes = step * 2, panel_bytes = kLanes * 4;
         if (accumulate) {
             tile_load<0>(out, out_bytes);

@@ -14,7 +14,9 @@ struct EmulatedTile {
 };
 static thread_local EmulatedTile emulated_tiles[8];
 
-static void tiles_begin() { memset(emulated_tiles, 0xff, sizeof emulated_tiles); }
+static void tiles_begin() {
+    memset(emulated_tiles, 0xff, sizeof emulated_tiles);
+}
 static void tiles_end() {}
 
 template <int kTile>
@@ -23,7 +25,8 @@ static void tile_zero() {
 }
 template <int kTile>
 static void tile_load(const void* from, int64_t step_bytes) {
-    for (int r = 0; r < 16; ++r) memcpy(emulated_tiles[kTile].bytes[r], static_cast<const char*>(from) + r * step_bytes, 64);
+    for (int r = 0; r < 16; ++r)
+        memcpy(emulated_tiles[kTile].bytes[r], static_cast<const char*>(from) + r * step_bytes, 64);
 }
 template <int kTile>
 static void tile_store(void* to, int64_t step_bytes) {
@@ -40,7 +43,8 @@ static void tile_dot() {
     for (int m = 0; m < 16; ++m)
         for (int k = 0; k < 16; ++k)
             for (int n = 0; n < 16; ++n)
-                c[m][n] += to_float(a[m][2 * k]) * to_float(b[k][2 * n]) + to_float(a[m][2 * k + 1]) * to_float(b[k][2 * n + 1]);
+                c[m][n] += to_float(a[m][2 * k]) * to_float(b[k][2 * n]) +
+                           to_float(a[m][2 * k + 1]) * to_float(b[k][2 * n + 1]);
     memcpy(&emulated_tiles[kC], c, sizeof c);
 }
 
@@ -56,7 +60,9 @@ static void tiles_begin() {
     for (int t = 0; t < 8; ++t) config.column_bytes[t] = 64, config.rows[t] = 16;
     asm volatile("ldtilecfg %0" ::"m"(config));
 }
-static void tiles_end() { asm volatile("tilerelease"); }
+static void tiles_end() {
+    asm volatile("tilerelease");
+}
 
 // The compiler's intrinsics take literal register numbers only; these take template arguments.
 template <int kTile>

@@ -1,6 +1,6 @@
-// Gradients of y = (sum_s A_s (x) B_s) x + bias. Tokens are split into contiguous chunks, one task each; a task walks its
-// chunk tile by tile, keeps everything but x, dL/dy and dL/dx in cache, and sums its factor gradients into a buffer of its
-// own. The buffers are added in chunk order, so a result depends on the thread count but never on the schedule.
+// Gradients of y = (sum_s A_s (x) B_s) x + bias. Tokens are split into contiguous chunks, one task each; a task walks
+// its chunk tile by tile, keeps everything but x, dL/dy and dL/dx in cache, and sums its factor gradients into a buffer
+// of its own. The buffers are added in chunk order, so a result depends on the thread count but never on the schedule.
 // Orientation as in plan.h: left (m1, n1), right (m2, n2), G = dL/dY (m1, m2) a token.
 #pragma once
 
@@ -105,14 +105,15 @@ struct Backward {
     void through_right(const C* panels, int64_t outputs, int64_t depth, int64_t rows, const C* R, int64_t step, C* out,
                        int64_t out_step, bool accumulate) const {
         for (int64_t p = 0; p < panel_count(outputs); ++p)
-            gemm_rows<C, false>(rows, depth, R, step, panels + p * depth * kPanel, kPanel, vectors_at(outputs, p), out + p * kPanel,
-                                out_step, Start<C>{nullptr, 0, 1, accumulate});
+            gemm_rows<C, false>(rows, depth, R, step, panels + p * depth * kPanel, kPanel, vectors_at(outputs, p),
+                                out + p * kPanel, out_step, Start<C>{nullptr, 0, 1, accumulate});
     }
 
     // out[t] (outputs, lanes) = [out +] M in[t] (depth, lanes), M given as (depth, outputs).
-    static void through_left(const C* M, int64_t outputs, int64_t depth, int64_t tokens, int64_t lanes, const C* in, int64_t in_step,
-                             C* out, int64_t out_step, bool accumulate) {
-        mix_tokens<C>(M, outputs, depth, tokens, lanes, in, in_step, out, out_step, Start<C>{nullptr, 0, 1, accumulate});
+    static void through_left(const C* M, int64_t outputs, int64_t depth, int64_t tokens, int64_t lanes, const C* in,
+                             int64_t in_step, C* out, int64_t out_step, bool accumulate) {
+        mix_tokens<C>(M, outputs, depth, tokens, lanes, in, in_step, out, out_step,
+                      Start<C>{nullptr, 0, 1, accumulate});
     }
 
     static int vectors_at(int64_t n, int64_t panel) {
@@ -124,17 +125,19 @@ struct Backward {
     void add_right(C* out, int64_t outputs, int64_t inputs, int64_t rows, const C* P, int64_t p_step, const C* Q,
                    int64_t q_step) const {
         for (int64_t p = 0; p < panel_count(inputs); ++p)
-            gemm_rows<C, true>(outputs, rows, P, p_step, Q + p * kPanel, q_step, vectors_at(inputs, p), out + p * kPanel,
-                               right_step(), Start<C>{nullptr, 0, 1, true});
+            gemm_rows<C, true>(outputs, rows, P, p_step, Q + p * kPanel, q_step, vectors_at(inputs, p),
+                               out + p * kPanel, right_step(), Start<C>{nullptr, 0, 1, true});
     }
 
     // dLeft (m1, n1) += sum over tokens of P[t] (m1, lanes) Q[t]^T (lanes, n1).
-    void add_left(int64_t s, C* sums, int64_t tokens, int64_t lanes, const C* P, int64_t p_step, const C* Q, int64_t q_step) const {
+    void add_left(int64_t s, C* sums, int64_t tokens, int64_t lanes, const C* P, int64_t p_step, const C* Q,
+                  int64_t q_step) const {
         C* out = sums + s * plan.m1 * plan.n1;
         const int64_t p_token = plan.m1 * p_step, q_token = plan.n1 * q_step;
         const auto block = [&](auto pr, auto qr, int64_t i, int64_t j) {
-            dot_tokens<C, decltype(pr)::value, decltype(qr)::value>(tokens, lanes, P + i * p_step, p_step, p_token, Q + j * q_step,
-                                                                    q_step, q_token, out + i * plan.n1 + j, plan.n1);
+            dot_tokens<C, decltype(pr)::value, decltype(qr)::value>(tokens, lanes, P + i * p_step, p_step, p_token,
+                                                                    Q + j * q_step, q_step, q_token,
+                                                                    out + i * plan.n1 + j, plan.n1);
         };
         const auto columns = [&](auto pr, int64_t i) {
             int64_t j = 0;
@@ -169,13 +172,16 @@ struct Backward {
         }
     }
 
-    // Tokens from t of one operand as rows of the oriented problem, `to_step` apart; the caller's memory where it will do.
-    const C* stage(const E* from, int64_t stride, int64_t tokens, int64_t outer, int64_t inner, bool staged, C* to, int64_t to_step) const {
+    // Tokens from t of one operand as rows of the oriented problem, `to_step` apart; the caller's memory where it will
+    // do.
+    const C* stage(const E* from, int64_t stride, int64_t tokens, int64_t outer, int64_t inner, bool staged, C* to,
+                   int64_t to_step) const {
         if (!staged) return reinterpret_cast<const C*>(from);
         if (plan.commuted)
             stage_transposed<C, E>(from, stride, tokens, inner, outer, to, to_step);
         else
-            for (int64_t t = 0; t < tokens; ++t) stage_rows<C, E>(from + t * stride, inner, outer, inner, to + t * outer * to_step, to_step);
+            for (int64_t t = 0; t < tokens; ++t)
+                stage_rows<C, E>(from + t * stride, inner, outer, inner, to + t * outer * to_step, to_step);
         return to;
     }
     const C* stage_g(int64_t t, int64_t tokens, C* to) const {
@@ -196,7 +202,8 @@ struct Backward {
             const C* to_m2 = right_panels + s * panel_count(m2) * n2 * kPanel;
             const C* to_n2 = right_t_panels + s * panel_count(n2) * m2 * kPanel;
             if (plan.via_left) {
-                if (dx || right_now) through_left(transposed_left, n1, m1, tokens, m2, g, g_step(), tile.mid, mid, false);
+                if (dx || right_now)
+                    through_left(transposed_left, n1, m1, tokens, m2, g, g_step(), tile.mid, mid, false);
                 if (dx) through_right(to_n2, n2, m2, tokens * n1, tile.mid, mid, tile.dx, dx_step, s > 0);
                 if (right_now) add_right(dright, m2, n2, tokens * n1, tile.mid, mid, xs, x_step());
                 if (need_left) {
@@ -215,7 +222,8 @@ struct Backward {
         }
     }
 
-    // Scratch of one block of dRight: the operand that the left factor mixes (some lanes, before and after), the other one.
+    // Scratch of one block of dRight: the operand that the left factor mixes (some lanes, before and after), the other
+    // one.
     struct RightTile {
         C *source, *mixed, *other;
     };
@@ -235,7 +243,8 @@ struct Backward {
     }
 
     // Lanes [lane, lane + lanes) of tokens [t, t + tokens) of the operand that the left factor mixes, mixed by term s.
-    void mix_lanes(int64_t s, int64_t t, int64_t tokens, int64_t lane, int64_t lanes, const RightTile& tile, int64_t step) const {
+    void mix_lanes(int64_t s, int64_t t, int64_t tokens, int64_t lane, int64_t lanes, const RightTile& tile,
+                   int64_t step) const {
         const E* from = plan.via_left ? grad + t * grad_stride : x + t * x_stride;
         const int64_t stride = plan.via_left ? grad_stride : x_stride;
         const int64_t outer = plan.via_left ? plan.m1 : plan.n1, inner = plan.via_left ? plan.m2 : plan.n2;
@@ -245,8 +254,8 @@ struct Backward {
         else
             for (int64_t i = 0; i < tokens; ++i)
                 stage_rows<C, E>(from + i * stride + lane, inner, outer, lanes, tile.source + i * outer * step, step);
-        through_left((plan.via_left ? left_transposed : left_forward) + s * plan.m1 * plan.n1, outputs, outer, tokens, lanes,
-                     tile.source, step, tile.mixed, step, false);
+        through_left((plan.via_left ? left_transposed : left_forward) + s * plan.m1 * plan.n1, outputs, outer, tokens,
+                     lanes, tile.source, step, tile.mixed, step, false);
     }
 
     void right_block(int64_t block, int64_t from, int64_t end, const RightTile& tile, C* sums) const {
@@ -260,7 +269,8 @@ struct Backward {
                 mix_lanes(s, t, tokens, lane, lanes, tile, step);
                 C* out = sums + left_size() + s * plan.m2 * right_step();
                 if (plan.via_left)
-                    add_right(out + lane * right_step(), lanes, plan.n2, tokens * plan.n1, tile.mixed, step, other, x_step());
+                    add_right(out + lane * right_step(), lanes, plan.n2, tokens * plan.n1, tile.mixed, step, other,
+                              x_step());
                 else
                     add_right(out + lane, plan.m2, lanes, tokens * plan.m1, other, g_step(), tile.mixed, step);
             }
@@ -284,9 +294,11 @@ struct Backward {
             if (!dx) continue;
             const Finish<C> plain{nullptr, Activation::none};
             if (plan.commuted)
-                finish_transposed<C, E>(tile.dx, row_step<C>(plan.n2), tokens, plan.n2, plan.n1, dx + t * inputs, inputs, plain, 0);
+                finish_transposed<C, E>(tile.dx, row_step<C>(plan.n2), tokens, plan.n2, plan.n1, dx + t * inputs,
+                                        inputs, plain, 0);
             else
-                finish_rows<C, E>(tile.dx, row_step<C>(plan.n2), tokens * plan.n1, plan.n2, dx + t * inputs, plan.n2, plain, 0, 0, 1);
+                finish_rows<C, E>(tile.dx, row_step<C>(plan.n2), tokens * plan.n1, plan.n2, dx + t * inputs, plan.n2,
+                                  plain, 0, 0, 1);
         }
         if (!need_right || plan.right_blocks == 1) return;
         const RightTile right_tile = carve_right(right_carver);
@@ -314,7 +326,8 @@ struct Backward {
         const int64_t s = i / panel_count(outputs), panel = i % panel_count(outputs), lane = panel * kPanel;
         const int64_t lanes = outputs - lane < kPanel ? outputs - lane : kPanel;
         const E* M = static_cast<const E*>(right.data) + s * right.stride_term + lane * lane_stride;
-        pack_panel<C, E>(M, lane_stride, k_stride, lanes, depth, kVectors, (forward ? right_panels : right_t_panels) + i * depth * kPanel);
+        pack_panel<C, E>(M, lane_stride, k_stride, lanes, depth, kVectors,
+                         (forward ? right_panels : right_t_panels) + i * depth * kPanel);
     }
     int64_t pack_jobs() const {
         return plan.terms * (panel_count(plan.n2) + (plan.via_left && need_left ? panel_count(plan.m2) : 0));
@@ -362,7 +375,8 @@ static void backward(const BackwardArgs& args, const Executor& executor) {
         else
             for (int64_t i = 0; i < jobs; ++i) job(&b, i);
     };
-    each(b.pack_jobs(), p.m2 * p.n2 * p.terms > 16384, [](void* arg, int64_t i) { static_cast<const B*>(arg)->pack(i); });
+    each(b.pack_jobs(), p.m2 * p.n2 * p.terms > 16384,
+         [](void* arg, int64_t i) { static_cast<const B*>(arg)->pack(i); });
     each(p.chunks, p.chunks > 1, [](void* arg, int64_t i) { static_cast<const B*>(arg)->run(i); });
     if (dleft) b.reduce(dleft, 0, p.terms * p.m1, p.n1, p.n1);
     if (dright) b.reduce(dright, b.left_size(), p.terms * p.m2, p.n2, b.right_step());

@@ -37,7 +37,9 @@ Isa detect() {
     return amx_usable() ? Isa::amx : Isa::avx512;
 }
 #else
-Isa detect() { return Isa::portable; }
+Isa detect() {
+    return Isa::portable;
+}
 #endif
 
 Isa from_environment() {
@@ -56,10 +58,14 @@ std::atomic<int>& cap() {
 const Kernels& active() {
 #if defined(__x86_64__)
     switch (active_isa()) {
-        case Isa::amx: return kAmxKernels;
-        case Isa::avx512: return kAvx512Kernels;
-        case Isa::avx2: return kAvx2Kernels;
-        case Isa::portable: break;
+        case Isa::amx:
+            return kAmxKernels;
+        case Isa::avx512:
+            return kAvx512Kernels;
+        case Isa::avx2:
+            return kAvx2Kernels;
+        case Isa::portable:
+            break;
     }
 #endif
     return kPortableKernels;
@@ -69,10 +75,14 @@ const Kernels& active() {
 
 const char* isa_name(Isa isa) {
     switch (isa) {
-        case Isa::avx2: return "avx2";
-        case Isa::avx512: return "avx512";
-        case Isa::amx: return "amx";
-        case Isa::portable: break;
+        case Isa::avx2:
+            return "avx2";
+        case Isa::avx512:
+            return "avx512";
+        case Isa::amx:
+            return "amx";
+        case Isa::portable:
+            break;
     }
     return "portable";
 }
@@ -95,12 +105,16 @@ Isa active_isa() {
     return limit < static_cast<int>(detected_isa()) ? static_cast<Isa>(limit) : detected_isa();
 }
 
-void set_isa_cap(Isa limit) { cap().store(static_cast<int>(limit), std::memory_order_relaxed); }
+void set_isa_cap(Isa limit) {
+    cap().store(static_cast<int>(limit), std::memory_order_relaxed);
+}
 
 void kron_mm_forward(const ForwardArgs& args, const Executor& executor) {
     if (args.shape.tokens > 0) active().forward(args, executor);
 }
 
-void kron_mm_backward(const BackwardArgs& args, const Executor& executor) { active().backward(args, executor); }
+void kron_mm_backward(const BackwardArgs& args, const Executor& executor) {
+    active().backward(args, executor);
+}
 
 }  // namespace kron

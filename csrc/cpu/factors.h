@@ -8,8 +8,8 @@
 namespace kron {
 namespace KRON_ISA {
 
-// left (S, m1, n1) -> out (S, n1, m1) in the compute type: consecutive outputs are neighbours, as micro_kernel's kUnitRow
-// wants. With transpose: out (S, m1, n1), the left factor of the transposed product.
+// left (S, m1, n1) -> out (S, n1, m1) in the compute type: consecutive outputs are neighbours, as micro_kernel's
+// kUnitRow wants. With transpose: out (S, m1, n1), the left factor of the transposed product.
 template <class C, class E>
 static void compact_left(const Factor& left, int64_t terms, int64_t m1, int64_t n1, bool transpose, C* out) {
     const E* data = static_cast<const E*>(left.data);
@@ -25,7 +25,8 @@ static void compact_left(const Factor& left, int64_t terms, int64_t m1, int64_t 
 
 // One panel of a matrix M (lanes, depth) with strides: out[k][lane], `vectors` vectors wide, zeros beyond `lanes`.
 template <class C, class E>
-static void pack_panel(const E* M, int64_t lane_step, int64_t k_step, int64_t lanes, int64_t depth, int vectors, C* out) {
+static void pack_panel(const E* M, int64_t lane_step, int64_t k_step, int64_t lanes, int64_t depth, int vectors,
+                       C* out) {
     constexpr int W = Simd<C>::W;
     const int64_t width = static_cast<int64_t>(vectors) * W;
     for (int v = 0; v < vectors; ++v) {
@@ -115,7 +116,8 @@ static void dot_panel(int64_t rows, int64_t depth, const C* R, int64_t step, con
         dot_rows<C, E, 4>(depth, R + r * step, step, F, lane_step, lanes, out + r * out_step, out_step, start, r);
     for (; r + 2 <= rows; r += 2)
         dot_rows<C, E, 2>(depth, R + r * step, step, F, lane_step, lanes, out + r * out_step, out_step, start, r);
-    if (r < rows) dot_rows<C, E, 1>(depth, R + r * step, step, F, lane_step, lanes, out + r * out_step, out_step, start, r);
+    if (r < rows)
+        dot_rows<C, E, 1>(depth, R + r * step, step, F, lane_step, lanes, out + r * out_step, out_step, start, r);
     for (int64_t i = 0; i < rows; ++i)
         for (int64_t l = lanes; l < width; ++l) out[i * out_step + l] = 0;
 }
@@ -136,8 +138,8 @@ struct VectorGemm {
     static void pack(const E* M, int64_t lane_step, int64_t k_step, int64_t lanes, int64_t n, int vectors, C* out) {
         pack_panel<C, E>(M, lane_step, k_step, lanes, n, vectors, out);
     }
-    static void multiply(int64_t rows, int64_t n, const C* R, int64_t step, const C* panel, int64_t panel_step, int vectors, C* out,
-                         int64_t out_step, Start<C> start, Ahead* ahead) {
+    static void multiply(int64_t rows, int64_t n, const C* R, int64_t step, const C* panel, int64_t panel_step,
+                         int vectors, C* out, int64_t out_step, Start<C> start, Ahead* ahead) {
         gemm_rows<C, false>(rows, n, R, step, panel, panel_step, vectors, out, out_step, start, ahead);
     }
 };

@@ -1,5 +1,5 @@
-// y = activation((sum_s A_s (x) B_s) x + bias), one tile of tokens at a time. plan.h explains the two layouts and orders;
-// here everything is already oriented: `left` (m1, n1), `right` (m2, n2).
+// y = activation((sum_s A_s (x) B_s) x + bias), one tile of tokens at a time. plan.h explains the two layouts and
+// orders; here everything is already oriented: `left` (m1, n1), `right` (m2, n2).
 //
 //              right_first                              left_first
 //   load       rows = X                                 middle[t] = left X[t]
@@ -75,14 +75,16 @@ struct Forward {
             stage_transposed<C, E>(from, x_stride, tokens, n1_original, n2_original, tile.x, x_step());
         } else {
             for (int64_t t = 0; t < tokens; ++t)
-                stage_rows<C, E>(from + t * x_stride, plan.n2, plan.n1, plan.n2, tile.x + t * plan.n1 * x_step(), x_step());
+                stage_rows<C, E>(from + t * x_stride, plan.n2, plan.n1, plan.n2, tile.x + t * plan.n1 * x_step(),
+                                 x_step());
         }
         return tile.x;
     }
 
     void mix_x(int64_t first, int64_t tokens, const Tile& tile) const {
         if (split_mix_x) {
-            split_mix_x(x + first * x_stride, x_stride, tokens, plan.n2, mix(), tile.middle, middle_step(), middle_term());
+            split_mix_x(x + first * x_stride, x_stride, tokens, plan.n2, mix(), tile.middle, middle_step(),
+                        middle_term());
             return;
         }
         const C* rows = stage_x(first, tokens, tile);
@@ -93,7 +95,8 @@ struct Forward {
 
     Mix<C> mix() const { return Mix<C>{left_compact, plan.terms, plan.m1, plan.n1}; }
 
-    // The rows of term s that the GEMM reads: X when the right factor comes first (the same for all terms), else left X.
+    // The rows of term s that the GEMM reads: X when the right factor comes first (the same for all terms), else left
+    // X.
     struct Rows {
         const C* compute;
         int64_t compute_step;
@@ -126,7 +129,8 @@ struct Forward {
         const int vectors = static_cast<int>((lanes + W - 1) / W);
         const E* F = static_cast<const E*>(right.data) + s * right.stride_term + lane * right.stride_row;
         if (!plan.packed) {
-            dot_panel<C, E>(rows, plan.n2, R.compute, R.compute_step, F, right.stride_row, lanes, vectors * W, out, out_step, start);
+            dot_panel<C, E>(rows, plan.n2, R.compute, R.compute_step, F, right.stride_row, lanes, vectors * W, out,
+                            out_step, start);
             return;
         }
         const Row* packed = panels + (s * plan.panels + panel) * panel_size();
@@ -144,14 +148,16 @@ struct Forward {
         const int64_t bytes = count * static_cast<int64_t>(sizeof(E));
         // A small tile is covered by the hardware's own prefetching.
         const int64_t step = bytes < 32768 || steps == 0 ? 0 : bytes / steps;
-        return Ahead{step ? reinterpret_cast<const char*>(from) : reinterpret_cast<const char*>(left_compact), step < 64 ? step : 64};
+        return Ahead{step ? reinterpret_cast<const char*>(from) : reinterpret_cast<const char*>(left_compact),
+                     step < 64 ? step : 64};
     }
 
     void run(int64_t index) const {
         const int64_t token_tile = index / plan.panel_groups, group = index % plan.panel_groups;
         const int64_t first = token_tile * plan.tile_tokens;
         const int64_t tokens = plan.tokens - first < plan.tile_tokens ? plan.tokens - first : plan.tile_tokens;
-        const int64_t from = group * plan.panels / plan.panel_groups, to = (group + 1) * plan.panels / plan.panel_groups;
+        const int64_t from = group * plan.panels / plan.panel_groups,
+                      to = (group + 1) * plan.panels / plan.panel_groups;
         Carver count(nullptr);
         carve(count);
         Carver carver(scratch(ScratchSlot::task, count.used()));
@@ -170,8 +176,8 @@ struct Forward {
         for (int64_t s = 0; s < plan.terms; ++s) {
             const Rows rows = gemm_rows_of(s, x_rows, tokens, tile);
             for (int64_t panel = from; panel < to; ++panel)
-                multiply_panel(s, panel, tokens * plan.n1, rows, tile.panel, tile.middle + s * middle_term() + panel * width(),
-                               middle_step(), Start<C>{}, &ahead);
+                multiply_panel(s, panel, tokens * plan.n1, rows, tile.panel,
+                               tile.middle + s * middle_term() + panel * width(), middle_step(), Start<C>{}, &ahead);
         }
         const int64_t lane = from * width();
         const int64_t lanes = (to * width() < plan.m2 ? to * width() : plan.m2) - lane;
@@ -207,7 +213,8 @@ struct Forward {
                     start.accumulate = true;
                 else if (direct_y && bias)
                     start = Start<C>{bias + panel * width(), plan.m2, plan.m1, false};
-                multiply_panel(s, panel, tokens * plan.m1, rows, tile.panel, result + panel * width(), result_step(), start, &ahead);
+                multiply_panel(s, panel, tokens * plan.m1, rows, tile.panel, result + panel * width(), result_step(),
+                               start, &ahead);
             }
         }
         const int64_t lane = from * width();
@@ -234,7 +241,8 @@ struct Forward {
         const int64_t s = index / plan.panels, panel = index % plan.panels, lane = panel * width();
         const int64_t lanes = plan.m2 - lane < width() ? plan.m2 - lane : width();
         const E* F = static_cast<const E*>(right.data) + s * right.stride_term + lane * right.stride_row;
-        G::pack(F, right.stride_row, right.stride_col, lanes, plan.n2, plan.panel_vectors, panels + index * panel_size());
+        G::pack(F, right.stride_row, right.stride_col, lanes, plan.n2, plan.panel_vectors,
+                panels + index * panel_size());
     }
 };
 
@@ -243,8 +251,8 @@ static void forward(const ForwardArgs& args, const Executor& executor) {
     typedef Forward<C, E, G> F;
     const Shape& shape = args.shape;
     F f{};
-    f.plan = plan_forward(shape, Machine{Simd<C>::W, kMaxRows[2], G::kPanelVectors, executor.threads, args.b.stride_col == 1,
-                                         args.a.stride_col == 1});
+    f.plan = plan_forward(shape, Machine{Simd<C>::W, kMaxRows[2], G::kPanelVectors, executor.threads,
+                                         args.b.stride_col == 1, args.a.stride_col == 1});
     const Plan& p = f.plan;
     f.x = static_cast<const E*>(args.x);
     f.x_stride = args.x_stride;

@@ -27,8 +27,8 @@ struct Init {
 };
 
 // Memory that will be wanted after this product (results about to be written, the next tile's input), fetched into L2 a
-// little with every k, so that it arrives while the multipliers are busy. step 0 fetches one line again and again, which
-// costs nothing measurable.
+// little with every k, so that it arrives while the multipliers are busy. step 0 fetches one line again and again,
+// which costs nothing measurable.
 struct Ahead {
     const char* at;
     int64_t step;  // bytes a k
@@ -101,21 +101,25 @@ static MicroKernel<C> pick_rows(int rows) {
         KRON_ROWS(11)
         KRON_ROWS(12)
 #undef KRON_ROWS
-        default: __builtin_unreachable();
+        default:
+            __builtin_unreachable();
     }
 }
 
 template <class C, bool kUnitRow>
 static MicroKernel<C> pick(int rows, int vectors) {
     switch (vectors) {
-        case 1: return pick_rows<C, 1, kUnitRow>(rows);
-        case 2: return pick_rows<C, 2, kUnitRow>(rows);
-        default: return pick_rows<C, 3, kUnitRow>(rows);
+        case 1:
+            return pick_rows<C, 1, kUnitRow>(rows);
+        case 2:
+            return pick_rows<C, 2, kUnitRow>(rows);
+        default:
+            return pick_rows<C, 3, kUnitRow>(rows);
     }
 }
 
-// What a result is added to: base[(r % period) * stride + lane] for row r (a bias that repeats every `period` rows), the
-// result itself (accumulate), or nothing.
+// What a result is added to: base[(r % period) * stride + lane] for row r (a bias that repeats every `period` rows),
+// the result itself (accumulate), or nothing.
 template <class C>
 struct Start {
     const C* base = nullptr;
@@ -134,8 +138,8 @@ struct RowBlocks {
 
 // out[r][0 .. vectors*W) for r < rows; out_step >= vectors*W.
 template <class C, bool kUnitRow>
-static void gemm_rows(int64_t rows, int64_t depth, const C* R, int64_t step, const C* P, int64_t panel_step, int vectors,
-                      C* out, int64_t out_step, Start<C> start, Ahead* ahead = nullptr) {
+static void gemm_rows(int64_t rows, int64_t depth, const C* R, int64_t step, const C* P, int64_t panel_step,
+                      int vectors, C* out, int64_t out_step, Start<C> start, Ahead* ahead = nullptr) {
     if (rows == 0) return;
     const RowBlocks blocks(rows, kMaxRows[vectors]);
     int64_t offsets[16];
@@ -160,8 +164,8 @@ static void gemm_rows(int64_t rows, int64_t depth, const C* R, int64_t step, con
 // One small factor applied to many tokens: out[t] (outputs, lanes) = M in[t] (depth, lanes) + start, M given as
 // (depth, outputs). Token by token, so that `out` is written in the order of memory.
 template <class C>
-static void mix_tokens(const C* M, int64_t outputs, int64_t depth, int64_t tokens, int64_t lanes, const C* in, int64_t in_step,
-                       C* out, int64_t out_step, Start<C> start) {
+static void mix_tokens(const C* M, int64_t outputs, int64_t depth, int64_t tokens, int64_t lanes, const C* in,
+                       int64_t in_step, C* out, int64_t out_step, Start<C> start) {
     constexpr int W = Simd<C>::W;
     constexpr int kVectors = 2;
     const int64_t vectors = (lanes + W - 1) / W;
@@ -178,8 +182,9 @@ static void mix_tokens(const C* M, int64_t outputs, int64_t depth, int64_t token
             for (int64_t v = 0; v < vectors; v += kVectors) {
                 C* to = out + (t * outputs + row) * out_step + v * W;
                 const C* base = start.accumulate ? to : start.base ? start.base + row * start.stride + v * W : nullptr;
-                kernels[b < blocks.larger][v + 1 < vectors](depth, M + row, outputs, in + t * depth * in_step + v * W, in_step, to,
-                                                            out_step, Init<C>{base, offsets}, Ahead{reinterpret_cast<const char*>(M), 0});
+                kernels[b < blocks.larger][v + 1 < vectors](depth, M + row, outputs, in + t * depth * in_step + v * W,
+                                                            in_step, to, out_step, Init<C>{base, offsets},
+                                                            Ahead{reinterpret_cast<const char*>(M), 0});
             }
             row += blocks.rows(b);
         }

@@ -13,7 +13,9 @@ static void forward_entry(const ForwardArgs& args, const Executor& executor) {
     kAvx512Kernels.forward(args, executor);
 }
 
-static void backward_entry(const BackwardArgs& args, const Executor& executor) { kAvx512Kernels.backward(args, executor); }
+static void backward_entry(const BackwardArgs& args, const Executor& executor) {
+    kAvx512Kernels.backward(args, executor);
+}
 
 }  // namespace amx
 

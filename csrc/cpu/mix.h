@@ -69,7 +69,8 @@ static void mix_merge(const C* in, int64_t in_step, int64_t in_term, int64_t tok
             } else {
                 for (int q = 0; q < Q; ++q) {
                     const int64_t count = left - q * W;
-                    if (count > 0) store_part<C, E>(dst + c * Q + q * W, finish.part(v[q], at + c * Q + q * W, count), count);
+                    if (count > 0)
+                        store_part<C, E>(dst + c * Q + q * W, finish.part(v[q], at + c * Q + q * W, count), count);
                 }
             }
         }
@@ -81,16 +82,22 @@ using SplitMix = void (*)(const E*, int64_t, int64_t, int64_t, Mix<C>, C*, int64
 template <class C, class E>
 using MixMerge = void (*)(const C*, int64_t, int64_t, int64_t, int64_t, Mix<C>, E*, int64_t, Finish<C>, int64_t);
 
-// Null for a width that is not 1, 2, 4, 8 or 16 and for a dtype without shuffles: then the transpose and the product are separate passes.
+// Null for a width that is not 1, 2, 4, 8 or 16 and for a dtype without shuffles: then the transpose and the product
+// are separate passes.
 template <class C, class E>
 static SplitMix<C, E> pick_split_mix(int64_t width) {
     if constexpr (kShuffles<C, E>) {
         switch (width) {
-            case 1: return split_mix<C, E, 1>;
-            case 2: return split_mix<C, E, 2>;
-            case 4: return split_mix<C, E, 4>;
-            case 8: return split_mix<C, E, 8>;
-            case 16: return split_mix<C, E, 16>;
+            case 1:
+                return split_mix<C, E, 1>;
+            case 2:
+                return split_mix<C, E, 2>;
+            case 4:
+                return split_mix<C, E, 4>;
+            case 8:
+                return split_mix<C, E, 8>;
+            case 16:
+                return split_mix<C, E, 16>;
         }
     }
     return nullptr;
@@ -100,11 +107,16 @@ template <class C, class E>
 static MixMerge<C, E> pick_mix_merge(int64_t width) {
     if constexpr (kShuffles<C, E>) {
         switch (width) {
-            case 1: return mix_merge<C, E, 1>;
-            case 2: return mix_merge<C, E, 2>;
-            case 4: return mix_merge<C, E, 4>;
-            case 8: return mix_merge<C, E, 8>;
-            case 16: return mix_merge<C, E, 16>;
+            case 1:
+                return mix_merge<C, E, 1>;
+            case 2:
+                return mix_merge<C, E, 2>;
+            case 4:
+                return mix_merge<C, E, 4>;
+            case 8:
+                return mix_merge<C, E, 8>;
+            case 16:
+                return mix_merge<C, E, 16>;
         }
     }
     return nullptr;

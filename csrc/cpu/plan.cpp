@@ -22,12 +22,20 @@ constexpr int64_t kTaskPackRows = 192;
 constexpr double kTransposeCost = 4;
 constexpr double kOddTransposeCost = 24;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+int64_t ceil_div(int64_t a, int64_t b) {
+    return (a + b - 1) / b;
+}
+int64_t round_up(int64_t a, int64_t b) {
+    return ceil_div(a, b) * b;
+}
 
-int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+int64_t size_of(DType dtype) {
+    return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+}
 
-bool is_shuffle_width(int64_t width) { return width == 1 || width == 2 || width == 4 || width == 8 || width == 16; }
+bool is_shuffle_width(int64_t width) {
+    return width == 1 || width == 2 || width == 4 || width == 8 || width == 16;
+}
 
 double transpose_cost(const Shape& s) {
     const double in = static_cast<double>(s.n1 * s.n2) * (is_shuffle_width(s.n2) ? kTransposeCost : kOddTransposeCost);
@@ -86,8 +94,8 @@ Plan plan_forward(const Shape& s, const Machine& machine) {
     p.serial = best.work * static_cast<double>(s.tokens) < kSerialWork;
     const int64_t threads = p.serial ? 1 : machine.threads;
     const int64_t token_bytes = (s.m1 * s.m2 + s.n1 * s.n2) * size_of(s.dtype);
-    const int64_t tile_rows = std::max<int64_t>(
-        std::min(kTileRows / s.terms, kTileBytes / token_bytes * rows_a_token), machine.max_rows);
+    const int64_t tile_rows =
+        std::max<int64_t>(std::min(kTileRows / s.terms, kTileBytes / token_bytes * rows_a_token), machine.max_rows);
     const int64_t rows = p.tokens * rows_a_token;
     if (!p.packed || (rows <= kTaskPackRows && p.panels >= threads)) {
         // Few rows: the threads share out the panels, and each packs its own while it is in L1.
@@ -120,7 +128,18 @@ BackwardPlan plan_backward(const Shape& s, const Machine& machine) {
             if (commuted) cost += transpose_cost(s) + static_cast<double>(s.n1 * s.n2) * kTransposeCost;
             if (best_cost < 0 || cost < best_cost) {
                 best_cost = cost;
-                best = BackwardPlan{commuted, via_left, s.tokens, s.terms, a1, b1, a2, b2, 0, 0, 0, 0,
+                best = BackwardPlan{commuted,
+                                    via_left,
+                                    s.tokens,
+                                    s.terms,
+                                    a1,
+                                    b1,
+                                    a2,
+                                    b2,
+                                    0,
+                                    0,
+                                    0,
+                                    0,
                                     work * static_cast<double>(s.terms)};
             }
         }

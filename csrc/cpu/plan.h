@@ -8,7 +8,8 @@ namespace kron {
 
 // Every product runs in one of two layouts and two orders.
 //   natural: vectors lie along the columns of X and Y (n2, m2), as in memory.
-//   commuted: A (x) B = P (B (x) A) Q with P, Q transposing each token's matrix; the kernels then see X^T (n2, n1), with
+//   commuted: A (x) B = P (B (x) A) Q with P, Q transposing each token's matrix; the kernels then see X^T (n2, n1),
+//   with
 //     B in A's place and A in B's. For a tiny B the vectors lie along n1 and m1 this way, and the transposes are a few
 //     shuffles folded into loading x and storing y.
 // m1, n1, m2, n2 below are those of the oriented problem: `left` (m1, n1) mixes a token's rows, `right` (m2, n2) is the
@@ -31,8 +32,8 @@ struct Plan {
 };
 
 struct Machine {
-    int lanes;     // elements of the compute type in a vector
-    int max_rows;  // rows of the widest register tile
+    int lanes;          // elements of the compute type in a vector
+    int max_rows;       // rows of the widest register tile
     int panel_vectors;  // fixed by the kernel, or 0: free to choose
     int threads;
     bool can_dot;  // the right factors' rows are contiguous in memory (natural, commuted)

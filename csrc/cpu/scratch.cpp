@@ -30,10 +30,16 @@ thread_local int64_t recorded = 0;
 
 }  // namespace
 
-void* scratch(ScratchSlot slot, size_t bytes) { return slots[static_cast<int>(slot)].reserve(bytes ? bytes : 64); }
+void* scratch(ScratchSlot slot, size_t bytes) {
+    return slots[static_cast<int>(slot)].reserve(bytes ? bytes : 64);
+}
 
-void record_scratch(int64_t bytes) { recorded = bytes; }
+void record_scratch(int64_t bytes) {
+    recorded = bytes;
+}
 
-int64_t last_scratch_bytes() { return recorded; }
+int64_t last_scratch_bytes() {
+    return recorded;
+}
 
 }  // namespace kron

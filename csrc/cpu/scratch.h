@@ -1,5 +1,5 @@
-// Scratch memory that a thread keeps between calls: a fresh allocation of a few hundred kilobytes would cost more in page
-// faults than the products themselves. Compiled once, without instruction-set flags.
+// Scratch memory that a thread keeps between calls: a fresh allocation of a few hundred kilobytes would cost more in
+// page faults than the products themselves. Compiled once, without instruction-set flags.
 #pragma once
 
 #include <cstddef>

@@ -22,8 +22,8 @@ KRON_INLINE int64_t row_step(int64_t n) {
     return (lines | 1) * line;
 }
 
-// The shuffles are instantiated for the dtypes that are to be fast; fp64 and fp16 are right, if slower (they would double
-// the build time).
+// The shuffles are instantiated for the dtypes that are to be fast; fp64 and fp16 are right, if slower (they would
+// double the build time).
 template <class C, class E>
 constexpr bool kShuffles = __is_same(C, float) && !__is_same(E, f16);
 
@@ -80,11 +80,21 @@ static void stage_transposed(const E* in, int64_t in_step, int64_t tokens, int64
         C* dst = out + t * width * out_step;
         if constexpr (kShuffles<C, E>) {
             switch (width) {
-                case 1: split_columns<C, E, 1>(src, cols, dst, out_step); continue;
-                case 2: split_columns<C, E, 2>(src, cols, dst, out_step); continue;
-                case 4: split_columns<C, E, 4>(src, cols, dst, out_step); continue;
-                case 8: split_columns<C, E, 8>(src, cols, dst, out_step); continue;
-                case 16: split_columns<C, E, 16>(src, cols, dst, out_step); continue;
+                case 1:
+                    split_columns<C, E, 1>(src, cols, dst, out_step);
+                    continue;
+                case 2:
+                    split_columns<C, E, 2>(src, cols, dst, out_step);
+                    continue;
+                case 4:
+                    split_columns<C, E, 4>(src, cols, dst, out_step);
+                    continue;
+                case 8:
+                    split_columns<C, E, 8>(src, cols, dst, out_step);
+                    continue;
+                case 16:
+                    split_columns<C, E, 16>(src, cols, dst, out_step);
+                    continue;
             }
         }
         split_columns_any<C, E>(src, cols, width, dst, out_step);
@@ -106,7 +116,8 @@ struct Finish {
     }
 };
 
-// tile: rows of `count` valid lanes, tile_step apart -> y rows, y_step apart; row r finishes with bias[at + (r % period)
+// tile: rows of `count` valid lanes, tile_step apart -> y rows, y_step apart; row r finishes with bias[at + (r %
+// period)
 // * bias_step].
 template <class C, class E>
 static void finish_rows(const C* tile, int64_t tile_step, int64_t rows, int64_t count, E* y, int64_t y_step,
@@ -139,8 +150,7 @@ static void merge_columns(const C* tile, int64_t tile_step, int64_t cols, E* y, 
 #pragma GCC unroll 16
             for (int q = 0; q < Q; ++q) {
                 const int64_t count = left - q * W;
-                if (count > 0)
-                    store_part<C, E>(y + c * Q + q * W, finish.part(v[q], at + c * Q + q * W, count), count);
+                if (count > 0) store_part<C, E>(y + c * Q + q * W, finish.part(v[q], at + c * Q + q * W, count), count);
             }
         }
     }
@@ -168,11 +178,21 @@ static void finish_transposed(const C* tile, int64_t tile_step, int64_t tokens, 
         E* dst = y + t * y_step;
         if constexpr (kShuffles<C, E>) {
             switch (width) {
-                case 1: merge_columns<C, E, 1>(src, tile_step, cols, dst, finish, at); continue;
-                case 2: merge_columns<C, E, 2>(src, tile_step, cols, dst, finish, at); continue;
-                case 4: merge_columns<C, E, 4>(src, tile_step, cols, dst, finish, at); continue;
-                case 8: merge_columns<C, E, 8>(src, tile_step, cols, dst, finish, at); continue;
-                case 16: merge_columns<C, E, 16>(src, tile_step, cols, dst, finish, at); continue;
+                case 1:
+                    merge_columns<C, E, 1>(src, tile_step, cols, dst, finish, at);
+                    continue;
+                case 2:
+                    merge_columns<C, E, 2>(src, tile_step, cols, dst, finish, at);
+                    continue;
+                case 4:
+                    merge_columns<C, E, 4>(src, tile_step, cols, dst, finish, at);
+                    continue;
+                case 8:
+                    merge_columns<C, E, 8>(src, tile_step, cols, dst, finish, at);
+                    continue;
+                case 16:
+                    merge_columns<C, E, 16>(src, tile_step, cols, dst, finish, at);
+                    continue;
             }
         }
         merge_columns_any<C, E>(src, tile_step, cols, width, dst, finish, at);

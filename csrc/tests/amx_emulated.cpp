@@ -1,5 +1,5 @@
-// The AMX kernel with its tile registers emulated: the code that surrounds them (packing, padding, conversion, blocking)
-// is the shipped one. Linked into test_core only.
+// The AMX kernel with its tile registers emulated: the code that surrounds them (packing, padding, conversion,
+// blocking) is the shipped one. Linked into test_core only.
 #define KRON_ISA amx_emulated
 #define KRON_VEC_BYTES 16
 #define KRON_AMX_EMULATE

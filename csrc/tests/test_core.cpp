@@ -33,16 +33,24 @@ double uniform() {  // splitmix64, in (-1, 1)
     z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
     return static_cast<double>((z ^ (z >> 31)) >> 11) * 0x1p-52 - 1;
 }
-int64_t pick(int64_t low, int64_t high) { return low + static_cast<int64_t>((uniform() + 1) / 2 * double(high - low + 1)); }
+int64_t pick(int64_t low, int64_t high) {
+    return low + static_cast<int64_t>((uniform() + 1) / 2 * double(high - low + 1));
+}
 
-size_t size_of(DType d) { return d == DType::f64 ? 8 : d == DType::f32 ? 4 : 2; }
+size_t size_of(DType d) {
+    return d == DType::f64 ? 8 : d == DType::f32 ? 4 : 2;
+}
 
 double read(const void* p, int64_t i, DType d) {
     switch (d) {
-        case DType::f32: return static_cast<const float*>(p)[i];
-        case DType::f64: return static_cast<const double*>(p)[i];
-        case DType::f16: return static_cast<double>(static_cast<const _Float16*>(p)[i]);
-        case DType::bf16: break;
+        case DType::f32:
+            return static_cast<const float*>(p)[i];
+        case DType::f64:
+            return static_cast<const double*>(p)[i];
+        case DType::f16:
+            return static_cast<double>(static_cast<const _Float16*>(p)[i]);
+        case DType::bf16:
+            break;
     }
     const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(p)[i]) << 16;
     float f;
@@ -52,10 +60,17 @@ double read(const void* p, int64_t i, DType d) {
 
 void write(void* p, int64_t i, DType d, double v) {
     switch (d) {
-        case DType::f32: static_cast<float*>(p)[i] = static_cast<float>(v); return;
-        case DType::f64: static_cast<double*>(p)[i] = v; return;
-        case DType::f16: static_cast<_Float16*>(p)[i] = static_cast<_Float16>(v); return;
-        case DType::bf16: break;
+        case DType::f32:
+            static_cast<float*>(p)[i] = static_cast<float>(v);
+            return;
+        case DType::f64:
+            static_cast<double*>(p)[i] = v;
+            return;
+        case DType::f16:
+            static_cast<_Float16*>(p)[i] = static_cast<_Float16>(v);
+            return;
+        case DType::bf16:
+            break;
     }
     const float f = static_cast<float>(v);
     uint32_t bits;
@@ -63,9 +78,11 @@ void write(void* p, int64_t i, DType d, double v) {
     static_cast<uint16_t*>(p)[i] = static_cast<uint16_t>(bits >> 16);
 }
 
-// Exactly as many elements as asked for, so that the address sanitizer sees one read or written beyond; filled with NaN.
+// Exactly as many elements as asked for, so that the address sanitizer sees one read or written beyond; filled with
+// NaN.
 struct Buffer {
-    Buffer(int64_t count, DType dtype) : count(count), dtype(dtype), data(static_cast<char*>(std::malloc(size_t(count) * size_of(dtype) + 1))) {
+    Buffer(int64_t count, DType dtype)
+        : count(count), dtype(dtype), data(static_cast<char*>(std::malloc(size_t(count) * size_of(dtype) + 1))) {
         for (int64_t i = 0; i < count; ++i) write(get(), i, dtype, std::nan(""));
     }
     ~Buffer() { std::free(data); }
@@ -95,11 +112,16 @@ const kron::Executor kSerial{1, run_serial}, kThreads{3, run_threads};
 
 double activate(Activation kind, double x) {
     switch (kind) {
-        case Activation::gelu: return 0.5 * x * std::erfc(-x / std::sqrt(2.0));
-        case Activation::gelu_tanh: return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
-        case Activation::relu: return x > 0 ? x : 0;
-        case Activation::silu: return x / (1 + std::exp(-x));
-        case Activation::none: break;
+        case Activation::gelu:
+            return 0.5 * x * std::erfc(-x / std::sqrt(2.0));
+        case Activation::gelu_tanh:
+            return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
+        case Activation::relu:
+            return x > 0 ? x : 0;
+        case Activation::silu:
+            return x / (1 + std::exp(-x));
+        case Activation::none:
+            break;
     }
     return x;
 }
@@ -121,15 +143,25 @@ double tolerance(DType d, int64_t depth) {
 
 struct Product {
     explicit Product(const Case& c)
-        : c(c), n(c.n1 * c.n2), m(c.m1 * c.m2), x(c.tokens * (n + c.gap), c.dtype), a(c.terms * c.m1 * c.n1, c.dtype),
-          b(c.terms * c.m2 * c.n2, c.dtype), bias(m, c.dtype), g(c.tokens * (m + c.gap), c.dtype) {
+        : c(c),
+          n(c.n1 * c.n2),
+          m(c.m1 * c.m2),
+          x(c.tokens * (n + c.gap), c.dtype),
+          a(c.terms * c.m1 * c.n1, c.dtype),
+          b(c.terms * c.m2 * c.n2, c.dtype),
+          bias(m, c.dtype),
+          g(c.tokens * (m + c.gap), c.dtype) {
         x.randomise(), a.randomise(), b.randomise(), bias.randomise(), g.randomise();
     }
     kron::Factor factor(const Buffer& f, int64_t rows, int64_t cols) const {
         return c.transposed ? kron::Factor{f.get(), rows * cols, 1, rows} : kron::Factor{f.get(), rows * cols, cols, 1};
     }
-    double A(int64_t s, int64_t i, int64_t k) const { return a.at(s * c.m1 * c.n1 + (c.transposed ? k * c.m1 + i : i * c.n1 + k)); }
-    double B(int64_t s, int64_t j, int64_t k) const { return b.at(s * c.m2 * c.n2 + (c.transposed ? k * c.m2 + j : j * c.n2 + k)); }
+    double A(int64_t s, int64_t i, int64_t k) const {
+        return a.at(s * c.m1 * c.n1 + (c.transposed ? k * c.m1 + i : i * c.n1 + k));
+    }
+    double B(int64_t s, int64_t j, int64_t k) const {
+        return b.at(s * c.m2 * c.n2 + (c.transposed ? k * c.m2 + j : j * c.n2 + k));
+    }
     double X(int64_t t, int64_t i) const { return x.at(t * (n + c.gap) + i); }
     double G(int64_t t, int64_t i) const { return g.at(t * (m + c.gap) + i); }
     kron::Shape shape() const { return kron::Shape{c.tokens, c.terms, c.m1, c.n1, c.m2, c.n2, c.dtype}; }
@@ -149,7 +181,8 @@ void compare(const std::vector<double>& expected, const Buffer& got, double tol,
         worst = std::fmax(worst, error);
     }
     check(finite && worst <= tol * scale, what, where);
-    if (!(finite && worst <= tol * scale)) std::printf("   error %.3g of scale %.3g, allowed %.3g\n", worst, scale, tol * scale);
+    if (!(finite && worst <= tol * scale))
+        std::printf("   error %.3g of scale %.3g, allowed %.3g\n", worst, scale, tol * scale);
 }
 
 typedef void (*ForwardFunction)(const kron::ForwardArgs&, const kron::Executor&);
@@ -179,7 +212,8 @@ void test_forward(const Product& p, ForwardFunction forward, const kron::Executo
 
 void test_backward(const Product& p, const kron::Executor& executor, const char* where, int wanted) {
     const Case& c = p.c;
-    std::vector<double> dx(size_t(c.tokens * p.n), 0.0), da(size_t(p.a.count), 0.0), db(size_t(p.b.count), 0.0), dbias(size_t(p.m), 0.0);
+    std::vector<double> dx(size_t(c.tokens * p.n), 0.0), da(size_t(p.a.count), 0.0), db(size_t(p.b.count), 0.0),
+        dbias(size_t(p.m), 0.0);
     std::vector<double> z(size_t(c.n1 * c.m2)), v(size_t(c.n1 * c.m2));
     for (int64_t t = 0; t < c.tokens; ++t) {
         for (int64_t i = 0; i < p.m; ++i) dbias[size_t(i)] += p.G(t, i);
@@ -215,9 +249,10 @@ void run_case(const Case& c, int wanted = 15) {
         kron::set_isa_cap(static_cast<kron::Isa>(level));
         for (const kron::Executor& executor : {kSerial, kThreads}) {
             char where[200];
-            std::snprintf(where, sizeof where, "%s, %d threads, T=%ld S=%ld A=%ldx%ld B=%ldx%ld dtype=%d act=%d gap=%ld%s%s",
-                          kron::isa_name(kron::active_isa()), executor.threads, long(c.tokens), long(c.terms), long(c.m1),
-                          long(c.n1), long(c.m2), long(c.n2), int(c.dtype), int(c.activation), long(c.gap),
+            std::snprintf(where, sizeof where,
+                          "%s, %d threads, T=%ld S=%ld A=%ldx%ld B=%ldx%ld dtype=%d act=%d gap=%ld%s%s",
+                          kron::isa_name(kron::active_isa()), executor.threads, long(c.tokens), long(c.terms),
+                          long(c.m1), long(c.n1), long(c.m2), long(c.n2), int(c.dtype), int(c.activation), long(c.gap),
                           c.bias ? " bias" : "", c.transposed ? " transposed" : "");
             test_forward(p, kron::kron_mm_forward, executor, where);
             test_backward(p, executor, where, wanted);
@@ -225,8 +260,8 @@ void run_case(const Case& c, int wanted = 15) {
     }
     if (c.dtype == DType::bf16 && c.tokens > 0) {
         char where[200];
-        std::snprintf(where, sizeof where, "emulated AMX, T=%ld S=%ld A=%ldx%ld B=%ldx%ld", long(c.tokens), long(c.terms),
-                      long(c.m1), long(c.n1), long(c.m2), long(c.n2));
+        std::snprintf(where, sizeof where, "emulated AMX, T=%ld S=%ld A=%ldx%ld B=%ldx%ld", long(c.tokens),
+                      long(c.terms), long(c.m1), long(c.n1), long(c.m2), long(c.n2));
         test_forward(p, amx_emulated_forward, kThreads, where);
     }
     kron::set_isa_cap(kron::Isa::amx);
@@ -237,17 +272,20 @@ void run_case(const Case& c, int wanted = 15) {
 int main(int argc, char** argv) {
     const int rounds = argc > 1 ? std::atoi(argv[1]) : 60;
     // The classes the plan distinguishes: large x tiny both ways, balanced, odd sizes, several terms; then the dtypes.
-    const int64_t shapes[][5] = {{1, 96, 96, 2, 2},  {1, 96, 24, 2, 16}, {1, 8, 2, 96, 96},  {1, 2, 8, 96, 96},  {1, 16, 2, 48, 96},
-                                 {1, 2, 16, 96, 48}, {1, 24, 24, 32, 32}, {1, 48, 16, 48, 48}, {3, 5, 3, 7, 2},    {2, 33, 17, 5, 3},
-                                 {1, 1, 1, 1, 1},    {1, 40, 1, 1, 24},  {2, 1, 40, 24, 1},  {4, 64, 80, 2, 4},  {1, 30, 30, 8, 8}};
+    const int64_t shapes[][5] = {{1, 96, 96, 2, 2},  {1, 96, 24, 2, 16}, {1, 8, 2, 96, 96},   {1, 2, 8, 96, 96},
+                                 {1, 16, 2, 48, 96}, {1, 2, 16, 96, 48}, {1, 24, 24, 32, 32}, {1, 48, 16, 48, 48},
+                                 {3, 5, 3, 7, 2},    {2, 33, 17, 5, 3},  {1, 1, 1, 1, 1},     {1, 40, 1, 1, 24},
+                                 {2, 1, 40, 24, 1},  {4, 64, 80, 2, 4},  {1, 30, 30, 8, 8}};
     for (const auto& s : shapes)
         for (const int64_t tokens : {0, 1, 3, 13, 70})
             for (const bool transposed : {false, true})
-                run_case({tokens, s[0], s[1], s[2], s[3], s[4], DType::f32, true, transposed, Activation::none, transposed ? 3 : 0});
+                run_case({tokens, s[0], s[1], s[2], s[3], s[4], DType::f32, true, transposed, Activation::none,
+                          transposed ? 3 : 0});
     // Large enough for the blocked factor gradient (both plans, both layouts) and for panels packed ahead of the tasks.
     const int64_t large[][5] = {{1, 8, 2, 240, 250}, {2, 2, 8, 250, 240}, {1, 250, 230, 2, 2}, {1, 230, 250, 4, 2}};
     for (const auto& s : large)
-        for (const int64_t tokens : {5, 130}) run_case({tokens, s[0], s[1], s[2], s[3], s[4], DType::f32, true, false, Activation::none, 1});
+        for (const int64_t tokens : {5, 130})
+            run_case({tokens, s[0], s[1], s[2], s[3], s[4], DType::f32, true, false, Activation::none, 1});
     for (const DType dtype : {DType::f64, DType::bf16, DType::f16})
         for (const auto& s : shapes)
             for (const int64_t tokens : {19, 45})
@@ -256,8 +294,9 @@ int main(int argc, char** argv) {
         for (const DType dtype : {DType::f32, DType::f64})
             run_case({9, 1, 8, 2, 48, 32, dtype, true, false, static_cast<Activation>(kind), 0});
     for (int r = 0; r < rounds; ++r)
-        run_case({pick(0, 60), pick(1, 3), pick(1, 40), pick(1, 40), pick(1, 40), pick(1, 40), static_cast<DType>(pick(0, 3)),
-                  pick(0, 1) == 1, pick(0, 1) == 1, static_cast<Activation>(pick(0, 4)), pick(0, 2)},
+        run_case({pick(0, 60), pick(1, 3), pick(1, 40), pick(1, 40), pick(1, 40), pick(1, 40),
+                  static_cast<DType>(pick(0, 3)), pick(0, 1) == 1, pick(0, 1) == 1, static_cast<Activation>(pick(0, 4)),
+                  pick(0, 2)},
                  int(pick(0, 15)));
     std::printf("%d checks at levels portable..%s\n", checks, kron::isa_name(kron::detected_isa()));
     std::printf("%d passed, %d failed\n", checks - failures, failures);
