@@ -19,7 +19,7 @@ from torch import Tensor
 from .vanloan import rearranged_blocks, with_fixed_signs
 
 # Added to C's diagonal, as a share of its mean: directions that calibration never saw keep a small weight, so that the
-# factors stay bounded there. On encoders calibrated with 4,000 to 10,000 tokens a hundredth did best on other text.
+# factors stay bounded there. On encoders calibrated with 4,000 to 16,000 tokens a hundredth did best on other text.
 RIDGE = 1e-2
 # Each half step also pays this share of the normal matrix's mean diagonal for moving away from where it is. It makes
 # the solve well posed for redundant terms, and unlike a ridge on the factors it cannot let the objective rise.
