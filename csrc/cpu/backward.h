@@ -18,33 +18,39 @@ template <class C, int PR, int QR>
 static void dot_tokens(int64_t tokens, int64_t lanes, const C* P, int64_t p_step, int64_t p_token, const C* Q,
                        int64_t q_step, int64_t q_token, C* sums, int64_t sums_step) {
     constexpr int W = Simd<C>::W;
-    Vec<C> acc[PR][QR] = {};
     const int64_t whole = lanes / W * W;
     const auto in_tail = iota<C>() < static_cast<int>(lanes - whole);
-    for (int64_t t = 0; t < tokens; ++t) {
-        const C* p = P + t * p_token;
-        const C* q = Q + t * q_token;
-        for (int64_t l = 0; l < lanes; l += W) {
-            Vec<C> qv[QR];
+    // In groups of tokens: an fp32 sum of at most some 128 products is added to the next level, so that the rounding
+    // error grows with the length of a group and the number of groups, not with their product.
+    const int64_t steps = (lanes + W - 1) / W, group = steps < 128 ? 128 / steps : 1;
+    Vec<C> flat[PR * QR] = {};
+    for (int64_t from = 0; from < tokens; from += group) {
+        const int64_t to = tokens - from < group ? tokens : from + group;
+        Vec<C> acc[PR][QR] = {};
+        for (int64_t t = from; t < to; ++t) {
+            const C* p = P + t * p_token;
+            const C* q = Q + t * q_token;
+            for (int64_t l = 0; l < lanes; l += W) {
+                Vec<C> qv[QR];
 #pragma GCC unroll 4
-            for (int j = 0; j < QR; ++j) qv[j] = load<C>(q + j * q_step + l);
-            if (l == whole)  // padding may hold inf * 0
+                for (int j = 0; j < QR; ++j) qv[j] = load<C>(q + j * q_step + l);
+                if (l == whole)  // padding may hold inf * 0
 #pragma GCC unroll 4
-                for (int j = 0; j < QR; ++j) qv[j] = (Vec<C>)((typename Simd<C>::I)qv[j] & in_tail);
+                    for (int j = 0; j < QR; ++j) qv[j] = (Vec<C>)((typename Simd<C>::I)qv[j] & in_tail);
 #pragma GCC unroll 4
-            for (int i = 0; i < PR; ++i) {
-                Vec<C> pv = load<C>(p + i * p_step + l);
-                if (l == whole) pv = (Vec<C>)((typename Simd<C>::I)pv & in_tail);
+                for (int i = 0; i < PR; ++i) {
+                    Vec<C> pv = load<C>(p + i * p_step + l);
+                    if (l == whole) pv = (Vec<C>)((typename Simd<C>::I)pv & in_tail);
 #pragma GCC unroll 4
-                for (int j = 0; j < QR; ++j) acc[i][j] += pv * qv[j];
+                    for (int j = 0; j < QR; ++j) acc[i][j] += pv * qv[j];
+                }
             }
         }
+#pragma GCC unroll 16
+        for (int n = 0; n < PR * QR; ++n) flat[n] += acc[n / QR][n % QR];
     }
     if constexpr (PR * QR % W == 0) {
-        Vec<C> flat[PR * QR];
         // Vector q * (N / W) + p ends in lane q of sum vector p.
-#pragma GCC unroll 16
-        for (int n = 0; n < PR * QR; ++n) flat[n] = acc[n / QR][n % QR];
         sum_lanes<C, PR * QR>(flat);
         C total[PR * QR];
 #pragma GCC unroll 4
@@ -53,7 +59,7 @@ static void dot_tokens(int64_t tokens, int64_t lanes, const C* P, int64_t p_step
             sums[n / QR * sums_step + n % QR] += total[n % (PR * QR / W) * W + n / (PR * QR / W)];
     } else {
         for (int i = 0; i < PR; ++i)
-            for (int j = 0; j < QR; ++j) sums[i * sums_step + j] += horizontal_sum<C>(acc[i][j]);
+            for (int j = 0; j < QR; ++j) sums[i * sums_step + j] += horizontal_sum<C>(flat[i * QR + j]);
     }
 }
 
