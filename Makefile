@@ -70,7 +70,7 @@ report: $(STAMP)
 	$(PY) -m bench.report
 
 sanitize: $(STAMP)
-	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_BUILD_TYPE=Debug \
+	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo \
 	  -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
 	  -DKRON_KERNELS_SANITIZE=address,undefined -DKRON_KERNELS_BUILD_TESTS=ON -DKRON_KERNELS_BUILD_TORCH=OFF
 	$(BIN)/cmake --build build/sanitize
