@@ -130,21 +130,21 @@ def check(model: nn.Module, batches: list[dict[str, Tensor]]) -> bool:
 
 
 def output_errors(dense: nn.Module, model: nn.Module, moments: Calibration) -> dict[str, float]:
-    """``||(W - W_kron) x|| / ||W x||`` of each layer over the held-out inputs x that the dense model feeds it.
+    """``||y - y_kron|| / ||W x||`` of each layer over the held-out inputs x that the dense model feeds it.
 
-    With C the second moment of those inputs, the mean of ``||D x||^2`` is the trace of ``D C D^T``.
+    With D the difference of the weights, d that of the biases, and C and u the second moment and the mean of x, the
+    mean of ``||D x + d||^2`` is the trace of ``D C D^T`` plus ``2 d . D u + ||d||^2``.
     """
-
-    def energy(weight: Tensor, moment: Tensor) -> float:
-        return float(((weight @ moment) * weight).sum())
-
     errors = {}
     for name, module in model.named_modules():
         if isinstance(module, KronLinear):
-            weight = dense.get_submodule(name).weight.detach().double()
-            moment = moments[name].double()
+            linear, moment = dense.get_submodule(name), moments[name].double()
+            weight = linear.weight.detach().double()
             difference = weight - module.dense_weight().detach().double()
-            errors[name] = (energy(difference, moment) / energy(weight, moment)) ** 0.5
+            shift = (linear.bias - module.bias).detach().double()
+            squared = (difference @ moment * difference).sum()
+            squared += shift @ (2 * difference @ moments.input_mean[name].double() + shift)
+            errors[name] = float((squared / (weight @ moment * weight).sum()).sqrt())
     return errors
 
 
