@@ -58,6 +58,8 @@ _STATUS = {status.name: status for status in (_load_extension(), _REFERENCE)}
 _CPU_READY = _STATUS["cpu"].available
 # Read once: os.environ costs as much as a small product.
 _DEFAULT = os.environ.get("KRON_KERNELS_BACKEND", "auto")
+# A call that names no backend runs the compiled kernels when its tensors are on the cpu.
+CPU_BY_DEFAULT = _CPU_READY and _DEFAULT in ("auto", "cpu")
 
 
 def available() -> dict[str, Status]:

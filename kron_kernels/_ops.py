@@ -3,7 +3,8 @@
 ``torch.ops.kron_kernels.kron_mm`` and ``kron_mm_backward`` are the one boundary every backend implements. They take
 ``x (..., n1 * n2)``, stacked factors ``a (S, m1, n1)``, ``b (S, m2, n2)`` and an activation code, return contiguous
 tensors, and know nothing of autograd: ``functional.py`` wraps them in an ``autograd.Function``, so that every
-transform of torch composes. A gradient that is not needed comes back with shape (0,).
+transform of torch composes. A gradient that is not needed comes back with shape (0,). ``kron_mm`` also takes one pair
+of matrices as they are: making stacks of them costs as much as a small product.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ kron_mm_backward = torch.ops.kron_kernels.kron_mm_backward.default
 
 
 def _kron_mm_reference(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, activation: int) -> Tensor:
+    if a.dim() == 2 and b.dim() == 2:
+        a, b = a.unsqueeze(0), b.unsqueeze(0)
     with torch.autocast(x.device.type, enabled=False):  # the op's dtype is its inputs', inside autocast too
         return reference.kron_mm(x, a, b, bias, _ACTIVATION_NAMES[activation])
 
@@ -55,7 +58,7 @@ torch.library.impl("kron_kernels::kron_mm_backward", "CompositeExplicitAutograd"
 
 @torch.library.register_fake("kron_kernels::kron_mm")
 def _kron_mm_fake(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, activation: int) -> Tensor:
-    return x.new_empty(*x.shape[:-1], a.shape[1] * b.shape[1])
+    return x.new_empty(*x.shape[:-1], a.shape[-2] * b.shape[-2])
 
 
 @torch.library.register_fake("kron_kernels::kron_mm_backward")

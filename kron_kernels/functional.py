@@ -46,13 +46,19 @@ def kron_matmul(
     Differentiable to any order in ``x``, ``a``, ``b`` and ``bias``; only the inputs are kept for backward.
     """
     check_types(x, a, b, bias)
+    code = activation_code(activation)
+    on_cpu = x.is_cpu and a.is_cpu and b.is_cpu and (bias is None or bias.is_cpu)
+    if backend is None and on_cpu and _backends.CPU_BY_DEFAULT and not _is_observed(x, a, b, bias):
+        try:
+            return kron_mm(x, a, b, bias, code)
+        except (RuntimeError, ValueError):  # whatever the op refused, the checks below name in the caller's terms
+            pass
     if a.dim() == 2 and b.dim() == 2:
         a, b = a.unsqueeze(0), b.unsqueeze(0)
     device_type = "cpu" if x.is_cpu else x.device.type  # the short way: a device spells its type anew every time
     if device_type != "meta" and torch.is_autocast_enabled(device_type):  # meta has no autocast: asking is an error
         x, a, b, bias = _autocast(device_type, x, a, b, bias)
     check_operands(x, a, b, bias)
-    code = activation_code(activation)
     if _backends.resolve(backend, device_type) == "reference":
         return reference.kron_mm(x, a, b, bias, activation)
     if not _needs_autograd(x, a, b, bias):
@@ -76,6 +82,11 @@ def _autocast(device_type: str, *tensors: Tensor | None) -> tuple[Any, ...]:
         else tensor
         for tensor in tensors
     )
+
+
+def _is_observed(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> bool:
+    """Whether autograd, autocast, a transform or a compiler takes part in this call."""
+    return torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or _needs_autograd(x, a, b, bias)
 
 
 def _needs_autograd(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> bool:

@@ -177,9 +177,9 @@ def preset(name: str, hidden_size: int | None = None, intermediate_size: int | N
 
     "K19": our own, 5,716,620 parameters on BERT-base, 19.15 times fewer. It is K21, in multiply-adds too, with the
     embedding widened from 48 to 64 stored numbers a token. Chosen with ``factorize.search_model_shapes`` among all
-    pairs of one large and one tiny factor (2 to 16 wide) within about 1 % of 19 times: spare parameters bring most in the
-    embedding (fitted to a real encoder without training, more than in attention or in the feed-forward), and the one
-    choice with 2 % fewer multiply-adds keeps a lower-rank feed-forward.
+    pairs of one large and one tiny factor (2 to 16 wide) within about 1 % of 19 times: spare parameters bring most
+    in the embedding (more than in attention or in the feed-forward, fitted to a real encoder without training),
+    and the one choice with 2 % fewer multiply-adds keeps a lower-rank feed-forward.
 
     Given ``hidden_size`` and ``intermediate_size``, also checks that the shapes divide those of an encoder of that
     size. Raises ValueError for an unknown name and for a size that does not divide.

@@ -46,6 +46,14 @@ def test_one_token_without_leading_dimension() -> None:
     torch.testing.assert_close(y, reference.kron_mm(o.x[0], o.a, o.b, o.bias))
 
 
+@pytest.mark.parametrize("backend", ["compiled", "reference"])
+def test_a_pair_of_matrices_is_a_stack_of_one(backend: str) -> None:
+    o = cases.make(cases.Case("odd", 5))
+    op = _ops.kron_mm if backend == "compiled" else _ops._kron_mm_reference
+    assert torch.equal(op(o.x, o.a[0], o.b[0].mT.contiguous().mT, o.bias, 0), op(o.x, o.a, o.b, o.bias, 0))
+    torch.library.opcheck(_ops.kron_mm, (o.x, o.a[0], o.b[0], o.bias, 0))
+
+
 def test_no_tokens_give_zero_gradients() -> None:
     o = cases.make(cases.Case("odd", 0, 2))
     dx, da, db, dbias = _ops.kron_mm_backward(o.grad, o.x, o.a, o.b, True, True, True, True)

@@ -70,16 +70,31 @@ void check_dtype(const char* argument, const Tensor& tensor, int32_t dtype) {
     if (dtype_code(tensor) != dtype) fail(argument, "the dtype of x", "another dtype");
 }
 
+// Sizes (S, m, n) of a stack of factors; one matrix (m, n) is a stack of one, when `single` allows it.
+std::optional<std::array<int64_t, 3>> stack_sizes(const Tensor& factor, bool single) {
+    const auto size = factor.sizes();
+    std::array<int64_t, 3> sizes{1, 0, 0};
+    if (size.size() == 3) {
+        sizes = {size[0], size[1], size[2]};
+    } else if (size.size() == 2 && single) {
+        sizes = {1, size[0], size[1]};
+    }
+    if (sizes[0] < 1 || sizes[1] < 1 || sizes[2] < 1) return std::nullopt;
+    return sizes;
+}
+
 // Checks a (S, m1, n1) and b (S, m2, n2), and x (..., n1 * n2) against them; T is the product of x's leading sizes.
-kron::Shape checked_shape(const Tensor& x, const Tensor& a, const Tensor& b) {
-    const auto x_size = x.sizes(), a_size = a.sizes(), b_size = b.sizes();
-    if (a_size.size() != 3 || a_size[0] < 1 || a_size[1] < 1 || a_size[2] < 1) {
-        fail_shape("a", "(S, m1, n1) with no empty dimension", a);
+kron::Shape checked_shape(const Tensor& x, const Tensor& a, const Tensor& b, bool single) {
+    const auto x_size = x.sizes();
+    const auto a_size = stack_sizes(a, single && b.dim() == 2);
+    if (!a_size) fail_shape("a", "(S, m1, n1) with no empty dimension", a);
+    const auto [terms, m1, n1] = *a_size;
+    const auto b_size = stack_sizes(b, single && a.dim() == 2);
+    if (!b_size || (*b_size)[0] != terms) {
+        fail_shape("b", "(S, m2, n2) with S = " + text(terms) + " as in a and no empty dimension", b);
     }
-    if (b_size.size() != 3 || b_size[0] != a_size[0] || b_size[1] < 1 || b_size[2] < 1) {
-        fail_shape("b", "(S, m2, n2) with S = " + text(a_size[0]) + " as in a and no empty dimension", b);
-    }
-    const int64_t n = a_size[2] * b_size[2];
+    const int64_t m2 = (*b_size)[1], n2 = (*b_size)[2];
+    const int64_t n = n1 * n2;
     if (x_size.size() < 1 || x_size.size() > kMaxDimensions || x_size[x_size.size() - 1] != n)
         fail_shape("x", "(..., n1 * n2) = (..., " + text(n) + ")", x);
     int64_t tokens = 1;
@@ -87,7 +102,7 @@ kron::Shape checked_shape(const Tensor& x, const Tensor& a, const Tensor& b) {
     const int32_t dtype = dtype_code(x);
     check_dtype("a", a, dtype);
     check_dtype("b", b, dtype);
-    return {tokens, a_size[0], a_size[1], a_size[2], b_size[1], b_size[2], kernel_dtype(x)};
+    return {tokens, terms, m1, n1, m2, n2, kernel_dtype(x)};
 }
 
 // A tensor (..., n) as rows at one distance, each contiguous: what the kernels read.
@@ -117,6 +132,7 @@ Rows rows_of(const Tensor& tensor) {
 
 kron::Factor factor(const Tensor& stack) {
     const auto strides = stack.strides();
+    if (strides.size() == 2) return {stack.const_data_ptr(), 0, strides[0], strides[1]};
     return {stack.const_data_ptr(), strides[0], strides[1], strides[2]};
 }
 
@@ -167,7 +183,7 @@ kron::Executor torch_executor() {
 Tensor kron_mm(const Tensor& x_any, const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias_any,
                int64_t activation) {
     kron::ForwardArgs args{};
-    args.shape = checked_shape(x_any, a, b);
+    args.shape = checked_shape(x_any, a, b, true);
     const int64_t m = args.shape.m1 * args.shape.m2;
     if (activation < 0 || activation > static_cast<int64_t>(kron::Activation::silu)) {
         fail("activation", "a code from 0 to 4", text(activation));
@@ -198,7 +214,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kron_mm_backward(const Tensor& grad_a
                                                             const Tensor& a, const Tensor& b, bool need_x, bool need_a,
                                                             bool need_b, bool need_bias) {
     kron::BackwardArgs args{};
-    args.shape = checked_shape(x_any, a, b);
+    args.shape = checked_shape(x_any, a, b, false);
     const kron::Shape& s = args.shape;
     const int64_t m = s.m1 * s.m2;
     const auto grad_size = grad_any.sizes(), x_size = x_any.sizes();
