@@ -49,18 +49,9 @@ static void dot_tokens(int64_t tokens, int64_t lanes, const C* P, int64_t p_step
 #pragma GCC unroll 16
         for (int n = 0; n < PR * QR; ++n) flat[n] += acc[n / QR][n % QR];
     }
-    if constexpr (PR * QR % W == 0) {
-        // Vector q * (N / W) + p ends in lane q of sum vector p.
-        sum_lanes<C, PR * QR>(flat);
-        C total[PR * QR];
-#pragma GCC unroll 4
-        for (int p = 0; p < PR * QR / W; ++p) store<C>(total + p * W, flat[p]);
-        for (int n = 0; n < PR * QR; ++n)
-            sums[n / QR * sums_step + n % QR] += total[n % (PR * QR / W) * W + n / (PR * QR / W)];
-    } else {
-        for (int i = 0; i < PR; ++i)
-            for (int j = 0; j < QR; ++j) sums[i * sums_step + j] += horizontal_sum<C>(flat[i * QR + j]);
-    }
+    C totals[PR * QR];
+    sum_vectors<C, PR * QR>(flat, totals);
+    for (int n = 0; n < PR * QR; ++n) sums[n / QR * sums_step + n % QR] += totals[n];
 }
 
 template <class C, class E>
@@ -381,7 +372,7 @@ static void backward(const BackwardArgs& args, const Executor& executor) {
         else
             for (int64_t i = 0; i < jobs; ++i) job(&b, i);
     };
-    each(b.pack_jobs(), p.m2 * p.n2 * p.terms > 16384,
+    each(b.pack_jobs(), p.m2 * p.n2 * p.terms > kSerialPack,
          [](void* arg, int64_t i) { static_cast<const B*>(arg)->pack(i); });
     each(p.chunks, p.chunks > 1, [](void* arg, int64_t i) { static_cast<const B*>(arg)->run(i); });
     if (dleft) b.reduce(dleft, 0, p.terms * p.m1, p.n1, p.n1);

@@ -55,54 +55,52 @@ static void pack_panel(const E* M, int64_t lane_step, int64_t k_step, int64_t la
     }
 }
 
+// sums[r * LANES + l] = sum_k R[r][k] F[l][k].
 template <class C, class E, int ROWS, int LANES>
-static void dot_block(int64_t depth, const C* R, int64_t step, const E* F, int64_t lane_step, C (&sums)[ROWS][LANES]) {
-    constexpr int W = Simd<C>::W;
-    Vec<C> acc[ROWS][LANES] = {};
+static void dot_block(int64_t depth, const C* R, int64_t step, const E* F, int64_t lane_step, C (&sums)[ROWS * LANES]) {
+    constexpr int W = Simd<C>::W, kSums = ROWS * LANES;
+    Vec<C> acc[kSums] = {};
     int64_t k = 0;
     for (; k + W <= depth; k += W) {
-        Vec<C> f[LANES];
+        Vec<C> x[ROWS];
 #pragma GCC unroll 4
-        for (int l = 0; l < LANES; ++l) f[l] = load<C, E>(F + l * lane_step + k);
+        for (int r = 0; r < ROWS; ++r) x[r] = load<C>(R + r * step + k);
+#pragma GCC unroll 16
+        for (int l = 0; l < LANES; ++l) {
+            const Vec<C> f = load<C, E>(F + l * lane_step + k);
 #pragma GCC unroll 4
-        for (int r = 0; r < ROWS; ++r) {
-            const Vec<C> x = load<C>(R + r * step + k);
-#pragma GCC unroll 4
-            for (int l = 0; l < LANES; ++l) acc[r][l] += x * f[l];
+            for (int r = 0; r < ROWS; ++r) acc[r * LANES + l] += x[r] * f;
         }
     }
-    if (k < depth) {
-#pragma GCC unroll 4
-        for (int r = 0; r < ROWS; ++r) {
-            const Vec<C> x = load_part<C, C>(R + r * step + k, depth - k);
-#pragma GCC unroll 4
-            for (int l = 0; l < LANES; ++l) acc[r][l] += x * load_part<C, E>(F + l * lane_step + k, depth - k);
+    if (k < depth)
+        for (int l = 0; l < LANES; ++l) {
+            const Vec<C> f = load_part<C, E>(F + l * lane_step + k, depth - k);
+            for (int r = 0; r < ROWS; ++r) acc[r * LANES + l] += load_part<C, C>(R + r * step + k, depth - k) * f;
         }
-    }
-    for (int r = 0; r < ROWS; ++r)
-        for (int l = 0; l < LANES; ++l) sums[r][l] = horizontal_sum<C>(acc[r][l]);
+    sum_vectors<C, kSums>(acc, sums);
 }
 
 template <class C, class E, int ROWS>
 static void dot_rows(int64_t depth, const C* R, int64_t step, const E* F, int64_t lane_step, int64_t lanes, C* out,
                      int64_t out_step, const Start<C>& start, int64_t row) {
-    int64_t l = 0;
+    constexpr int kLanes = 16 / ROWS;  // sixteen sums at a time
     const auto emit = [&](int r, int64_t lane, C sum) __attribute__((always_inline)) {
         C* at = out + r * out_step + lane;
         if (start.accumulate) sum += *at;
         if (start.base) sum += start.base[(row + r) % start.period * start.stride + lane];
         *at = sum;
     };
-    for (; l + 4 <= lanes; l += 4) {
-        C sums[ROWS][4];
-        dot_block<C, E, ROWS, 4>(depth, R, step, F + l * lane_step, lane_step, sums);
+    int64_t l = 0;
+    for (; l + kLanes <= lanes; l += kLanes) {
+        C sums[16];
+        dot_block<C, E, ROWS, kLanes>(depth, R, step, F + l * lane_step, lane_step, sums);
         for (int r = 0; r < ROWS; ++r)
-            for (int i = 0; i < 4; ++i) emit(r, l + i, sums[r][i]);
+            for (int i = 0; i < kLanes; ++i) emit(r, l + i, sums[r * kLanes + i]);
     }
     for (; l < lanes; ++l) {
-        C sums[ROWS][1];
+        C sums[ROWS];
         dot_block<C, E, ROWS, 1>(depth, R, step, F + l * lane_step, lane_step, sums);
-        for (int r = 0; r < ROWS; ++r) emit(r, l, sums[r][0]);
+        for (int r = 0; r < ROWS; ++r) emit(r, l, sums[r]);
     }
 }
 

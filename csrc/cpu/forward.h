@@ -143,7 +143,8 @@ struct Forward {
 
     // Spreads `count` elements over the k steps of this task's GEMM.
     Ahead fetch(const E* from, int64_t count, int64_t rows, int64_t panels_here) const {
-        const int64_t blocks = (rows + kMaxRows[plan.panel_vectors] - 1) / kMaxRows[plan.panel_vectors];
+        const int64_t block = G::kRowBlock > 1 ? G::kRowBlock : kMaxRows[plan.panel_vectors];
+        const int64_t blocks = (rows + block - 1) / block;
         const int64_t steps = blocks * plan.n2 * panels_here * plan.terms;
         const int64_t bytes = count * static_cast<int64_t>(sizeof(E));
         // A small tile is covered by the hardware's own prefetching.
@@ -290,8 +291,7 @@ static void forward(const ForwardArgs& args, const Executor& executor) {
 
     if (f.panels) {
         const auto pack = [](void* arg, int64_t i) { static_cast<const F*>(arg)->pack(i); };
-        // A few kilobytes are packed before another thread would have started.
-        if (all_panels * f.panel_size() <= 16384)
+        if (shape.terms * p.m2 * p.n2 <= kSerialPack)
             for (int64_t i = 0; i < all_panels; ++i) f.pack(i);
         else
             executor.run(all_panels, pack, &f);

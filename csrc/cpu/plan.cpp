@@ -97,7 +97,8 @@ Plan plan_forward(const Shape& s, const Machine& machine) {
     const int64_t tile_rows =
         std::max<int64_t>(std::min(kTileRows / s.terms, kTileBytes / token_bytes * rows_a_token), machine.max_rows);
     const int64_t rows = p.tokens * rows_a_token;
-    if (!p.packed || (rows <= kTaskPackRows && p.panels >= threads)) {
+    const bool small_right = s.terms * p.m2 * p.n2 <= kSerialPack;
+    if (!p.packed || (rows <= kTaskPackRows && p.panels >= threads && !small_right)) {
         // Few rows: the threads share out the panels, and each packs its own while it is in L1.
         p.pack_in_task = p.packed;
         p.token_tiles = 1;

@@ -31,6 +31,9 @@ struct Plan {
     double multiply_adds;  // a token, of the chosen order
 };
 
+// Elements of a right factor that one thread packs before another would have started.
+constexpr int64_t kSerialPack = 32768;
+
 struct Machine {
     int lanes;          // elements of the compute type in a vector
     int max_rows;       // rows of the widest register tile

@@ -217,6 +217,23 @@ KRON_INLINE void sum_lanes(Vec<C> (&v)[N]) {
         }
 }
 
+// sums[n] = sum of the lanes of v[n].
+template <class C, int N>
+KRON_INLINE void sum_vectors(Vec<C> (&v)[N], C (&sums)[N]) {
+    constexpr int W = Simd<C>::W;
+    if constexpr (N % W == 0) {
+        constexpr int kOut = N / W;
+        sum_lanes<C, N>(v);
+        C folded[N];
+#pragma GCC unroll 4
+        for (int p = 0; p < kOut; ++p) store<C>(folded + p * W, v[p]);
+        // Vector q * kOut + p has gone into lane q of sum vector p.
+        for (int n = 0; n < N; ++n) sums[n] = folded[n % kOut * W + n / kOut];
+    } else {
+        for (int n = 0; n < N; ++n) sums[n] = horizontal_sum<C>(v[n]);
+    }
+}
+
 // The inverse of interleave.
 template <class C, int Q>
 KRON_INLINE void deinterleave(Vec<C> (&v)[Q]) {
