@@ -94,7 +94,9 @@ class CMakeBuild(build_ext):
         (build / "CMakeCache.txt").unlink(missing_ok=True)
         configure = [*cmake, "-S", str(ROOT), "-B", str(build), *configure_arguments(output)]
         if subprocess.run(configure, check=False).returncode:
-            raise BuildError("CMake could not configure the build: is a C++17 compiler (GCC 11, Clang 12 or newer) installed?")
+            raise BuildError(
+                "CMake could not configure the build: is a C++17 compiler (GCC 11, Clang 12 or newer) installed?"
+            )
         if subprocess.run([*cmake, "--build", str(build), "--parallel", jobs], check=False).returncode:
             raise BuildError("the C++ sources did not compile: see the output of the build")
 
