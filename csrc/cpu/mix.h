@@ -22,13 +22,7 @@ static void split_mix(const E* x, int64_t x_stride, int64_t tokens, int64_t cols
         const E* src = x + t * x_stride;
         for (int64_t c = 0; c < cols; c += W) {
             Vec<C> v[Q];
-            if (cols - c >= W) {
-#pragma GCC unroll 16
-                for (int q = 0; q < Q; ++q) v[q] = load<C, E>(src + c * Q + q * W);
-            } else {
-                for (int q = 0; q < Q; ++q) v[q] = load_part<C, E>(src + c * Q + q * W, (cols - c) * Q - q * W);
-            }
-            deinterleave<C, Q>(v);
+            load_columns<C, E, Q>(src, c, cols, v);
             const C* f = mix.factor;
             for (int64_t s = 0; s < mix.terms; ++s, f += Q * mix.m1) {
                 C* dst = out + t * mix.m1 * out_step + s * out_term + c;
@@ -61,18 +55,7 @@ static void mix_merge(const C* in, int64_t in_step, int64_t in_term, int64_t tok
 #pragma GCC unroll 16
                     for (int q = 0; q < Q; ++q) v[q] += z * f[q];
                 }
-            interleave<C, Q>(v);
-            const int64_t left = (cols - c) * Q;
-            if (left >= W * Q) {
-#pragma GCC unroll 16
-                for (int q = 0; q < Q; ++q) store<C, E>(dst + c * Q + q * W, finish.vec(v[q], at + c * Q + q * W));
-            } else {
-                for (int q = 0; q < Q; ++q) {
-                    const int64_t count = left - q * W;
-                    if (count > 0)
-                        store_part<C, E>(dst + c * Q + q * W, finish.part(v[q], at + c * Q + q * W, count), count);
-                }
-            }
+            store_columns<C, E, Q>(v, c, cols, dst, finish, at);
         }
     }
 }

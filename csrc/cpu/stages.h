@@ -40,23 +40,25 @@ static void stage_rows(const E* in, int64_t in_step, int64_t rows, int64_t cols,
     }
 }
 
+// Columns [c, c + W) of one token: in (cols*Q) values, read as (cols, Q) -> v[q] = row q of its transpose, zero padded.
+template <class C, class E, int Q>
+KRON_INLINE void load_columns(const E* in, int64_t c, int64_t cols, Vec<C> (&v)[Q]) {
+    constexpr int W = Simd<C>::W;
+    if (cols - c >= W) {
+#pragma GCC unroll 16
+        for (int q = 0; q < Q; ++q) v[q] = load<C, E>(in + c * Q + q * W);
+    } else {
+        for (int q = 0; q < Q; ++q) v[q] = load_part<C, E>(in + c * Q + q * W, (cols - c) * Q - q * W);
+    }
+    deinterleave<C, Q>(v);
+}
+
 // One token: in (cols*Q) values, read as (cols, Q) -> out (Q, cols), row stride out_step, zero padded.
 template <class C, class E, int Q>
 static void split_columns(const E* in, int64_t cols, C* out, int64_t out_step) {
-    constexpr int W = Simd<C>::W;
-    Vec<C> v[Q];
-    int64_t c = 0;
-    for (; c + W <= cols; c += W) {
-#pragma GCC unroll 16
-        for (int q = 0; q < Q; ++q) v[q] = load<C, E>(in + c * Q + q * W);
-        deinterleave<C, Q>(v);
-#pragma GCC unroll 16
-        for (int q = 0; q < Q; ++q) store<C>(out + q * out_step + c, v[q]);
-    }
-    if (c < cols) {
-#pragma GCC unroll 16
-        for (int q = 0; q < Q; ++q) v[q] = load_part<C, E>(in + c * Q + q * W, (cols - c) * Q - q * W);
-        deinterleave<C, Q>(v);
+    for (int64_t c = 0; c < cols; c += Simd<C>::W) {
+        Vec<C> v[Q];
+        load_columns<C, E, Q>(in, c, cols, v);
 #pragma GCC unroll 16
         for (int q = 0; q < Q; ++q) store<C>(out + q * out_step + c, v[q]);
     }
@@ -133,26 +135,31 @@ static void finish_rows(const C* tile, int64_t tile_step, int64_t rows, int64_t 
     }
 }
 
+// The inverse of load_columns: rows v[q] -> columns [c, c + W) of y (cols, Q), finished with bias[at + position in y].
+template <class C, class E, int Q>
+KRON_INLINE void store_columns(Vec<C> (&v)[Q], int64_t c, int64_t cols, E* y, const Finish<C>& finish, int64_t at) {
+    constexpr int W = Simd<C>::W;
+    interleave<C, Q>(v);
+    const int64_t left = (cols - c) * Q;
+    if (left >= W * Q) {
+#pragma GCC unroll 16
+        for (int q = 0; q < Q; ++q) store<C, E>(y + c * Q + q * W, finish.vec(v[q], at + c * Q + q * W));
+    } else {
+        for (int q = 0; q < Q; ++q) {
+            const int64_t count = left - q * W;
+            if (count > 0) store_part<C, E>(y + c * Q + q * W, finish.part(v[q], at + c * Q + q * W, count), count);
+        }
+    }
+}
+
 // One token: tile (Q, cols) -> y (cols, Q) contiguous.
 template <class C, class E, int Q>
 static void merge_columns(const C* tile, int64_t tile_step, int64_t cols, E* y, Finish<C> finish, int64_t at) {
-    constexpr int W = Simd<C>::W;
-    Vec<C> v[Q];
-    for (int64_t c = 0; c < cols; c += W) {
+    for (int64_t c = 0; c < cols; c += Simd<C>::W) {
+        Vec<C> v[Q];
 #pragma GCC unroll 16
         for (int q = 0; q < Q; ++q) v[q] = load<C>(tile + q * tile_step + c);
-        interleave<C, Q>(v);
-        const int64_t left = (cols - c) * Q;
-        if (left >= W * Q) {
-#pragma GCC unroll 16
-            for (int q = 0; q < Q; ++q) store<C, E>(y + c * Q + q * W, finish.vec(v[q], at + c * Q + q * W));
-        } else {
-#pragma GCC unroll 16
-            for (int q = 0; q < Q; ++q) {
-                const int64_t count = left - q * W;
-                if (count > 0) store_part<C, E>(y + c * Q + q * W, finish.part(v[q], at + c * Q + q * W, count), count);
-            }
-        }
+        store_columns<C, E, Q>(v, c, cols, y, finish, at);
     }
 }
 
