@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kron_kernels import reference
-from kron_kernels.calibrate import Calibration, calibrate
+from kron_kernels.calibrate import calibrate
 from kron_kernels.cli.output import Progress, format_table
-from kron_kernels.compress import compress, tokenize
+from kron_kernels.compress import compress, output_errors, tokenize
 from kron_kernels.counting import count_parameters
 from kron_kernels.nn import KronLinear
 from kron_kernels.timing import describe_machine
@@ -127,25 +127,6 @@ def check(model: nn.Module, batches: list[dict[str, Tensor]]) -> bool:
         flush=True,
     )
     return passed
-
-
-def output_errors(dense: nn.Module, model: nn.Module, moments: Calibration) -> dict[str, float]:
-    """``||y - y_kron|| / ||W x||`` of each layer over the held-out inputs x that the dense model feeds it.
-
-    With D the difference of the weights, d that of the biases, and C and u the second moment and the mean of x, the
-    mean of ``||D x + d||^2`` is the trace of ``D C D^T`` plus ``2 d . D u + ||d||^2``.
-    """
-    errors = {}
-    for name, module in model.named_modules():
-        if isinstance(module, KronLinear):
-            linear, moment = dense.get_submodule(name), moments[name].double()
-            weight = linear.weight.detach().double()
-            difference = weight - module.dense_weight().detach().double()
-            shift = (linear.bias - module.bias).detach().double()
-            squared = (difference @ moment * difference).sum()
-            squared += shift @ (2 * difference @ moments.input_mean[name].double() + shift)
-            errors[name] = float((squared / (weight @ moment * weight).sum()).sqrt())
-    return errors
 
 
 def embeddings(model: nn.Module, batches: list[dict[str, Tensor]]) -> Tensor:

@@ -22,6 +22,7 @@ from . import __version__, models
 from .calibrate import Calibration, calibrate
 from .convert import ConversionReport
 from .counting import linear_flops
+from .nn import KronLinear
 from .presets import KronConfig, preset
 
 Progress = Callable[[int, int, str], None]
@@ -193,6 +194,27 @@ def calibrate_on(
     ]
     longest = min(MAX_LENGTH, int(model.config.max_position_embeddings))  # type: ignore[union-attr, arg-type]
     return calibrate(model, tokenize(tokenizer, sentences, longest), names, progress)
+
+
+def output_errors(dense: nn.Module, model: nn.Module, moments: Calibration) -> dict[str, float]:
+    """Relative error of each compressed linear layer's output, ``||y - y_kron|| / ||W x||``, by the layer's name.
+
+    The inputs x are those behind ``moments``: a calibration of ``dense`` on text that the fit has not seen tells how
+    it generalises. With D the difference of the weights, d that of the biases, C and u the second moment and the mean
+    of x, the mean of ``||D x + d||^2`` is the trace of ``D C D^T`` plus ``2 d . D u + ||d||^2``.
+    """
+    errors = {}
+    for name, module in model.named_modules():
+        if isinstance(module, KronLinear):
+            linear: Any = dense.get_submodule(name)
+            moment, weight = moments[name].double(), linear.weight.detach().double()
+            difference = weight - module.dense_weight().detach().double()
+            shift = torch.zeros(len(weight)) if module.bias is None else (linear.bias - module.bias).detach()
+            shift = shift.to(weight)
+            squared = (difference @ moment * difference).sum()
+            squared += shift @ (2 * difference @ moments.input_mean[name].double() + shift)
+            errors[name] = float((squared / (weight @ moment * weight).sum()).sqrt())
+    return errors
 
 
 def _config(config: str | KronConfig, dense: Any, terms: int | None) -> KronConfig:

@@ -13,7 +13,7 @@ import transformers
 
 from kron_kernels import compress as pipeline
 from kron_kernels.cli import main
-from kron_kernels.compress import REPORT_NAME, compress, read_lines, tokenize
+from kron_kernels.compress import REPORT_NAME, compress, output_errors, read_lines, tokenize
 from kron_kernels.convert import kronify_
 from kron_kernels.models import KronBertForSequenceClassification, KronBertModel
 from kron_kernels.nn import KronLinear
@@ -96,20 +96,36 @@ def test_calibration_lowers_the_output_error(bert: Path, text: Path, tmp_path: P
     # Each sentence is five words between [CLS] and [SEP].
     assert aware.calibration_tokens == 20 * 7
     dense = transformers.BertModel.from_pretrained(bert).eval()
-    batches = tokenize(transformers.AutoTokenizer.from_pretrained(bert), SENTENCES[:20])
-    moments = pipeline.calibrate(dense, batches)
-    errors = dict.fromkeys(("plain", "aware"), 0.0)
-    for name in errors:
-        model = transformers.AutoModel.from_pretrained(tmp_path / name)
-        for layer, module in model.named_modules():
+    held_out = tokenize(transformers.AutoTokenizer.from_pretrained(bert), SENTENCES[20:])
+    moments = pipeline.calibrate(dense, held_out)
+    errors = {
+        name: output_errors(dense, transformers.AutoModel.from_pretrained(tmp_path / name), moments)
+        for name in ("plain", "aware")
+    }
+    assert len(errors["aware"]) == 2 * 6
+    assert sum(errors["aware"].values()) < 0.5 * sum(errors["plain"].values())
+
+
+def test_output_errors_are_those_of_the_layers_outputs(bert: Path) -> None:
+    dense = transformers.BertModel.from_pretrained(bert).eval()
+    model = transformers.BertModel.from_pretrained(bert).eval()
+    kronify_(model, "K8")
+    with torch.no_grad():
+        for module in model.modules():
             if isinstance(module, KronLinear):
-                # Mean over the tokens of |D x + d|^2, the bias's share included: the fit leaves the mean error to it.
-                linear = dense.get_submodule(layer)
-                weight, bias = linear.weight - module.dense_weight(), linear.bias - module.bias
-                spread = ((weight @ moments[layer]) * weight).sum()
-                shift = bias @ (2 * weight @ moments.input_mean[layer] + bias)
-                errors[name] += float((spread + shift).detach())
-    assert errors["aware"] < 0.8 * errors["plain"]
+                module.bias += 0.01
+    inputs: dict[str, torch.Tensor] = {}
+    for name, module in dense.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0].detach()}))
+    batch = {"input_ids": torch.randint(5, 19, (4, 9))}
+    errors = output_errors(dense, model, pipeline.calibrate(dense, [batch]))
+    for name, error in errors.items():
+        linear = dense.get_submodule(name)
+        with torch.no_grad():
+            difference = linear(inputs[name]) - model.get_submodule(name)(inputs[name])
+            wanted = float(difference.norm() / (linear(inputs[name]) - linear.bias).norm())
+        assert error == pytest.approx(wanted, rel=1e-4)
 
 
 def test_terms_add_up_in_linear_layers_only(bert: Path, tmp_path: Path) -> None:
