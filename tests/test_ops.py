@@ -54,6 +54,17 @@ def test_a_pair_of_matrices_is_a_stack_of_one(backend: str) -> None:
     torch.library.opcheck(_ops.kron_mm, (o.x, o.a[0], o.b[0], o.bias, 0))
 
 
+@pytest.mark.parametrize("activation", sorted(reference.ACTIVATIONS))
+def test_activations_over_their_whole_range(activation: str) -> None:
+    special = torch.tensor([float("inf"), float("-inf"), float("nan"), 0.0, -0.0])
+    x = torch.cat([torch.linspace(-120, 120, 4001), special])[:, None]
+    one = torch.ones(1, 1, 1)
+    y = _ops.kron_mm(x, one, one, None, _ops.ACTIVATION_CODES[activation])
+    exact = reference.ACTIVATIONS[activation](x.double()).float()
+    # 1 + erf and 1 + tanh cancel in float64 too: far below zero the oracle itself is off by 1e-16.
+    torch.testing.assert_close(y, exact, rtol=2e-6, atol=1e-15, equal_nan=True)
+
+
 def test_no_tokens_give_zero_gradients() -> None:
     o = cases.make(cases.Case("odd", 0, 2))
     dx, da, db, dbias = _ops.kron_mm_backward(o.grad, o.x, o.a, o.b, True, True, True, True)
