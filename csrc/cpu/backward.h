@@ -169,16 +169,12 @@ struct Backward {
         }
     }
 
-    // Tokens from t of one operand as rows of the oriented problem, `to_step` apart; the caller's memory where it will
-    // do.
+    // Tokens from t of one operand as rows of the oriented problem, `to_step` apart; the caller's memory where
+    // it will do.
     const C* stage(const E* from, int64_t stride, int64_t tokens, int64_t outer, int64_t inner, bool staged, C* to,
                    int64_t to_step) const {
         if (!staged) return reinterpret_cast<const C*>(from);
-        if (plan.commuted)
-            stage_transposed<C, E>(from, stride, tokens, inner, outer, to, to_step);
-        else
-            for (int64_t t = 0; t < tokens; ++t)
-                stage_rows<C, E>(from + t * stride, inner, outer, inner, to + t * outer * to_step, to_step);
+        stage_tokens<C, E>(plan.commuted, from, stride, tokens, outer, inner, inner, to, to_step);
         return to;
     }
     const C* stage_g(int64_t t, int64_t tokens, C* to) const {
@@ -219,8 +215,8 @@ struct Backward {
         }
     }
 
-    // Scratch of one block of dRight: the operand that the left factor mixes (some lanes, before and after), the other
-    // one.
+    // Scratch of one block of dRight: the operand that the left factor mixes (some lanes, before and after), and
+    // the other one.
     struct RightTile {
         C *source, *mixed, *other;
     };
@@ -246,11 +242,8 @@ struct Backward {
         const int64_t stride = plan.via_left ? grad_stride : x_stride;
         const int64_t outer = plan.via_left ? plan.m1 : plan.n1, inner = plan.via_left ? plan.m2 : plan.n2;
         const int64_t outputs = plan.via_left ? plan.n1 : plan.m1;
-        if (plan.commuted)
-            stage_transposed<C, E>(from + lane * outer, stride, tokens, lanes, outer, tile.source, step);
-        else
-            for (int64_t i = 0; i < tokens; ++i)
-                stage_rows<C, E>(from + i * stride + lane, inner, outer, lanes, tile.source + i * outer * step, step);
+        stage_tokens<C, E>(plan.commuted, from + lane * (plan.commuted ? outer : 1), stride, tokens, outer, inner,
+                           lanes, tile.source, step);
         through_left((plan.via_left ? left_transposed : left_forward) + s * plan.m1 * plan.n1, outputs, outer, tokens,
                      lanes, tile.source, step, tile.mixed, step, false);
     }

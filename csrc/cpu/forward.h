@@ -27,7 +27,6 @@ struct Forward {
     E* y;
     Activation activation;
     Factor left, right;
-    int64_t n1_original, n2_original;
 
     bool staged_x;               // x is copied (converted, transposed, padded) into the tile
     bool direct_y;               // the last product writes y itself
@@ -71,13 +70,7 @@ struct Forward {
     const C* stage_x(int64_t first, int64_t tokens, const Tile& tile) const {
         const E* from = x + first * x_stride;
         if (!staged_x) return reinterpret_cast<const C*>(from);
-        if (plan.commuted) {
-            stage_transposed<C, E>(from, x_stride, tokens, n1_original, n2_original, tile.x, x_step());
-        } else {
-            for (int64_t t = 0; t < tokens; ++t)
-                stage_rows<C, E>(from + t * x_stride, plan.n2, plan.n1, plan.n2, tile.x + t * plan.n1 * x_step(),
-                                 x_step());
-        }
+        stage_tokens<C, E>(plan.commuted, from, x_stride, tokens, plan.n1, plan.n2, plan.n2, tile.x, x_step());
         return tile.x;
     }
 
@@ -95,8 +88,8 @@ struct Forward {
 
     Mix<C> mix() const { return Mix<C>{left_compact, plan.terms, plan.m1, plan.n1}; }
 
-    // The rows of term s that the GEMM reads: X when the right factor comes first (the same for all terms), else left
-    // X.
+    // The rows of term s that the GEMM reads: X when the right factor comes first (the same for all terms),
+    // else left X.
     struct Rows {
         const C* compute;
         int64_t compute_step;
@@ -121,23 +114,30 @@ struct Forward {
         return r;
     }
 
+    int64_t lanes_of(int64_t panel) const {
+        const int64_t left_over = plan.m2 - panel * width();
+        return left_over < width() ? left_over : width();
+    }
+    const E* panel_source(int64_t s, int64_t panel) const {
+        return static_cast<const E*>(right.data) + s * right.stride_term + panel * width() * right.stride_row;
+    }
+    void pack_panel_of(int64_t s, int64_t panel, Row* out) const {
+        G::pack(panel_source(s, panel), right.stride_row, right.stride_col, lanes_of(panel), plan.n2,
+                plan.panel_vectors, out);
+    }
+
     // out (rows, lanes of the panel) = R (rows, n2) right_s^T + start.
     void multiply_panel(int64_t s, int64_t panel, int64_t rows, const Rows& R, Row* own_panel, C* out, int64_t out_step,
                         Start<C> start, Ahead* ahead) const {
-        const int64_t lane = panel * width();
-        const int64_t lanes = plan.m2 - lane < width() ? plan.m2 - lane : width();
+        const int64_t lanes = lanes_of(panel);
         const int vectors = static_cast<int>((lanes + W - 1) / W);
-        const E* F = static_cast<const E*>(right.data) + s * right.stride_term + lane * right.stride_row;
         if (!plan.packed) {
-            dot_panel<C, E>(rows, plan.n2, R.compute, R.compute_step, F, right.stride_row, lanes, vectors * W, out,
-                            out_step, start);
+            dot_panel<C, E>(rows, plan.n2, R.compute, R.compute_step, panel_source(s, panel), right.stride_row, lanes,
+                            vectors * W, out, out_step, start);
             return;
         }
-        const Row* packed = panels + (s * plan.panels + panel) * panel_size();
-        if (own_panel) {
-            G::pack(F, right.stride_row, right.stride_col, lanes, plan.n2, plan.panel_vectors, own_panel);
-            packed = own_panel;
-        }
+        const Row* packed = own_panel ? own_panel : panels + (s * plan.panels + panel) * panel_size();
+        if (own_panel) pack_panel_of(s, panel, own_panel);
         G::multiply(rows, plan.n2, R.gemm, R.step, packed, width(), vectors, out, out_step, start, ahead);
     }
 
@@ -238,12 +238,9 @@ struct Forward {
         }
     }
 
+    // Job `index` of packing all panels ahead of the tasks.
     void pack(int64_t index) const {
-        const int64_t s = index / plan.panels, panel = index % plan.panels, lane = panel * width();
-        const int64_t lanes = plan.m2 - lane < width() ? plan.m2 - lane : width();
-        const E* F = static_cast<const E*>(right.data) + s * right.stride_term + lane * right.stride_row;
-        G::pack(F, right.stride_row, right.stride_col, lanes, plan.n2, plan.panel_vectors,
-                panels + index * panel_size());
+        pack_panel_of(index / plan.panels, index % plan.panels, panels + index * panel_size());
     }
 };
 
@@ -261,7 +258,6 @@ static void forward(const ForwardArgs& args, const Executor& executor) {
     f.activation = args.activation;
     f.left = p.commuted ? args.b : args.a;
     f.right = p.commuted ? args.a : args.b;
-    f.n1_original = shape.n1, f.n2_original = shape.n2;
     constexpr bool same = __is_same(C, E);
     if (p.commuted && p.right_first) f.mix_merge_y = pick_mix_merge<C, E>(p.m1);
     if (p.commuted && !p.right_first) f.split_mix_x = pick_split_mix<C, E>(p.n1);

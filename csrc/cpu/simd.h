@@ -200,8 +200,8 @@ KRON_INLINE void interleave(Vec<C> (&v)[Q]) {
     }
 }
 
-// Sums of the lanes of N vectors, N a multiple of W: v[0 .. N/W) hold the sums of vectors 0, 1, 2, ... in order.
-// Perfect shuffles again, each folded in half by an addition: three instructions a sum.
+// Sums of the lanes of N vectors, N a multiple of W, gathered in v[0 .. N/W); sum_vectors puts them in order. Perfect
+// shuffles again, each folded in half by an addition: three instructions a sum.
 template <class C, int N>
 KRON_INLINE void sum_lanes(Vec<C> (&v)[N]) {
     constexpr int W = Simd<C>::W;

@@ -103,6 +103,19 @@ static void stage_transposed(const E* in, int64_t in_step, int64_t tokens, int64
     }
 }
 
+// Tokens of one operand, `stride` apart, as rows of the oriented problem: (outer, lanes) a token, rows `step` apart,
+// zero padded. `from` may point at lane l of longer rows of `inner` lanes (commuted: at l * outer), to take only some
+// of them.
+template <class C, class E>
+static void stage_tokens(bool commuted, const E* from, int64_t stride, int64_t tokens, int64_t outer, int64_t inner,
+                         int64_t lanes, C* to, int64_t step) {
+    if (commuted)
+        stage_transposed<C, E>(from, stride, tokens, lanes, outer, to, step);
+    else
+        for (int64_t t = 0; t < tokens; ++t)
+            stage_rows<C, E>(from + t * stride, inner, outer, lanes, to + t * outer * step, step);
+}
+
 // A tile of results on its way out: bias (compute type, y's layout, or null), activation, conversion.
 template <class C>
 struct Finish {
