@@ -3,5 +3,16 @@
 from ._backends import available as available_backends
 from ._version import __version__
 from .functional import kron_matmul
+from .fused import AddNorm, kron_embedding, kron_ffn, kron_matmul_norm, kron_qkv, pack_factors
 
-__all__ = ["__version__", "available_backends", "kron_matmul"]
+__all__ = [
+    "AddNorm",
+    "__version__",
+    "available_backends",
+    "kron_embedding",
+    "kron_ffn",
+    "kron_matmul",
+    "kron_matmul_norm",
+    "kron_qkv",
+    "pack_factors",
+]

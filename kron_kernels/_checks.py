@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -59,11 +60,11 @@ def check_operands(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> None
         _match("bias", bias, x)
 
 
-def _match(name: str, tensor: Tensor, x: Tensor) -> None:
+def _match(name: str, tensor: Tensor, x: Tensor, x_name: str = "x") -> None:
     if tensor.device != x.device:
-        raise ValueError(f"{name}: expected the device of x, {x.device}, got {tensor.device}")
+        raise ValueError(f"{name}: expected the device of {x_name}, {x.device}, got {tensor.device}")
     if tensor.dtype is not x.dtype:
-        raise TypeError(f"{name}: expected the dtype of x, {x.dtype}, got {tensor.dtype}")
+        raise TypeError(f"{name}: expected the dtype of {x_name}, {x.dtype}, got {tensor.dtype}")
 
 
 def _bad_factors(a: Tensor, b: Tensor) -> None:
@@ -74,3 +75,101 @@ def _bad_factors(a: Tensor, b: Tensor) -> None:
                 f"got shape {tuple(factor.shape)}"
             )
     raise ValueError(f"b: expected as many terms S as a, {a.shape[0]}, got {b.shape[0]} (shape {tuple(b.shape)})")
+
+
+def check_projections(x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], bias: Sequence[Tensor | None]) -> None:
+    """``check_operands`` of every projection of ``x``; types first."""
+    for left, right, one_bias in zip(a, b, bias, strict=True):
+        check_types(x, left, right, one_bias)
+        check_operands(x, left, right, one_bias)
+
+
+def check_ffn(
+    x: Tensor, a1: Tensor, b1: Tensor, bias1: Tensor | None, a2: Tensor, b2: Tensor, bias2: Tensor | None
+) -> None:
+    """Check both pairs of a feed-forward block, and that the second takes what the first gives."""
+    check_projections(x, [a1], [b1], [bias1])
+    check_types(x, a2, b2, bias2)
+    if a2.dim() != 3 or b2.dim() != 3:
+        _bad_factors(a2, b2)
+    middle, taken = a1.shape[1] * b1.shape[1], a2.shape[2] * b2.shape[2]
+    if middle != taken:
+        raise ValueError(
+            f"a2, b2: expected n1 * n2 = {middle}, what the first pair gives, got shapes {tuple(a2.shape)} and "
+            f"{tuple(b2.shape)} with n1 * n2 = {taken}"
+        )
+    # Shape, dtype and device of the intermediate, without its data.
+    check_operands(x.new_empty((0, middle)), a2, b2, bias2)
+
+
+def check_norm(x: Tensor, m: int, norm: tuple[Tensor, Tensor, Tensor, float]) -> None:
+    """Check a residual ``(..., m)`` and a layer norm's weight and bias ``(m,)`` against the product of ``x``."""
+    residual, weight, bias, eps = norm
+    shape = (*x.shape[:-1], m)
+    for name, tensor, expected in (
+        ("norm.residual", residual, shape),
+        ("norm.weight", weight, (m,)),
+        ("norm.bias", bias, (m,)),
+    ):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+        if tensor.shape != expected:
+            raise ValueError(f"{name}: expected shape {tuple(expected)}, got {tuple(tensor.shape)}")
+        _match(name, tensor, x)
+    if not eps >= 0:
+        raise ValueError(f"norm.eps: expected a number of at least 0, got {eps!r}")
+
+
+def check_embedding(
+    ids: Tensor,
+    a: Tensor,
+    b: Tensor,
+    position_ids: Tensor | None,
+    position_weight: Tensor | None,
+    type_ids: Tensor | None,
+    type_weight: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+) -> None:
+    """Check the operands of an embedding against each other; the indices' values are the op's to check."""
+    if a.dim() != 3 or b.dim() != 3 or a.shape[0] != b.shape[0] or 0 in a.shape or 0 in b.shape:
+        _bad_factors(a, b)
+    if b.shape[1] != 1:
+        raise ValueError(f"b: expected row vectors (S, 1, k), got shape {tuple(b.shape)}")
+    if a.dtype not in DTYPES:
+        raise TypeError(f"a: expected dtype float32, float64, bfloat16 or float16, got {a.dtype}")
+    _match("b", b, a, "a")
+    m = a.shape[2] * b.shape[2]
+    check_indices("ids", ids, ids.shape, a)
+    for name, index, table in (("position", position_ids, position_weight), ("type", type_ids, type_weight)):
+        if (index is None) != (table is None):
+            given, missing = ("weight", "ids") if index is None else ("ids", "weight")
+            raise ValueError(f"{name}_{missing}: expected a Tensor along with {name}_{given}, got None")
+        if index is None or table is None:
+            continue
+        check_indices(f"{name}_ids", index, ids.shape, a)
+        if table.dim() != 2 or table.shape[1] != m:
+            raise ValueError(f"{name}_weight: expected shape (rows, {m}), got {tuple(table.shape)}")
+        _match(f"{name}_weight", table, a, "a")
+    if (norm_weight is None) != (norm_bias is None):
+        raise ValueError("norm_bias: expected both norm_weight and norm_bias or neither")
+    for name, vector in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
+        if vector is not None:
+            if vector.shape != (m,):
+                raise ValueError(f"{name}: expected shape ({m},), got {tuple(vector.shape)}")
+            _match(name, vector, a, "a")
+
+
+def check_indices(name: str, index: Tensor, shape: tuple[int, ...], a: Tensor) -> None:
+    """Check dtype, device and shape of indices that broadcast to ``shape``."""
+    if index.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name}: expected dtype int64 or int32, got {index.dtype}")
+    if index.device != a.device:
+        raise ValueError(f"{name}: expected the device of a, {a.device}, got {index.device}")
+    fits = index.dim() <= len(shape) and all(
+        size in (1, full) for size, full in zip(reversed(index.shape), reversed(shape), strict=False)
+    )
+    if not fits:
+        raise ValueError(
+            f"{name}: expected a shape that broadcasts to that of ids, {tuple(shape)}, got {tuple(index.shape)}"
+        )

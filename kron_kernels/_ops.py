@@ -4,7 +4,8 @@
 ``x (..., n1 * n2)``, stacked factors ``a (S, m1, n1)``, ``b (S, m2, n2)`` and an activation code, return contiguous
 tensors, and know nothing of autograd: ``functional.py`` wraps them in an ``autograd.Function``, so that every
 transform of torch composes. A gradient that is not needed comes back with shape (0,). ``kron_mm`` also takes one pair
-of matrices as they are: making stacks of them costs as much as a small product.
+of matrices as they are: making stacks of them costs as much as a small product. ``packed`` is explained in
+``_fused_ops.py``.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ _ACTIVATION_NAMES = {code: name for name, code in ACTIVATION_CODES.items()}
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 
 torch.library.define(
-    "kron_kernels::kron_mm", "(Tensor x, Tensor a, Tensor b, Tensor? bias, int activation) -> Tensor", tags=_TAGS
+    "kron_kernels::kron_mm",
+    "(Tensor x, Tensor a, Tensor b, Tensor? bias, int activation, Tensor? packed=None) -> Tensor",
+    tags=_TAGS,
 )
 torch.library.define(
     "kron_kernels::kron_mm_backward",
@@ -38,7 +41,9 @@ kron_mm = torch.ops.kron_kernels.kron_mm.default
 kron_mm_backward = torch.ops.kron_kernels.kron_mm_backward.default
 
 
-def _kron_mm_reference(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, activation: int) -> Tensor:
+def _kron_mm_reference(
+    x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, activation: int, packed: Tensor | None = None
+) -> Tensor:
     if a.dim() == 2 and b.dim() == 2:
         a, b = a.unsqueeze(0), b.unsqueeze(0)
     with torch.autocast(x.device.type, enabled=False):  # the op's dtype is its inputs', inside autocast too
@@ -57,7 +62,9 @@ torch.library.impl("kron_kernels::kron_mm_backward", "CompositeExplicitAutograd"
 
 
 @torch.library.register_fake("kron_kernels::kron_mm")
-def _kron_mm_fake(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, activation: int) -> Tensor:
+def _kron_mm_fake(
+    x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, activation: int, packed: Tensor | None = None
+) -> Tensor:
     return x.new_empty(*x.shape[:-1], a.shape[-2] * b.shape[-2])
 
 
@@ -85,11 +92,18 @@ def _unbind(size: int, in_dims: tuple[int | None, ...], operands: tuple[Any, ...
 
 @torch.library.register_vmap("kron_kernels::kron_mm")
 def _kron_mm_vmap(
-    info: Any, in_dims: tuple, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, activation: int
+    info: Any,
+    in_dims: tuple,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    activation: int,
+    packed: Tensor | None = None,
 ) -> tuple[Tensor, int]:
     if in_dims[1] is None and in_dims[2] is None and in_dims[3] is None:
         return kron_mm(x.movedim(in_dims[0], 0), a, b, bias, activation), 0
-    samples = _unbind(info.batch_size, in_dims, (x, a, b, bias, activation))
+    samples = _unbind(info.batch_size, in_dims[:5], (x, a, b, bias, activation))
     return torch.stack([kron_mm(*sample) for sample in samples]), 0
 
 

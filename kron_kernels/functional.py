@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import _backends, reference
 from ._checks import activation_code, check_operands, check_types
+from ._observers import apply, cast_for_autocast, is_observed, needs_autograd
 from ._ops import kron_mm, kron_mm_backward
 
 
@@ -19,6 +20,7 @@ def kron_matmul(
     bias: Tensor | None = None,
     *,
     activation: str | None = None,
+    packed: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """``activation(x @ (sum_s a[s] (x) b[s]).T + bias)`` without building the Kronecker product.
@@ -32,6 +34,7 @@ def kron_matmul(
         b: right factors, ``(m2, n2)`` or ``(S, m2, n2)``, with as many terms as ``a``.
         bias: ``(m1 * m2,)`` or None.
         activation: None, "gelu" (erf), "gelu_tanh", "relu" or "silu"; applied last.
+        packed: what ``pack_factors(a, b)`` gave, or None. It saves time in calls of few tokens and changes no result.
         backend: None or "auto" for the best one on ``x``'s device (``KRON_KERNELS_BACKEND`` overrides None), or the
             name of one: "cpu", "reference".
 
@@ -48,61 +51,26 @@ def kron_matmul(
     check_types(x, a, b, bias)
     code = activation_code(activation)
     on_cpu = x.is_cpu and a.is_cpu and b.is_cpu and (bias is None or bias.is_cpu)
-    if backend is None and on_cpu and _backends.CPU_BY_DEFAULT and not _is_observed(x, a, b, bias):
+    if backend is None and on_cpu and _backends.CPU_BY_DEFAULT and not is_observed(x, a, b, bias):
         try:
-            return kron_mm(x, a, b, bias, code)
+            return kron_mm(x, a, b, bias, code, packed)
         except (RuntimeError, ValueError):  # whatever the op refused, the checks below name in the caller's terms
             pass
     if a.dim() == 2 and b.dim() == 2:
         a, b = a.unsqueeze(0), b.unsqueeze(0)
     device_type = "cpu" if x.is_cpu else x.device.type  # the short way: a device spells its type anew every time
     if device_type != "meta" and torch.is_autocast_enabled(device_type):  # meta has no autocast: asking is an error
-        x, a, b, bias = _autocast(device_type, x, a, b, bias)
+        x, a, b, bias = cast_for_autocast(device_type, x, a, b, bias)
     check_operands(x, a, b, bias)
     if _backends.resolve(backend, device_type) == "reference":
         return reference.kron_mm(x, a, b, bias, activation)
-    if not _needs_autograd(x, a, b, bias):
-        return kron_mm(x, a, b, bias, code)
+    if not needs_autograd(x, a, b, bias):
+        return kron_mm(x, a, b, bias, code, packed)
     if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         # A traced torch.func.grad goes through the forward of a Function and drops its backward, without an error.
         return reference.kron_mm(x, a, b, bias, activation)
-    y = _apply(KronMatmul, x, a, b, bias)
+    y = apply(KronMatmul, x, a, b, bias)
     return y if activation is None else reference.ACTIVATIONS[activation](y)
-
-
-def _autocast(device_type: str, *tensors: Tensor | None) -> tuple[Any, ...]:
-    """Cast what ``F.linear`` would cast under autocast: floating tensors of the device, float64 apart."""
-    dtype = torch.get_autocast_dtype(device_type)
-    return tuple(
-        tensor.to(dtype)
-        if tensor is not None
-        and tensor.is_floating_point()
-        and tensor.dtype is not torch.float64
-        and tensor.device.type == device_type
-        else tensor
-        for tensor in tensors
-    )
-
-
-def _is_observed(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> bool:
-    """Whether autograd, autocast, a transform or a compiler takes part in this call."""
-    return torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or _needs_autograd(x, a, b, bias)
-
-
-def _needs_autograd(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> bool:
-    # A tensor wrapped by a torch.func transform does not show the levels below it: always the differentiable way then.
-    if torch._C._are_functorch_transforms_active():
-        return True
-    return torch.is_grad_enabled() and (
-        x.requires_grad or a.requires_grad or b.requires_grad or (bias is not None and bias.requires_grad)
-    )
-
-
-def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """``function.apply`` without inspecting its signature on every call, which costs as much as five small products."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return function.apply(*args)
-    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
 class KronMatmul(torch.autograd.Function):
@@ -158,7 +126,7 @@ class KronMatmulBackward(torch.autograd.Function):
             operands = [x, a, b]
             operands[position] = tangent
             if need_grad:
-                total[0] = _add(total[0], _apply(KronMatmul, *operands, None))
+                total[0] = _add(total[0], apply(KronMatmul, *operands, None))
             wanted = tuple(need and index != position for index, need in enumerate(needs))
             if any(wanted):
                 parts = _needed(_gradients(grad, *operands, *wanted, False), wanted)
@@ -170,7 +138,7 @@ class KronMatmulBackward(torch.autograd.Function):
 
 def _gradients(grad: Tensor, x: Tensor, a: Tensor, b: Tensor, *needs: bool) -> tuple[Tensor, ...]:
     if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
-        return _apply(KronMatmulBackward, grad, x, a, b, *needs)
+        return apply(KronMatmulBackward, grad, x, a, b, *needs)
     return kron_mm_backward(grad, x, a, b, *needs)
 
 

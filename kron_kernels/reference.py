@@ -60,3 +60,78 @@ def kron_mm_backward(grad: Tensor, x: Tensor, a: Tensor, b: Tensor) -> tuple[Ten
     db = torch.einsum("tsjk,tjl->skl", half, tokens)
     da = torch.einsum("tik,tsjk->sij", grad, torch.einsum("tjl,skl->tsjk", tokens, b))
     return dx, da, db, grad.sum(0).reshape(m1 * m2)
+
+
+def kron_mm_norm(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+) -> Tensor:
+    """``layer_norm(residual + kron_mm(x, a, b, bias))`` over the last dimension: the end of a transformer block."""
+    y = residual + kron_mm(x, a, b, bias)
+    return F.layer_norm(y, norm_weight.shape, norm_weight, norm_bias, eps)
+
+
+def kron_ffn(
+    x: Tensor,
+    a1: Tensor,
+    b1: Tensor,
+    bias1: Tensor | None,
+    a2: Tensor,
+    b2: Tensor,
+    bias2: Tensor | None,
+    activation: str | None,
+) -> Tensor:
+    """``kron_mm(kron_mm(x, a1, b1, bias1, activation), a2, b2, bias2)``: a feed-forward block of two products."""
+    return kron_mm(kron_mm(x, a1, b1, bias1, activation), a2, b2, bias2)
+
+
+def kron_ffn_backward(
+    grad: Tensor,
+    x: Tensor,
+    a1: Tensor,
+    b1: Tensor,
+    bias1: Tensor | None,
+    a2: Tensor,
+    b2: Tensor,
+    activation: str | None,
+) -> tuple[Tensor, ...]:
+    """Gradients ``(dx, da1, db1, dbias1, da2, db2, dbias2)`` of ``kron_ffn``; the block's middle is computed anew."""
+    hidden = kron_mm(x, a1, b1, bias1).detach().requires_grad_()
+    with torch.enable_grad():
+        active = hidden.clone() if activation is None else ACTIVATIONS[activation](hidden)
+    grad_active, da2, db2, dbias2 = kron_mm_backward(grad, active.detach(), a2, b2)
+    (grad_hidden,) = torch.autograd.grad(active, hidden, grad_active.reshape(active.shape))
+    return (*kron_mm_backward(grad_hidden, x, a1, b1), da2, db2, dbias2)
+
+
+def kron_embedding(
+    ids: Tensor,
+    a: Tensor,
+    b: Tensor,
+    position_ids: Tensor | None = None,
+    position_weight: Tensor | None = None,
+    type_ids: Tensor | None = None,
+    type_weight: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-12,
+) -> Tensor:
+    """Rows ``sum_s A_s[id] (x) B_s`` (..., p * k) of ``a (S, V, p)``, ``b (S, 1, k)`` for ``ids (...)``.
+
+    Added to them, where given, are rows of a position and of a type table, whose ids broadcast to ``ids``; then a
+    layer norm over the last dimension.
+    """
+    # (S, ..., p, 1) * (S, 1, .., 1, k) -> (..., p * k)
+    rows = a[:, ids].unsqueeze(-1) * b.reshape(b.shape[0], *[1] * ids.dim(), 1, b.shape[2])
+    y = rows.sum(0).flatten(-2)
+    if type_ids is not None and type_weight is not None:
+        y = y + type_weight[type_ids]
+    if position_ids is not None and position_weight is not None:
+        y = y + position_weight[position_ids]
+    return y if norm_weight is None else F.layer_norm(y, norm_weight.shape, norm_weight, norm_bias, eps)

@@ -181,7 +181,7 @@ kron::Executor torch_executor() {
 }
 
 Tensor kron_mm(const Tensor& x_any, const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias_any,
-               int64_t activation) {
+               int64_t activation, const std::optional<Tensor>&) {
     kron::ForwardArgs args{};
     args.shape = checked_shape(x_any, a, b, true);
     const int64_t m = args.shape.m1 * args.shape.m2;

@@ -62,7 +62,7 @@ class KronLinear(KronFactored):
             nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
-        return kron_matmul(x, self.a, self.b, self.bias, activation=self.activation)
+        return kron_matmul(x, self.a, self.b, self.bias, activation=self.activation, packed=self.packed())
 
     @classmethod
     def from_linear(

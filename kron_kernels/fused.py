@@ -1,0 +1,272 @@
+"""Public functions for whole blocks of a transformer: feed-forward, projections of one input, embedding, add and norm.
+
+Each is one op on the CPU, where the intermediate of the block stays in cache. Asked for gradients, ``kron_ffn`` keeps
+its inputs only and computes its middle anew; the others are then compositions of ``kron_matmul`` and torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import _backends, reference
+from ._checks import activation_code, check_embedding, check_ffn, check_norm, check_projections
+from ._fused_ops import FFN_GRADIENTS, kron_ffn_backward, kron_mm_norm, kron_pack
+from ._fused_ops import kron_embedding as embedding_op
+from ._fused_ops import kron_ffn as ffn_op
+from ._fused_ops import kron_qkv as qkv_op
+from ._observers import apply, cast_for_autocast, needs_autograd
+from .functional import kron_matmul
+
+
+class AddNorm(NamedTuple):
+    """``layer_norm(residual + y)`` of a result ``y``: its last dimension is normed, as at the end of a BERT block.
+
+    ``residual`` has the shape of ``y``; ``weight`` and ``bias`` are ``(m,)``, all of the dtype of ``y``.
+    """
+
+    residual: Tensor
+    weight: Tensor
+    bias: Tensor
+    eps: float = 1e-12
+
+    def apply(self, y: Tensor) -> Tensor:
+        """By plain torch, differentiably."""
+        return F.layer_norm(self.residual + y, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+def pack_factors(a: Tensor, b: Tensor) -> Tensor:
+    """Bring ``a (S, m1, n1)`` and ``b (S, m2, n2)`` into the layout of the CPU kernels, once for many calls.
+
+    Returns bytes that mean something to this build, on a processor of this kind, as long as ``a`` and ``b`` keep their
+    values: pass them as ``packed`` along with the same factors. The modules of ``kron_kernels.nn`` do this by
+    themselves, and notice when a parameter changes. Empty where no compiled kernels are.
+    """
+    if a.dim() == 2 and b.dim() == 2:
+        a, b = a.unsqueeze(0), b.unsqueeze(0)
+    return kron_pack(a.detach(), b.detach())
+
+
+def kron_matmul_norm(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    norm: AddNorm,
+    *,
+    packed: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """``layer_norm(residual + kron_matmul(x, a, b, bias))``: an output projection with the end of its block.
+
+    Operands as for ``kron_matmul`` and :class:`AddNorm`; returns ``(..., m1 * m2)``. Raises what ``kron_matmul``
+    raises, and ValueError or TypeError for a residual, weight or bias that does not fit.
+    """
+    observed = _observed(x, backend, (x, a, b, bias, *norm[:3]))
+    if observed:
+        return norm.apply(kron_matmul(x, a, b, bias, packed=packed, backend=backend))
+    a, b = _stacks(a, b)
+    check_projections(x, [a], [b], [bias])
+    check_norm(x, a.shape[1] * b.shape[1], norm)
+    return kron_mm_norm(x, a, b, bias, *norm, packed)
+
+
+def kron_ffn(
+    x: Tensor,
+    a1: Tensor,
+    b1: Tensor,
+    bias1: Tensor | None,
+    a2: Tensor,
+    b2: Tensor,
+    bias2: Tensor | None,
+    *,
+    activation: str | None = "gelu",
+    norm: AddNorm | None = None,
+    packed: tuple[Tensor | None, Tensor | None] = (None, None),
+    backend: str | None = None,
+) -> Tensor:
+    """``W2 activation(W1 x + bias1) + bias2`` with ``W_i = sum_s A_i,s (x) B_i,s``: a feed-forward block as one op.
+
+    The block's wide intermediate, ``(..., m)`` with ``m = m1 * m2`` of the first pair ``= n1 * n2`` of the second, is
+    never in memory where the factors chain: the grid (m1, m2) of the first pair is the grid (n1, n2) of the second, as
+    in KroneckerBERT (Tahaei et al., 2021). Other shapes run as two products.
+
+    Args:
+        x: ``(..., n)``, dtypes as for ``kron_matmul``.
+        a1, b1: factors of the first layer, matrices or stacks of them; ``bias1 (m,)`` or None.
+        a2, b2: factors of the second layer; ``bias2`` or None.
+        activation: None, "gelu" (erf), "gelu_tanh", "relu" or "silu".
+        norm: adds a residual and norms, as :class:`AddNorm` says.
+        packed: what ``pack_factors`` gave for each pair, or None.
+        backend: as for ``kron_matmul``.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as ``kron_matmul``; ValueError for a second pair that does not take what
+            the first gives.
+
+    Differentiable to any order. Only the inputs are kept for backward.
+    """
+    code = activation_code(activation)
+    tensors = (x, a1, b1, bias1, a2, b2, bias2)
+    if _observed(x, backend, tensors if norm is None else (*tensors, *norm[:3])):
+        y = _observed_ffn(tensors, activation, packed, backend)
+        return y if norm is None else norm.apply(y)
+    (a1, b1), (a2, b2) = _stacks(a1, b1), _stacks(a2, b2)
+    check_ffn(x, a1, b1, bias1, a2, b2, bias2)
+    if norm is None:
+        return ffn_op(x, a1, b1, bias1, a2, b2, bias2, code, None, None, None, 0.0, *packed)
+    check_norm(x, a2.shape[1] * b2.shape[1], norm)
+    return ffn_op(x, a1, b1, bias1, a2, b2, bias2, code, *norm, *packed)
+
+
+def kron_qkv(
+    x: Tensor,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    bias: Sequence[Tensor] | None = None,
+    *,
+    packed: Sequence[Tensor | None] = (),
+    backend: str | None = None,
+) -> tuple[Tensor, ...]:
+    """Several products of one input, ``kron_matmul(x, a[i], b[i], bias[i])`` for each i, reading ``x`` once.
+
+    Args:
+        x: ``(..., n)``.
+        a, b: a pair of factors, matrices or stacks, for each projection; their shapes may differ.
+        bias: one for each projection, or None for none at all.
+        packed: what ``pack_factors`` gave for each pair, or nothing.
+        backend: as for ``kron_matmul``.
+
+    Returns:
+        One contiguous ``(..., m_i)`` for each projection. Viewed as ``(..., heads, m_i / heads)`` and transposed it is
+        what ``scaled_dot_product_attention`` takes, without a copy.
+    """
+    biases: list[Tensor | None] = list(bias) if bias is not None else [None] * len(a)
+    if not len(a) == len(b) == len(biases) or not a:
+        raise ValueError(
+            f"a, b, bias: expected as many of each, at least one projection, got {len(a)}, {len(b)} and {len(biases)}"
+        )
+    if _observed(x, backend, (x, *a, *b, *biases)):
+        each = zip(a, b, biases, packed or [None] * len(a), strict=True)
+        return tuple(
+            kron_matmul(x, left, right, one_bias, packed=pack, backend=backend) for left, right, one_bias, pack in each
+        )
+    pairs = [_stacks(left, right) for left, right in zip(a, b, strict=True)]
+    lefts, rights = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    check_projections(x, lefts, rights, biases)
+    packs = [pack for pack in packed if pack is not None]
+    return tuple(
+        qkv_op(x, lefts, rights, list(bias) if bias is not None else [], packs if len(packs) == len(a) else [])
+    )
+
+
+def kron_embedding(
+    ids: Tensor,
+    a: Tensor,
+    b: Tensor,
+    *,
+    position_ids: Tensor | None = None,
+    position_weight: Tensor | None = None,
+    type_ids: Tensor | None = None,
+    type_weight: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-12,
+    backend: str | None = None,
+) -> Tensor:
+    """Rows of the table ``sum_s A_s (x) B_s`` for token ids, with BERT's position and type rows and layer norm.
+
+    Args:
+        ids: ``(...)``, int64 or int32, each in ``[0, V)``.
+        a: ``(S, V, p)`` or ``(V, p)``.
+        b: row vectors ``(S, 1, k)`` or ``(1, k)``; a row of the table has ``p * k`` values (Tahaei et al., 2021).
+        position_ids, position_weight: indices that broadcast to ``ids``, and a table ``(P, p * k)`` of rows to add.
+        type_ids, type_weight: likewise.
+        norm_weight, norm_bias, eps: a layer norm of the sum, both ``(p * k,)``.
+        backend: as for ``kron_matmul``.
+
+    Returns:
+        ``(..., p * k)``, dtype of ``a``.
+
+    Raises:
+        IndexError: an index outside its table.
+        ValueError, TypeError: shapes, dtypes or devices that do not fit; a table without its indices.
+
+    Differentiable in the tables, factors and norm; equal gradients on equal input.
+    """
+    a, b = _stacks(a, b)
+    tables = (position_ids, position_weight, type_ids, type_weight)
+    check_embedding(ids, a, b, *tables, norm_weight, norm_bias)
+    if _observed(ids, backend, (a, b, position_weight, type_weight, norm_weight, norm_bias), autocast=False):
+        return reference.kron_embedding(ids, a, b, *tables, norm_weight, norm_bias, eps)
+    return embedding_op(ids, a, b, *tables, norm_weight, norm_bias, eps)
+
+
+def _stacks(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    return (a.unsqueeze(0), b.unsqueeze(0)) if a.dim() == 2 and b.dim() == 2 else (a, b)
+
+
+def _observed(x: Tensor, backend: str | None, tensors: Sequence[Tensor | None], autocast: bool = True) -> bool:
+    """Whether a call needs more than the op: gradients, autocast, the reference by name."""
+    device_type = x.device.type
+    if _backends.resolve(backend, device_type) == "reference" and (backend is not None or device_type == "cpu"):
+        return True
+    if autocast and device_type != "meta" and torch.is_autocast_enabled(device_type):
+        return True
+    return needs_autograd(*tensors)
+
+
+def _observed_ffn(
+    tensors: tuple[Any, ...],
+    activation: str | None,
+    packed: tuple[Tensor | None, Tensor | None],
+    backend: str | None,
+) -> Tensor:
+    x, a1, b1, bias1, a2, b2, bias2 = tensors
+    device_type = x.device.type
+    reference_asked = _backends.resolve(backend, device_type) == "reference"
+    if reference_asked or torch._C._are_functorch_transforms_active():
+        # Two products, each of which composes with whatever transforms it.
+        hidden = kron_matmul(x, a1, b1, bias1, activation=activation, backend=backend)
+        return kron_matmul(hidden, a2, b2, bias2, backend=backend)
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+        x, a1, b1, bias1, a2, b2, bias2 = cast_for_autocast(device_type, *tensors)
+    (a1, b1), (a2, b2) = _stacks(a1, b1), _stacks(a2, b2)
+    check_ffn(x, a1, b1, bias1, a2, b2, bias2)
+    code = activation_code(activation)
+    if not needs_autograd(x, a1, b1, bias1, a2, b2, bias2):
+        return ffn_op(x, a1, b1, bias1, a2, b2, bias2, code, None, None, None, 0.0, *packed)
+    return apply(KronFfn, x, a1, b1, bias1, a2, b2, bias2, activation)
+
+
+class KronFfn(torch.autograd.Function):
+    """``kron_ffn`` around its op; backward computes the intermediate anew."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        *tensors, activation = inputs
+        ctx.activation = activation
+        ctx.save_for_backward(*tensors)
+        return ffn_op(*tensors, activation_code(activation), None, None, None, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors
+        needs = [need and tensor is not None for need, tensor in zip(ctx.needs_input_grad, tensors, strict=False)]
+        if torch.is_grad_enabled():
+            # Higher orders: the gradient of two products, which is differentiable itself.
+            x, a1, b1, bias1, a2, b2, bias2 = tensors
+            hidden = kron_matmul(x, a1, b1, bias1, activation=ctx.activation)
+            y = kron_matmul(hidden, a2, b2, bias2)
+            wanted = [tensor for tensor, need in zip(tensors, needs, strict=True) if need]
+            found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+            return (*(next(found) if need else None for need in needs), None)
+        mask = sum(need << bit for bit, need in enumerate(needs))
+        x, a1, b1, bias1, a2, b2, _ = tensors
+        gradients = kron_ffn_backward(grad, x, a1, b1, bias1, a2, b2, activation_code(ctx.activation), mask)
+        assert len(gradients) == len(FFN_GRADIENTS)
+        return (*(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), None)
