@@ -8,6 +8,13 @@ namespace kron {
 struct Kernels {
     void (*forward)(const ForwardArgs&, const Executor&);
     void (*backward)(const BackwardArgs&, const Executor&);
+    void (*ffn_forward)(const FfnArgs&, const Executor&);
+    bool (*ffn_is_fused)(const Shape& first, const Shape& second);
+    void (*embedding)(const EmbeddingArgs&, const Executor&);
+    int64_t (*packed_bytes)(const Shape&);
+    void (*pack)(const Shape&, const Factor& a, const Factor& b, void* out, const Executor&);
+    // Elements [from, to): out = act(h), or grad * act'(h) where grad is given; out may be grad.
+    void (*activation)(Activation, DType, const void* h, const void* grad, void* out, int64_t from, int64_t to);
     int float_lanes;
 };
 
@@ -17,5 +24,7 @@ extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
 extern const Kernels kAmxKernels;
 #endif
+
+const Kernels& active_kernels();
 
 }  // namespace kron

@@ -151,6 +151,13 @@ static __attribute__((noinline)) void store_part(E* p, Vec<C> v, int64_t count) 
         if (i < count) put<C, E>(p + i, v[i]);
 }
 
+KRON_INLINE float square_root(float x) {
+    return __builtin_sqrtf(x);
+}
+KRON_INLINE double square_root(double x) {
+    return __builtin_sqrt(x);
+}
+
 template <class C>
 KRON_INLINE C horizontal_sum(Vec<C> v) {
     // Pairwise halves: log2(W) dependent additions.
