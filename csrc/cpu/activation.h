@@ -7,24 +7,20 @@
 #include "simd.h"
 #include "tail_tables.h"
 
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
-
 namespace kron {
 namespace KRON_ISA {
 
-// An activation and, where it has one, its table.
+// An activation and, where it has them, its tables.
 struct Act {
     Activation kind = Activation::none;
     const TailTable* tail = nullptr;
+    const RoughTable* rough = nullptr;
 };
 
-// E: what the result is stored as.
-template <class E>
 static Act act_for(Activation kind) {
-    const bool fitted = kind == Activation::gelu || kind == Activation::gelu_tanh || kind == Activation::silu;
-    return Act{kind, fitted ? &tail_table(kind, __is_same(E, bf16)) : nullptr};
+    const bool gelu = kind == Activation::gelu || kind == Activation::gelu_tanh;
+    return Act{kind, gelu || kind == Activation::silu ? &tail_table(kind) : nullptr,
+               gelu ? &rough_table(kind) : nullptr};
 }
 
 typedef Simd<float>::V Vf;
@@ -127,70 +123,95 @@ KRON_INLINE Vf activate_exactly(Vf x) {
 }
 
 #if defined(__AVX512F__)
-// x F(x) from the table, right for x >= -limit: relu(x) - a F(-a) with a = min(|x|, limit), as F(-limit) no longer
-// counts beside 1. 19 instructions at degree 6; a NaN stays one.
-template <int kDegree>
-KRON_INLINE Vf fitted(const TailTable& tail, Vf x) {
-    // With a mask of ones: the plain forms make GCC 12 warn of a variable of its own.
-    constexpr __mmask16 kAll = 0xffff;
-    const __m512 a = _mm512_maskz_min_ps(kAll, _mm512_set1_ps(tail.limit), _mm512_abs_ps((__m512)x));
-    const __m512 scale = _mm512_set1_ps(tail.scale), shift = _mm512_set1_ps(12582912.0f);
-    const __m512 shifted = _mm512_fmadd_ps(a, scale, shift);  // its low bits are the piece
+// The plain forms of min and max make GCC 12 warn of a variable of its own: with a mask of ones it does not.
+constexpr __mmask16 kAllLanes = 0xffff;
+
+template <class Table>
+KRON_INLINE __m512 coefficient(const Table& table, int degree, __m512i piece) {
+    const float* c = table.coefficient[degree];
+    return _mm512_permutex2var_ps(_mm512_load_ps(c), piece, _mm512_load_ps(c + 16));
+}
+// sum_d coefficient[d] r^d of the piece that x * scale is nearest to, r the distance from it.
+template <class Table>
+KRON_INLINE __m512 piecewise(const Table& table, __m512 x) {
+    const __m512 scale = _mm512_set1_ps(table.scale), shift = _mm512_set1_ps(12582912.0f);
+    const __m512 shifted = _mm512_fmadd_ps(x, scale, shift);  // its low bits are the piece
     const __m512i piece = _mm512_castps_si512(shifted);
-    const __m512 r = _mm512_fmsub_ps(a, scale, _mm512_sub_ps(shifted, shift));
-    const auto coefficient = [&](int d) __attribute__((always_inline)) {
-        const float* c = tail.coefficient[d];
-        return _mm512_permutex2var_ps(_mm512_load_ps(c), piece, _mm512_load_ps(c + 16));
-    };
-    __m512 p = coefficient(kDegree);
+    const __m512 r = _mm512_fmsub_ps(x, scale, _mm512_sub_ps(shifted, shift));
+    __m512 p = coefficient(table, Table::kDegree, piece);
 #pragma GCC unroll 8
-    for (int d = kDegree - 1; d >= 0; --d) p = _mm512_fmadd_ps(p, r, coefficient(d));
-    // max(0, x) is x where x is a NaN.
-    return (Vf)_mm512_fnmadd_ps(a, p, _mm512_maskz_max_ps(kAll, _mm512_setzero_ps(), (__m512)x));
+    for (int d = Table::kDegree - 1; d >= 0; --d) p = _mm512_fmadd_ps(p, r, coefficient(table, d, piece));
+    return p;
 }
-KRON_INLINE bool any_below(Vf x, float limit) {
-    return _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(limit), _CMP_LT_OQ) != 0;
+// x F(x), right for x >= -limit: relu(x) - a F(-a) with a = min(|x|, limit), as F(-limit) no longer counts beside 1.
+// 19 instructions; a NaN stays one, since max(0, x) is x there.
+KRON_INLINE Vf fitted(const TailTable& tail, Vf x) {
+    const __m512 a = _mm512_maskz_min_ps(kAllLanes, _mm512_set1_ps(tail.limit), _mm512_abs_ps((__m512)x));
+    const __m512 relu = _mm512_maskz_max_ps(kAllLanes, _mm512_setzero_ps(), (__m512)x);
+    return (Vf)_mm512_fnmadd_ps(a, piecewise(tail, a), relu);
 }
-// Lane by lane; b where either is a NaN.
-KRON_INLINE Vf smaller(Vf a, Vf b) {
-    return (Vf)_mm512_maskz_min_ps(0xffff, (__m512)a, (__m512)b);
+// The same for |x| <= limit, in 9 instructions.
+KRON_INLINE Vf fitted(const RoughTable& rough, Vf x) {
+    return (Vf)_mm512_mul_ps((__m512)x, piecewise(rough, (__m512)x));
 }
+
+// Which inputs a table is right for, gathered over several vectors before one branch. NaNs are right anywhere.
+struct Reach {
+    __m512 extreme = _mm512_setzero_ps();
+    KRON_INLINE void meet(const TailTable&, Vf x) { extreme = _mm512_maskz_min_ps(kAllLanes, (__m512)x, extreme); }
+    KRON_INLINE void meet(const RoughTable&, Vf x) {
+        constexpr int kLargestMagnitude = 0b1011;  // of the two, without its sign
+        extreme = _mm512_maskz_range_ps(kAllLanes, extreme, (__m512)x, kLargestMagnitude);
+    }
+    KRON_INLINE bool beyond(const TailTable& tail) const {
+        return _mm512_cmp_ps_mask(extreme, _mm512_set1_ps(-tail.limit), _CMP_LT_OQ) != 0;
+    }
+    KRON_INLINE bool beyond(const RoughTable& rough) const {
+        return _mm512_cmp_ps_mask(extreme, _mm512_set1_ps(rough.limit), _CMP_GT_OQ) != 0;
+    }
+};
 constexpr bool kFitted = true;
 #else
-template <int kDegree>
-KRON_INLINE Vf fitted(const TailTable&, Vf x) {
+template <class Table>
+KRON_INLINE Vf fitted(const Table&, Vf x) {
     return x;
 }
-KRON_INLINE bool any_below(Vf, float) {
-    return true;
-}
-KRON_INLINE Vf smaller(Vf a, Vf) {
-    return a;
-}
+struct Reach {
+    template <class Table>
+    KRON_INLINE void meet(const Table&, Vf) {}
+    template <class Table>
+    KRON_INLINE bool beyond(const Table&) const {
+        return true;
+    }
+};
 constexpr bool kFitted = false;
 #endif
 
+template <Activation kKind>
+constexpr bool kHasTable =
+    kFitted && (kKind == Activation::gelu || kKind == Activation::gelu_tanh || kKind == Activation::silu);
+
 // In vectors of 16 lanes nearly all inputs take the table; a lane far in the tail sends its vector the long way.
-template <Activation kKind, bool kRough>
+template <Activation kKind>
 KRON_INLINE Vf activate(Act act, Vf x) {
-    constexpr bool has_table = kKind == Activation::gelu || kKind == Activation::gelu_tanh || kKind == Activation::silu;
-    if constexpr (kFitted && has_table) {
-        if (__builtin_expect(!any_below(x, -act.tail->limit), true)) return fitted<kRough ? 2 : 6>(*act.tail, x);
+    if constexpr (kHasTable<kKind>) {
+        Reach reach;
+        reach.meet(*act.tail, x);
+        if (__builtin_expect(!reach.beyond(*act.tail), true)) return fitted(*act.tail, x);
     }
     return activate_exactly<kKind>(x);
 }
 
-template <bool kRough>
 KRON_INLINE Vf activate(Act act, Vf x) {
     switch (act.kind) {
         case Activation::gelu:
-            return activate<Activation::gelu, kRough>(act, x);
+            return activate<Activation::gelu>(act, x);
         case Activation::gelu_tanh:
-            return activate<Activation::gelu_tanh, kRough>(act, x);
+            return activate<Activation::gelu_tanh>(act, x);
         case Activation::relu:
-            return activate<Activation::relu, kRough>(act, x);
+            return activate<Activation::relu>(act, x);
         case Activation::silu:
-            return activate<Activation::silu, kRough>(act, x);
+            return activate<Activation::silu>(act, x);
         case Activation::none:
             break;
     }
@@ -213,7 +234,6 @@ static double activate_scalar(Activation kind, double x) {
     return x;
 }
 
-template <bool kRough>
 KRON_INLINE Simd<double>::V activate(Act act, Simd<double>::V x) {
     if (act.kind == Activation::none) return x;
     for (int i = 0; i < Simd<double>::W; ++i) x[i] = activate_scalar(act.kind, x[i]);

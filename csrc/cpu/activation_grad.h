@@ -54,13 +54,11 @@ static void activation_range(Act act, const E* h, const E* grad, E* out, int64_t
     int64_t i = from;
     for (; i + W <= to; i += W) {
         const Vf x = load<float, E>(h + i);
-        store<float, E>(out + i, grad ? load<float, E>(grad + i) * derivative<kKind>(x)
-                                      : activate<kKind, __is_same(E, bf16)>(act, x));
+        store<float, E>(out + i, grad ? load<float, E>(grad + i) * derivative<kKind>(x) : activate<kKind>(act, x));
     }
     if (i == to) return;
     const Vf x = load_part<float, E>(h + i, to - i);
-    const Vf y = grad ? load_part<float, E>(grad + i, to - i) * derivative<kKind>(x)
-                      : activate<kKind, __is_same(E, bf16)>(act, x);
+    const Vf y = grad ? load_part<float, E>(grad + i, to - i) * derivative<kKind>(x) : activate<kKind>(act, x);
     store_part<float, E>(out + i, y, to - i);
 }
 
@@ -70,7 +68,7 @@ static void activation_range(Activation kind, const E* h, const E* grad, E* out,
         for (int64_t i = from; i < to; ++i)
             out[i] = grad ? grad[i] * derivative(kind, h[i]) : activate_scalar(kind, h[i]);
     } else {
-        const Act act = act_for<E>(kind);
+        const Act act = act_for(kind);
         switch (kind) {
             case Activation::gelu:
                 return activation_range<E, Activation::gelu>(act, h, grad, out, from, to);

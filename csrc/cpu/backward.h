@@ -329,7 +329,7 @@ static void backward(const BackwardArgs& args, const Executor& executor) {
     typedef Backward<C, E> B;
     const Shape& shape = args.shape;
     B b{};
-    b.plan = plan_backward(shape, Machine{Simd<C>::W, kMaxRows[2], 0, executor.threads, false, false, 1, false});
+    b.plan = plan_backward(shape, Machine{Simd<C>::W, kMaxRows[2], 1, 0, executor.threads, false, false, 1, false});
     const bool commuted = b.plan.commuted;
     b.grad = static_cast<const E*>(args.grad), b.x = static_cast<const E*>(args.x);
     b.grad_stride = args.grad_stride, b.x_stride = args.x_stride;

@@ -103,7 +103,7 @@ struct Ffn {
                               tile.z + s * z_term() + t * plan.n1 * step, step, tile.h, step,
                               s > 0 ? Start<C>{nullptr, 0, 1, true}
                                     : Start<C>{middle.bias + lane, middle.bias_step, plan.m1, false});
-            activate_rows<C, __is_same(Row, bf16)>(tile.h, here * plan.m1, step, whole, middle.act);
+            activate_rows<C>(tile.h, here * plan.m1, step, whole, middle.act);
             for (int64_t s = 0; s < plan.terms2; ++s) {
                 Row* to = m + s * m_term() + t * plan.p1 * m_step();
                 C* mixed = kSameRow ? reinterpret_cast<C*>(to) : tile.mixed;
@@ -180,7 +180,8 @@ struct Ffn {
 
 template <class C, class G>
 static FfnPlan ffn_plan(const Shape& first, const Shape& second, int threads) {
-    return plan_ffn(first, second, Machine{Simd<C>::W, kMaxRows[2], G::kPanelVectors, threads, false, false, 1, true});
+    return plan_ffn(first, second,
+                    Machine{Simd<C>::W, kMaxRows[2], G::kRowBlock, G::kPanelVectors, threads, false, false, 1, true});
 }
 
 template <class C, class E, class G = VectorGemm<C>>
@@ -206,7 +207,7 @@ static void ffn_forward(const FfnArgs& args, const Executor& executor) {
     f.direct_x = !p.commuted && args.x_stride == p.n1 * p.n2 && __is_same(E, Row) && p.n2 == G::depth(p.n2);
     f.direct_y = same && !p.commuted && p.p2 % Simd<C>::W == 0;
     f.mix = pick_mix_act_mix<C, Row>(p, args.activation);
-    f.middle = Middle<C>{p.m1, p.n1, p.p1, nullptr, nullptr, nullptr, padded<C>(p.m2), act_for<Row>(args.activation)};
+    f.middle = Middle<C>{p.m1, p.n1, p.p1, nullptr, nullptr, nullptr, padded<C>(p.m2), act_for(args.activation)};
     const int64_t outputs = p.p1 * p.p2;
     f.out = Output<C, E>{static_cast<E*>(args.w2.y), p.commuted, p.p1, p.p2, nullptr, Act{}};
 

@@ -22,45 +22,59 @@ template <class C, class Row>
 using MixActMix = void (*)(const Middle<C>&, int64_t tokens, const C* z, int64_t z_step, int64_t lane, int64_t lanes,
                            Row* m, int64_t m_step);
 
+// sums[k] += sum_i left2[i, k] act(bias[i] + sum_j left1[i, j] in[j]) for one vector of columns.
+template <int N, class Apply>
+KRON_INLINE void mix_column(const Middle<float>& mid, const float* bias, const Vf (&in)[N], Vf (&sums)[N],
+                            const Apply& apply) {
+    const float *left1 = mid.left1, *left2 = mid.left2;
+#pragma GCC unroll 2
+    for (int64_t i = 0; i < mid.m1; ++i) {
+        Vf h = load<float>(bias + i * mid.bias_step);
+#pragma GCC unroll 4
+        for (int j = 0; j < N; ++j) h += in[j] * left1[i * N + j];
+        const Vf active = apply(h);
+#pragma GCC unroll 4
+        for (int k = 0; k < N; ++k) sums[k] += active * left2[i * N + k];
+    }
+}
+
+// The table an activation is computed from: by what its results are rounded to.
+template <Activation kKind, class Row>
+constexpr bool kRough = __is_same(Row, bf16) && kKind != Activation::silu;
+
 // m[t, k] = sum_i left2[i, k] act(bias[i] + sum_j left1[i, j] z[t, j]) with N = n1 = p1 values each side of the
-// activation: a column of 16 lanes goes through in registers. The lanes of every activation are watched together:
-// should one be far in the tail, the column is computed again the exact way.
+// activation: a column of 16 lanes goes through in registers. The inputs of its activations are watched together:
+// should one be beyond the table, the column is computed again the exact way.
 template <Activation kKind, class Row, int N>
 static void mix_act_mix(const Middle<float>& mid, int64_t tokens, const float* z, int64_t z_step, int64_t lane,
                         int64_t lanes, Row* m, int64_t m_step) {
     constexpr int W = Simd<float>::W;
-    constexpr bool kRough = __is_same(Row, bf16), kTable = kFitted && kKind != Activation::relu;
     for (int64_t t = 0; t < tokens; ++t)
         for (int64_t c = 0; c < lanes; c += W) {
-            Vf in[N], sums[N] = {}, lowest{};
+            Vf in[N], sums[N] = {};
 #pragma GCC unroll 4
             for (int j = 0; j < N; ++j) in[j] = load<float>(z + (t * N + j) * z_step + c);
-            const float *left1 = mid.left1, *left2 = mid.left2, *bias = mid.bias + lane + c;
-            const auto column = [&](auto&& act) __attribute__((always_inline)) {
-#pragma GCC unroll 2
-                for (int64_t i = 0; i < mid.m1; ++i) {
-                    Vf h = load<float>(bias + i * mid.bias_step);
-#pragma GCC unroll 4
-                    for (int j = 0; j < N; ++j) h += in[j] * left1[i * N + j];
-                    const Vf active = act(h);
-#pragma GCC unroll 4
-                    for (int k = 0; k < N; ++k) sums[k] += active * left2[i * N + k];
-                }
-            };
+            const float* bias = mid.bias + lane + c;
             const auto exact = [](Vf h) __attribute__((always_inline)) { return activate_exactly<kKind>(h); };
-            if constexpr (kTable) {
-                const TailTable& tail = *mid.act.tail;
-                column([&](Vf h) __attribute__((always_inline)) {
-                    lowest = smaller(lowest, h);
-                    return fitted<kRough ? 2 : 6>(tail, h);
+            if constexpr (kHasTable<kKind>) {
+                const auto& table = [&]() -> const auto& {
+                    if constexpr (kRough<kKind, Row>)
+                        return *mid.act.rough;
+                    else
+                        return *mid.act.tail;
+                }();
+                Reach reach;
+                mix_column(mid, bias, in, sums, [&](Vf h) __attribute__((always_inline)) {
+                    reach.meet(table, h);
+                    return fitted(table, h);
                 });
-                if (__builtin_expect(any_below(lowest, -tail.limit), false)) {
+                if (__builtin_expect(reach.beyond(table), false)) {
 #pragma GCC unroll 4
                     for (int k = 0; k < N; ++k) sums[k] = Vf{};
-                    column(exact);
+                    mix_column(mid, bias, in, sums, exact);
                 }
             } else {
-                column(exact);
+                mix_column(mid, bias, in, sums, exact);
             }
 #pragma GCC unroll 4
             for (int k = 0; k < N; ++k) store<float, Row>(m + (t * N + k) * m_step + c, sums[k]);

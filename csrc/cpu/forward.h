@@ -249,7 +249,8 @@ static void forward(const ForwardArgs& args, const Executor& executor) {
     const Shape& shape = args.shape;
     F f{};
     f.count = args.count;
-    Machine machine{Simd<C>::W, kMaxRows[2], G::kPanelVectors, executor.threads, true, true, args.count, true};
+    Machine machine{Simd<C>::W, kMaxRows[2], G::kRowBlock, G::kPanelVectors, executor.threads, true,
+                    true,       args.count,  true};
     // The layout of the panels depends on nothing but the shape: see whether the caller has them all.
     f.plan = plan_forward(shape, machine);
     const void* prepacked[kMostProjections];
@@ -299,8 +300,7 @@ static void forward(const ForwardArgs& args, const Executor& executor) {
         compact_left<C, E>(p.commuted ? projection.b : projection.a, shape.terms, p.m1, p.n1, false,
                            left_compact + i * f.left_size());
         const C* bias = bias_of<C, E>(projection.bias, outputs, same ? nullptr : biases + i * padded<C>(outputs));
-        f.out[i] =
-            Output<C, E>{static_cast<E*>(projection.y), p.commuted, p.m1, p.m2, bias, act_for<E>(args.activation)};
+        f.out[i] = Output<C, E>{static_cast<E*>(projection.y), p.commuted, p.m1, p.m2, bias, act_for(args.activation)};
         if (machine.prepacked)
             f.right[i].panels = static_cast<const Row*>(prepacked[i]);
         else if (pack_before)
@@ -319,7 +319,8 @@ struct Packing {
     RightFactor<C, E, G> right;
 
     Packing(const Shape& shape, const Factor& a, const Factor& b)
-        : plan(plan_forward(shape, Machine{Simd<C>::W, kMaxRows[2], G::kPanelVectors, 1, true, true, 1, true})),
+        : plan(plan_forward(shape,
+                            Machine{Simd<C>::W, kMaxRows[2], G::kRowBlock, G::kPanelVectors, 1, true, true, 1, true})),
           right(plan.commuted ? a : b, shape.terms, plan.m2, plan.n2, plan.panel_vectors) {}
     int64_t bytes() const {
         return static_cast<int64_t>(sizeof(PackedHead)) + right.size() * static_cast<int64_t>(sizeof(Row));

@@ -13,15 +13,13 @@ template <class C>
 struct Finish {
     const C* bias;
     Act act;
-    template <class E>
     KRON_INLINE Vec<C> vec(Vec<C> v, int64_t at) const {
         if (bias) v += load<C>(bias + at);
-        return activate<__is_same(E, bf16)>(act, v);
+        return activate(act, v);
     }
-    template <class E>
     KRON_INLINE Vec<C> part(Vec<C> v, int64_t at, int64_t count) const {
         if (bias) v += load_part<C, C>(bias + at, count);
-        return activate<__is_same(E, bf16)>(act, v);
+        return activate(act, v);
     }
 };
 
@@ -37,18 +35,17 @@ static void finish_rows(const C* tile, int64_t tile_step, int64_t rows, int64_t 
         E* dst = y + r * y_step;
         const int64_t from = at + (r % period) * bias_step;
         int64_t c = 0;
-        for (; c + W <= count; c += W) store<C, E>(dst + c, finish.template vec<E>(load<C>(src + c), from + c));
-        if (c < count)
-            store_part<C, E>(dst + c, finish.template part<E>(load<C>(src + c), from + c, count - c), count - c);
+        for (; c + W <= count; c += W) store<C, E>(dst + c, finish.vec(load<C>(src + c), from + c));
+        if (c < count) store_part<C, E>(dst + c, finish.part(load<C>(src + c), from + c, count - c), count - c);
     }
 }
 
 // In place: rows of `count` values, a whole number of vectors.
-template <class C, bool kRough>
+template <class C>
 static void activate_rows(C* rows, int64_t count_rows, int64_t step, int64_t count, Act act) {
     for (int64_t r = 0; r < count_rows; ++r)
         for (int64_t c = 0; c < count; c += Simd<C>::W)
-            store<C>(rows + r * step + c, activate<kRough>(act, load<C>(rows + r * step + c)));
+            store<C>(rows + r * step + c, activate(act, load<C>(rows + r * step + c)));
 }
 
 // The inverse of load_columns: rows v[q] -> columns [c, c + W) of y (cols, Q), finished with bias[at + position in y].
@@ -59,12 +56,11 @@ KRON_INLINE void store_columns(Vec<C> (&v)[Q], int64_t c, int64_t cols, E* y, co
     const int64_t left = (cols - c) * Q;
     if (left >= W * Q) {
 #pragma GCC unroll 16
-        for (int q = 0; q < Q; ++q) store<C, E>(y + c * Q + q * W, finish.template vec<E>(v[q], at + c * Q + q * W));
+        for (int q = 0; q < Q; ++q) store<C, E>(y + c * Q + q * W, finish.vec(v[q], at + c * Q + q * W));
     } else {
         for (int q = 0; q < Q; ++q) {
             const int64_t count = left - q * W;
-            if (count > 0)
-                store_part<C, E>(y + c * Q + q * W, finish.template part<E>(v[q], at + c * Q + q * W, count), count);
+            if (count > 0) store_part<C, E>(y + c * Q + q * W, finish.part(v[q], at + c * Q + q * W, count), count);
         }
     }
 }
@@ -89,7 +85,7 @@ static void merge_columns_any(const C* tile, int64_t tile_step, int64_t cols, in
         const int64_t count = total - i < W ? total - i : W;
         Vec<C> v{};
         for (int64_t l = 0; l < count; ++l) v[l] = tile[(i + l) % width * tile_step + (i + l) / width];
-        store_part<C, E>(y + i, finish.template part<E>(v, at + i, count), count);
+        store_part<C, E>(y + i, finish.part(v, at + i, count), count);
     }
 }
 

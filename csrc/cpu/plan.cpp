@@ -71,6 +71,14 @@ int panel_vectors(int64_t m2, int lanes) {
     return vectors % 2 != 0 && (vectors % 3 == 0 || vectors == 5) ? 3 : 2;
 }
 
+// Tokens of one of `tiles` equal tiles; where a tile has many blocks of rows, a whole number of them.
+static int64_t tile_of(int64_t tokens, int64_t tiles, int64_t rows_a_token, int64_t row_block) {
+    const int64_t tile = std::max<int64_t>(1, ceil_div(tokens, std::max<int64_t>(1, tiles)));
+    if (row_block % rows_a_token != 0) return tile;
+    const int64_t block = row_block / rows_a_token;
+    return tile >= 2 * block ? round_up(tile, block) : tile;
+}
+
 Plan plan_forward(const Shape& s, const Machine& machine) {
     Candidate best = forward_candidate(s, machine.lanes, false, true);
     for (const bool commuted : {false, true})
@@ -110,7 +118,7 @@ Plan plan_forward(const Shape& s, const Machine& machine) {
         if (rows >= threads * machine.max_rows) p.token_tiles = std::min(p.tokens, round_up(p.token_tiles, threads));
         p.panel_groups = 1;
     }
-    p.tile_tokens = std::max<int64_t>(1, ceil_div(p.tokens, std::max<int64_t>(1, p.token_tiles)));
+    p.tile_tokens = tile_of(p.tokens, p.token_tiles, rows_a_token, machine.row_block);
     p.token_tiles = ceil_div(p.tokens, p.tile_tokens);
     return p;
 }
@@ -152,7 +160,8 @@ FfnPlan plan_ffn(const Shape& first, const Shape& second, const Machine& machine
         if (rows >= threads * machine.max_rows) p.token_tiles = std::min(p.tokens, round_up(p.token_tiles, threads));
         p.panel_groups = 1;
     }
-    p.tile_tokens = std::max<int64_t>(1, ceil_div(p.tokens, std::max<int64_t>(1, p.token_tiles)));
+    const int64_t equal_rows = p.n1 == p.p1 ? p.n1 : 1;
+    p.tile_tokens = tile_of(p.tokens, p.token_tiles, equal_rows, machine.row_block);
     p.token_tiles = ceil_div(p.tokens, p.tile_tokens);
     return p;
 }

@@ -40,6 +40,7 @@ constexpr int64_t kSerialPack = 32768;
 struct Machine {
     int lanes;          // elements of the compute type in a vector
     int max_rows;       // rows of the widest register tile
+    int64_t row_block;  // rows that the GEMM computes in one go, whatever their number
     int panel_vectors;  // fixed by the kernel, or 0: free to choose
     int threads;
     bool can_dot;  // the right factors' rows are contiguous in memory (natural, commuted)

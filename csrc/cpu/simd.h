@@ -6,6 +6,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #if !defined(KRON_ISA) || !defined(KRON_VEC_BYTES)
 #error "define KRON_ISA (a namespace) and KRON_VEC_BYTES before including the kernels"
 #endif
@@ -107,6 +111,11 @@ struct Convert<float, bf16> {
         return (S::V)(__builtin_convertvector(h, U32) << 16);
     }
     static KRON_INLINE void store(bf16* p, S::V v) {
+#if defined(__AVX512BF16__)
+        // The same rounding, but a subnormal becomes zero.
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh((__m512)v));
+        return;
+#endif
         const U32 u = (U32)v;
         const U32 rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
         const U32 nan = (u >> 16) | 0x40u;
