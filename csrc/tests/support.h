@@ -46,7 +46,7 @@ inline double read(const void* p, int64_t i, DType d) {
         case DType::f64:
             return static_cast<const double*>(p)[i];
         case DType::f16:
-            return static_cast<double>(static_cast<const _Float16*>(p)[i]);
+            return static_cast<double>(static_cast<const kron::Half*>(p)[i]);
         case DType::bf16:
             break;
     }
@@ -65,7 +65,7 @@ inline void write(void* p, int64_t i, DType d, double v) {
             static_cast<double*>(p)[i] = v;
             return;
         case DType::f16:
-            static_cast<_Float16*>(p)[i] = static_cast<_Float16>(v);
+            static_cast<kron::Half*>(p)[i] = static_cast<kron::Half>(v);
             return;
         case DType::bf16:
             break;
@@ -115,7 +115,7 @@ inline double activate(Activation kind, double x) {
         case Activation::gelu_tanh:
             return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
         case Activation::relu:
-            return x > 0 ? x : 0;
+            return x < 0 ? 0 : x;
         case Activation::silu:
             return x / (1 + std::exp(-x));
         case Activation::none:
@@ -146,10 +146,11 @@ inline void compare(const std::vector<double>& expected, const Buffer& got, doub
         std::printf("   error %.3g of scale %.3g, allowed %.3g\n", worst, scale, tol * scale);
 }
 
-// Runs `one(executor, where)` at every level this machine has, on one thread and on three.
+// Calls one(executor, name of the level) at every compiled level of this machine, on one thread and on three.
 template <class F>
 void at_every_level(F one) {
     for (int level = 0; level <= static_cast<int>(kron::detected_isa()); ++level) {
+        if (!kron::isa_compiled(static_cast<kron::Isa>(level))) continue;
         kron::set_isa_cap(static_cast<kron::Isa>(level));
         for (const kron::Executor& executor : {kSerial, kThreads}) one(executor, kron::isa_name(kron::active_isa()));
     }

@@ -294,9 +294,7 @@ void test_embedding(int64_t tokens, int64_t terms, int64_t p, int64_t k, DType d
     });
 }
 
-}  // namespace
-
-void test_blocks(int rounds) {
+void fixed_blocks() {
     // Two rows a token (in registers), four, one; a balanced pair (in L1); tiny right factors (commuted); odd sizes; a
     // pair that does not chain. m1, n1, m2, n2 of the first, m1, m2 of the second, whether the second's grid is turned
     // round.
@@ -336,6 +334,12 @@ void test_blocks(int rounds) {
     for (const DType dtype : {DType::f32, DType::bf16, DType::f64, DType::f16})
         for (const int64_t k : {1, 3, 8, 12, 16})
             test_embedding(k == 8 ? 60 : 7, 1 + k % 2, 11, k, dtype, k != 3, k != 1);
+}
+
+}  // namespace
+
+void test_blocks(int rounds, bool only_random) {
+    if (!only_random) fixed_blocks();
     for (int r = 0; r < rounds; ++r) {
         const DType dtype = static_cast<DType>(pick(0, 3));
         const int64_t m1 = pick(1, 12), m2 = pick(1, 40), terms = pick(1, 2);

@@ -1,14 +1,15 @@
 // Tests of the torch-free core against a naive fp64 product: every compiled instruction-set level the machine can run,
 // every dtype, both directions. Built alone (no torch, no Python), so that sanitizers see all of it.
-//   test_core [iterations of the random part]
+//   test_core [iterations of the random part [only]]
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <vector>
 
 #include "emulated.h"
 #include "support.h"
 
-void test_blocks(int rounds);  // test_blocks.cpp
+void test_blocks(int rounds, bool only_random);  // test_blocks.cpp
 
 namespace {
 
@@ -136,10 +137,55 @@ void run_case(const Case& c, int wanted = 15) {
     }
 }
 
-}  // namespace
+// Each activation of -128 .. 128 in steps of 1/16, of both infinities and of NaN, one value a token: the token holds it
+// eight times, the product takes their mean (exact in every dtype) 24 times over, so that whole vectors are loaded and
+// stored.
+void test_activation(Activation kind, DType dtype, bool commuted) {
+    constexpr int64_t kSteps = 4097, kTokens = kSteps + 3, kIn = 8, kOut = 24;
+    const Case c = commuted ? Case{kTokens, 1, kOut, kIn, 1, 1, dtype, false, false, kind, 0}
+                            : Case{kTokens, 1, 1, 1, kOut, kIn, dtype, false, false, kind, 0};
+    const Product p(c);
+    const double special[] = {INFINITY, -INFINITY, NAN};
+    for (int64_t i = 0; i < kTokens * kIn; ++i) {
+        const int64_t t = i / kIn;
+        write(p.x.get(), i, dtype, t < kSteps ? double(t) / 16 - 128 : special[t - kSteps]);
+    }
+    for (int64_t i = 0; i < p.a.count; ++i) write(p.a.get(), i, dtype, commuted ? 1.0 / kIn : 1);
+    for (int64_t i = 0; i < p.b.count; ++i) write(p.b.get(), i, dtype, commuted ? 1 : 1.0 / kIn);
+    // One rounding of the output dtype; below its smallest normal number, and where a tail vanishes, that number.
+    const double relative = dtype == DType::f64   ? 1e-12
+                            : dtype == DType::f32 ? 2e-6
+                            : dtype == DType::f16 ? 0x1p-10
+                                                  : 0x1p-7;
+    const double absolute = dtype == DType::f16 ? 0x1p-24 : 1e-15;
+    const auto run = [&](ForwardFunction forward, const kron::Executor& executor, const char* level) {
+        const Buffer y(kTokens * kOut, dtype);
+        const kron::Projection only{p.factor(p.a, c.m1, c.n1), p.factor(p.b, c.m2, c.n2), nullptr, nullptr, 0, y.get()};
+        forward({p.shape(), p.x.get(), p.n, 1, &only, kind, kron::NormArgs{}}, executor);
+        int64_t wrong = -1;
+        for (int64_t i = 0; i < y.count && wrong < 0; ++i) {
+            const double expected = activate(kind, p.X(i / kOut, 0)), got = y.at(i);
+            const bool same = std::isfinite(expected)
+                                  ? std::fabs(got - expected) <= relative * std::fabs(expected) + absolute
+                              : std::isnan(expected) ? std::isnan(got)
+                                                     : got == expected;
+            if (!same) wrong = i;
+        }
+        char where[120];
+        std::snprintf(where, sizeof where, "%s, act=%d dtype=%d%s", level, int(kind), int(dtype),
+                      commuted ? " commuted" : "");
+        check(wrong < 0, "activation", where);
+        if (wrong >= 0) {
+            const double x = p.X(wrong / kOut, 0);
+            std::printf("   of %g: got %g, expected %g\n", x, y.at(wrong), activate(kind, x));
+        }
+    };
+    at_every_level(
+        [&](const kron::Executor& executor, const char* level) { run(kron::kron_mm_forward, executor, level); });
+    if (dtype == DType::bf16) run(amx_emulated_forward, kThreads, "emulated AMX");
+}
 
-int main(int argc, char** argv) {
-    const int rounds = argc > 1 ? std::atoi(argv[1]) : 60;
+void fixed_part() {
     // The classes the plan distinguishes: large x tiny both ways, balanced, odd sizes, several terms; then the dtypes.
     const int64_t shapes[][5] = {{1, 96, 96, 2, 2},  {1, 96, 24, 2, 16}, {1, 8, 2, 96, 96},   {1, 2, 8, 96, 96},
                                  {1, 16, 2, 48, 96}, {1, 2, 16, 96, 48}, {1, 24, 24, 32, 32}, {1, 48, 16, 48, 48},
@@ -162,12 +208,23 @@ int main(int argc, char** argv) {
     for (int kind = 1; kind <= 4; ++kind)
         for (const DType dtype : {DType::f32, DType::f64})
             run_case({9, 1, 8, 2, 48, 32, dtype, true, false, static_cast<Activation>(kind), 0});
+    for (int kind = 1; kind <= 4; ++kind)
+        for (const DType dtype : {DType::f32, DType::f64, DType::bf16, DType::f16})
+            for (const bool commuted : {false, true}) test_activation(static_cast<Activation>(kind), dtype, commuted);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    const int rounds = argc > 1 ? std::atoi(argv[1]) : 60;
+    const bool only_random = argc > 2 && std::strcmp(argv[2], "only") == 0;
+    if (!only_random) fixed_part();
     for (int r = 0; r < rounds; ++r)
         run_case({pick(0, 60), pick(1, 3), pick(1, 40), pick(1, 40), pick(1, 40), pick(1, 40),
                   static_cast<DType>(pick(0, 3)), pick(0, 1) == 1, pick(0, 1) == 1, static_cast<Activation>(pick(0, 4)),
                   pick(0, 2)},
                  int(pick(0, 15)));
-    test_blocks(rounds);
+    test_blocks(rounds, only_random);
     std::printf("%d checks at levels portable..%s\n", checks, kron::isa_name(kron::detected_isa()));
     std::printf("%d passed, %d failed\n", checks - failures, failures);
     return failures != 0;
