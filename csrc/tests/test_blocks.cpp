@@ -314,7 +314,8 @@ void fixed_blocks() {
                         test_ffn(tokens, first, second, activation, tokens % 2 == 1);
                 }
             }
-    for (int kind = 0; kind <= 4; ++kind) {
+    // Differences across ReLU's kink mean nothing: its gradient is tested against torch.
+    for (const int kind : {0, 1, 2, 4}) {
         const Pair first(1, 8, 2, 24, 20, DType::f64), second(2, 2, 8, 12, 24, DType::f64);
         for (const int64_t tokens : {3, 40}) test_ffn_backward(tokens, first, second, static_cast<Activation>(kind));
     }
