@@ -62,6 +62,11 @@ _DEFAULT = os.environ.get("KRON_KERNELS_BACKEND", "auto")
 CPU_BY_DEFAULT = _CPU_READY and _DEFAULT in ("auto", "cpu")
 
 
+def compiled_by_default(op: str) -> bool:
+    """Whether calls of an op that name no backend find a compiled kernel when their tensors are on the cpu."""
+    return CPU_BY_DEFAULT and torch._C._dispatch_has_kernel_for_dispatch_key(f"kron_kernels::{op}", "CPU")
+
+
 def available() -> dict[str, Status]:
     """Every backend by name, with whether it can run here and why not."""
     return dict(_STATUS)

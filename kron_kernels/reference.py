@@ -11,6 +11,8 @@ differentiable to any order by torch itself.
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -110,6 +112,20 @@ def kron_ffn_backward(
     return (*kron_mm_backward(grad_hidden, x, a1, b1), da2, db2, dbias2)
 
 
+def take_rows(table: Tensor, index: Tensor, name: str) -> Tensor:
+    """``table[index]`` (..., k) of a ``table (rows, k)``; IndexError where ``index`` leaves ``[0, rows)``."""
+    try:
+        return F.embedding(index, table)
+    except IndexError as error:
+        raise index_error(name, index, table.shape[0]) or error from None
+
+
+def index_error(name: str, index: Tensor, rows: int) -> IndexError | None:
+    """What to raise for indices outside ``[0, rows)``, naming the first; None where there is none."""
+    outside = index[(index < 0) | (index >= rows)]
+    return IndexError(f"{name}: expected indices in [0, {rows}), got {int(outside[0])}") if outside.numel() else None
+
+
 def kron_embedding(
     ids: Tensor,
     a: Tensor,
@@ -127,11 +143,11 @@ def kron_embedding(
     Added to them, where given, are rows of a position and of a type table, whose ids broadcast to ``ids``; then a
     layer norm over the last dimension.
     """
-    # (S, ..., p, 1) * (S, 1, .., 1, k) -> (..., p * k)
-    rows = a[:, ids].unsqueeze(-1) * b.reshape(b.shape[0], *[1] * ids.dim(), 1, b.shape[2])
-    y = rows.sum(0).flatten(-2)
+    # (..., p, 1) * (1, k) -> (..., p * k)
+    terms = [take_rows(left, ids, "ids").unsqueeze(-1) * right for left, right in zip(a, b, strict=True)]
+    y = reduce(torch.add, terms).flatten(-2)
     if type_ids is not None and type_weight is not None:
-        y = y + type_weight[type_ids]
+        y = y + take_rows(type_weight, type_ids, "type_ids")
     if position_ids is not None and position_weight is not None:
-        y = y + position_weight[position_ids]
+        y = y + take_rows(position_weight, position_ids, "position_ids")
     return y if norm_weight is None else F.layer_norm(y, norm_weight.shape, norm_weight, norm_bias, eps)

@@ -32,6 +32,7 @@ from ..calibrate import Calibration
 from ..convert import ConversionReport, Progress, kronify_, tie_decoders_
 from ..nn import KronDecoder, KronEmbedding, KronLinear
 from ..presets import KronConfig, as_kron_config, preset
+from .bert_layers import FusedBertEmbeddings, FusedBertLayer, fuse_
 
 _WORD_WEIGHT = "bert.embeddings.word_embeddings.weight"
 
@@ -40,6 +41,8 @@ _WORD_WEIGHT = "bert.embeddings.word_embeddings.weight"
 class KronBertConfig(BertConfig):
     """A BertConfig with ``kron``: a KronConfig, its dict or a preset's name. It is kept as the dict.
 
+    ``padding_free`` lets batches with padding be computed on their real tokens alone, where that is faster; padding
+    positions of the last hidden state are zero then (docs/inference.md).
     Raises ValueError for an unknown preset, one that does not divide the model's sizes, and any other dict; TypeError
     for anything else.
     """
@@ -47,6 +50,7 @@ class KronBertConfig(BertConfig):
     model_type = "kron_bert"
 
     kron: Any = "K8"
+    padding_free: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
         if isinstance(self.kron, str):
@@ -66,6 +70,7 @@ class KronBertPreTrainedModel(BertPreTrainedModel):
 
     config: KronBertConfig
     config_class = KronBertConfig
+    _no_split_modules = [FusedBertEmbeddings.__name__, FusedBertLayer.__name__]  # noqa: RUF012 (transformers' way)
     bert: Any  # the encoder of a model with a head
     conversion_report: ConversionReport
 
@@ -76,6 +81,7 @@ class KronBertPreTrainedModel(BertPreTrainedModel):
             super().__init__(config, *args, **kwargs)
             if isinstance(self, BertModel):
                 kronify_(self, config.kron, fit=False)
+                fuse_(self)
             else:
                 self.bert = KronBertModel(config, add_pooling_layer=self.bert.pooler is not None)
                 # Declared ties: transformers makes the actual ones only after loading.

@@ -6,10 +6,10 @@ from functools import reduce
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..factorize import KronFactors, nearest_kronecker
 from ..functional import kron_matmul
+from ..reference import take_rows
 from .factored import KronFactored, empty_factors
 
 
@@ -55,7 +55,7 @@ class KronEmbedding(KronFactored):
 
     def forward(self, ids: Tensor) -> Tensor:
         # (..., p, 1) * (1, k) -> (..., p * k)
-        rows = (F.embedding(ids, a).unsqueeze(-1) * b for a, b in zip(self.a, self.b, strict=True))
+        rows = (take_rows(a, ids, "ids").unsqueeze(-1) * b for a, b in zip(self.a, self.b, strict=True))
         out = reduce(torch.add, rows).flatten(-2)
         if self.padding_idx is None or not torch.is_grad_enabled():
             return out

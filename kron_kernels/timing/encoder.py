@@ -34,7 +34,7 @@ class EncoderResult:
 
 
 def encoders(presets: Sequence[str], dtype: torch.dtype, **sizes: int) -> dict[str, nn.Module]:
-    """``{"dense": ..., preset: ...}``: a BertModel of BERT-base's configuration and the same with Kronecker layers.
+    """``{"dense": ..., preset: ...}``: BertModels of BERT-base's configuration, the compressed ones fused.
 
     Args:
         presets: names for :func:`kron_kernels.presets.preset`.
@@ -43,12 +43,15 @@ def encoders(presets: Sequence[str], dtype: torch.dtype, **sizes: int) -> dict[s
     """
     from transformers import BertConfig, BertModel
 
+    from ..models import fuse_
+
     torch.manual_seed(0)
     config = BertConfig(**sizes)  # type: ignore[arg-type]
     models: dict[str, nn.Module] = {"dense": BertModel(config)}
     for name in presets:
         models[name] = BertModel(config)
         kronify_(models[name], preset(name, config.hidden_size, config.intermediate_size), fit=False)
+        fuse_(models[name])
     return {name: model.to(dtype).eval() for name, model in models.items()}
 
 
@@ -92,7 +95,10 @@ def encoder_error(model: nn.Module, ids: Tensor) -> float:
 
 
 def reference_copy(model: nn.Module) -> nn.Module:
-    """The model in float64, every Kronecker layer replaced by the dense layer it stands for."""
+    """The model in float64, every Kronecker layer replaced by the dense layer it stands for.
+
+    Without Kronecker layers nothing in it is fused: it computes as transformers does.
+    """
     twin = copy.deepcopy(model).double()
     for name, module in list(twin.named_modules()):
         if isinstance(module, KronEmbedding):
