@@ -8,12 +8,11 @@ from collections import Counter
 
 import pytest
 import torch
-from cases import assert_accurate
 from torch import nn
-from torch.nn import functional as F
 from transformers import BertConfig, BertForMaskedLM, BertModel
 from transformers.activations import ACT2FN
 
+from cases import assert_accurate
 from kron_kernels import reference
 from kron_kernels.convert import kronify_
 from kron_kernels.models import (
@@ -62,7 +61,8 @@ FUSED_OPS = ("kron_embedding", "kron_qkv", "kron_matmul_norm", "kron_ffn")
 
 def make(kron="K8", cls: type = KronBertModel, **options) -> nn.Module:
     """A model whose biases and norms say something too, computed on the whole batch, padding included."""
-    model = cls(KronBertConfig(kron=KRON.get(kron, kron), **{**SIZES, "padding_free": False, **options})).eval()
+    kron = KRON[kron] if isinstance(kron, str) else kron
+    model = cls(KronBertConfig(kron=kron, **{**SIZES, "padding_free": False, **options})).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
@@ -139,3 +139,292 @@ def test_every_head_is_fused(cls, kron, calls):
     run(model)
     assert calls == ALL_FUSED
     assert_same(model)
+
+
+def test_intermediate_outputs_are_recorded():
+    model = make()
+    model.set_attn_implementation("eager")
+    assert_same(model, output_hidden_states=True, output_attentions=True)
+    result = model(**INPUTS, output_hidden_states=True, output_attentions=True)
+    assert [tuple(states.shape) for states in result.hidden_states] == [(3, 6, 48)] * 3
+    assert [tuple(weights.shape) for weights in result.attentions] == [(3, 4, 6, 6)] * 2
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        {"input_ids": IDS},
+        {"input_ids": IDS, "position_ids": torch.arange(6).flip(0)[None]},
+        {"input_ids": IDS, "position_ids": torch.arange(6).expand(3, 6), "attention_mask": torch.ones_like(IDS)},
+        {"input_ids": IDS, "attention_mask": torch.ones(3, 1, 6, 6).tril()},
+        {"inputs_embeds": torch.linspace(-1, 1, 3 * 6 * 48).view(3, 6, 48)},
+        {"input_ids": IDS[:1, :1]},
+    ],
+    ids=["ids", "positions", "whole", "square-mask", "embeddings", "one-token"],
+)
+def test_inputs_of_every_kind(inputs, attention):
+    model = make()
+    model.set_attn_implementation(attention)
+    if "attention_mask" in inputs and inputs["attention_mask"].dim() == 4:
+        inputs = {**inputs, "attention_mask": inputs["attention_mask"].bool() if attention == "sdpa" else None}
+    assert_same(model, inputs)
+
+
+def gradients(model: nn.Module, **options) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    result = model(**INPUTS, **options)
+    (result.last_hidden_state * INPUTS["attention_mask"].unsqueeze(-1)).square().mean().backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize("kron", KRON)
+def test_gradients_are_equal(kron, calls):
+    model = make(kron, **NO_DROPOUT).train()
+    plain = unfused(model)
+    actual = gradients(model)
+    assert calls["kron_ffn"] == calls["kron_qkv"] == calls["kron_matmul_norm"] == 2
+    same, oracle = gradients(plain), gradients(plain.double())
+    assert actual.keys() == oracle.keys()
+    for name, gradient in actual.items():
+        assert_accurate(gradient, same[name], oracle[name], name)
+    padding = actual["embeddings.word_embeddings.a"][:, 0]
+    assert not padding.any(), "looking up the padding row gives no gradient"
+
+
+def test_an_active_dropout_is_drawn_as_transformers_draws_it(calls):
+    model = make(hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.2).train()
+    plain = unfused(model)
+    results = []
+    for each in (model, plain):
+        torch.manual_seed(3)
+        results.append(each(**INPUTS).last_hidden_state)
+    assert calls["kron_ffn"] == 2
+    assert calls["kron_matmul_norm"] == 0
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(results[0], model.eval()(**INPUTS).last_hidden_state)
+
+
+def test_gradient_checkpointing_recomputes_the_fused_layers(calls):
+    model = make(**NO_DROPOUT).train()
+    expected = gradients(model)
+    calls.clear()
+    model.gradient_checkpointing_enable()
+    torch.testing.assert_close(gradients(model), expected)
+    assert calls["kron_ffn"] == 4
+
+
+def test_feed_forward_in_chunks(calls):
+    model = make(chunk_size_feed_forward=2)
+    run(model)
+    assert calls["kron_ffn"] == 2 * 3
+    assert_same(model)
+
+
+@pytest.mark.parametrize("name", bert_layers._NAMES)
+def test_activations_map_to_the_same_function(name):
+    x = torch.linspace(-9, 9, 1001, dtype=torch.float64)
+    ours = reference.ACTIVATIONS[bert_layers._NAMES[name]](x)
+    torch.testing.assert_close(ours, ACT2FN[name](x), rtol=1e-12, atol=1e-14)
+    assert_same(make(hidden_act=name))
+
+
+@pytest.mark.parametrize("name", ["quick_gelu", "gelu_fast", "tanh"])
+def test_other_activations_are_the_modules_own(name, calls):
+    model = make(hidden_act=name)
+    run(model)
+    assert calls == {"kron_embedding": 1, "kron_qkv": 2, "kron_matmul_norm": 4, "forward": 2}
+    assert_same(model)
+
+
+DENSE_FEED_FORWARD = {"kron_embedding": 1, "kron_qkv": 2, "kron_matmul_norm": 2}
+
+
+@pytest.mark.parametrize(
+    ("roles", "skip", "expected"),
+    [
+        (("attention", "embedding"), (), DENSE_FEED_FORWARD),
+        (("ffn_in", "ffn_out"), (), {"kron_ffn": 2}),
+        (("ffn_out",), (), {"kron_matmul_norm": 2}),
+        (("ffn_in",), (), {"forward": 2}),
+        (("attention",), ("encoder.layer.0.attention.self.key",), {"kron_qkv": 1, "kron_matmul_norm": 2, "forward": 2}),
+    ],
+    ids=["attention", "feed-forward", "second-half", "first-half", "skip"],
+)
+def test_dense_layers_fall_back_by_themselves(roles, skip, expected, calls):
+    config = KronConfig({role: TERMS.rules[role] for role in roles}, skip=skip)
+    model = make(config)
+    run(model)
+    assert calls == expected
+    assert_same(model)
+
+
+def test_layers_that_differ_in_shape_terms_and_bias(calls):
+    model = make()
+    first = model.encoder.layer[0]
+    first.attention.self.key = KronLinear(48, 48, ((6, 6), (8, 8)), terms=2)
+    first.attention.self.value.bias = None
+    first.intermediate.dense = KronLinear(48, 192, ((8, 4), (24, 12)))
+    second = model.encoder.layer[1].attention.self
+    second.query.bias = second.key.bias = second.value.bias = None
+    run(model)
+    assert calls == {**ALL_FUSED, "kron_qkv": 1, "forward": 3}
+    assert_same(model)
+
+
+class Adapter(nn.Module):
+    """A wrapper as an adapter library puts one in a layer's place."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + x
+
+
+def test_replaced_layers_are_called(calls):
+    model = make()
+    attention = model.encoder.layer[0].attention
+    attention.self.query = Adapter(attention.self.query)
+    attention.output.LayerNorm = nn.Sequential(attention.output.LayerNorm, nn.Tanh())
+    model.encoder.layer[1].output.dense.activation = "relu"
+    model.embeddings.word_embeddings = nn.Embedding(50, 48)
+    run(model)
+    assert calls == {"kron_qkv": 1, "kron_matmul_norm": 1, "kron_ffn": 1, "forward": 3 + 1 + 2}
+    assert_same(model)
+
+
+def test_hooks_are_called():
+    model = make()
+    layer = model.encoder.layer[0]
+    hooked = [
+        model.embeddings.word_embeddings,
+        model.embeddings.position_embeddings,
+        model.embeddings.LayerNorm,
+        layer.attention,
+        layer.attention.self.key,
+        layer.attention.output.dense,
+        layer.attention.output.dropout,
+        layer.intermediate,
+        layer.intermediate.intermediate_act_fn,
+        layer.intermediate.dense,
+        layer.output,
+        layer.output.dense,
+        layer.output.LayerNorm,
+    ]
+    plain, expected = [], run(model)
+    for module in hooked:
+        handle = module.register_forward_hook(lambda module, args, output: plain.append(module))
+        for actual, want in zip(run(model), expected, strict=True):
+            torch.testing.assert_close(actual, want, rtol=1e-4, atol=1e-5)
+        assert plain == [module]
+        plain.clear()
+        handle.remove()
+
+
+def test_a_decoder_with_cross_attention_and_cache_is_transformers_own(calls):
+    model = make(is_decoder=True, add_cross_attention=True, use_cache=True)
+    context = torch.linspace(-1, 1, 3 * 4 * 48).view(3, 4, 48)
+    results = [run(each, encoder_hidden_states=context, use_cache=False) for each in (model, unfused(model))]
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    calls.clear()
+    with torch.no_grad():
+        first = model(IDS[:, :4], encoder_hidden_states=context)
+        step = model(IDS[:, 4:], encoder_hidden_states=context, past_key_values=first.past_key_values)
+        whole = model(IDS, encoder_hidden_states=context, use_cache=False)
+    torch.testing.assert_close(step.last_hidden_state, whole.last_hidden_state[:, 4:], rtol=1e-4, atol=1e-5)
+    assert calls["kron_qkv"] == 0
+    assert calls["kron_ffn"] == 6, "the feed-forward block of a decoder is no different"
+
+
+def test_state_dict_and_files_are_those_of_the_modules(tmp_path):
+    model = make()
+    plain = unfused(model)
+    assert list(model.state_dict()) == list(plain.state_dict())
+    for index, each in enumerate((model, plain)):
+        each.save_pretrained(tmp_path / str(index))
+        loaded = KronBertModel.from_pretrained(tmp_path / str(index))
+        for actual, expected in zip(run(loaded), run(model), strict=True):
+            assert torch.equal(actual, expected)
+        assert type(loaded.encoder.layer[0]) is bert_layers.FusedBertLayer
+
+
+def test_copies_and_pickles_stay_fused(calls):
+    model = make()
+    expected = run(model)
+    for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        calls.clear()
+        assert all(torch.equal(*pair) for pair in zip(run(clone), expected, strict=True))
+        assert calls == ALL_FUSED
+
+
+@pytest.mark.parametrize("cls", [BertModel, BertForMaskedLM])
+def test_fuse_serves_what_kronify_converted(cls, calls):
+    model = cls(BertConfig(**SIZES)).eval()
+    kronify_(model, "K8", fit=False)
+    names, expected = list(model.state_dict()), run(model)
+    calls.clear()
+    assert fuse_(model) is model
+    assert fuse_(fuse_(model)) is model
+    encoder = model if cls is BertModel else model.bert
+    assert len(encoder._forward_pre_hooks) == 1
+    assert type(model) is cls
+    assert list(model.state_dict()) == names
+    for actual, want in zip(run(model), expected, strict=True):
+        torch.testing.assert_close(actual, want, rtol=1e-4, atol=1e-4)
+    assert calls["kron_ffn"] == calls["kron_qkv"] == 2
+
+
+def test_fuse_wants_a_bert():
+    with pytest.raises(TypeError, match="model: expected a BertModel of transformers or one with a head, got Linear"):
+        fuse_(nn.Linear(3, 3))
+
+
+def test_autocast_and_inference_mode():
+    model = make("K21")
+    plain, oracle = unfused(model), run(unfused(model).double())
+    with torch.inference_mode():
+        for actual, want in zip(run(model), oracle, strict=True):
+            torch.testing.assert_close(actual.double(), want, rtol=1e-4, atol=1e-4)
+        with torch.autocast("cpu", torch.bfloat16):
+            for values in zip(run(model), run(plain), oracle, strict=True):
+                assert_accurate(*values)
+
+
+def test_parameters_made_in_inference_mode():
+    with torch.inference_mode():
+        model = make()
+        assert_same(model)
+
+
+@pytest.mark.compile
+def test_compile_whole_and_once_for_all_batches():
+    torch._dynamo.reset()
+    model = make("K21", **NO_DROPOUT)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        for batch, length in ((2, 5), (3, 6), (5, 9)):
+            ids = torch.randint(1, 50, (batch, length))
+            mask = torch.ones_like(ids)
+            mask[0, -2:] = 0
+            actual = compiled(input_ids=ids, attention_mask=mask).last_hidden_state
+            torch.testing.assert_close(actual, model(ids, attention_mask=mask).last_hidden_state)
+
+
+@pytest.mark.compile
+def test_export_for_all_batches():
+    model = make("K21", **NO_DROPOUT)
+    batch, length = torch.export.Dim("batch", min=1, max=64), torch.export.Dim("length", min=2, max=20)
+    exported = torch.export.export(
+        model,
+        (),
+        {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)},
+        dynamic_shapes={name: {0: batch, 1: length} for name in ("input_ids", "attention_mask")},
+        strict=False,
+    )
+    assert "kron_ffn" in str(exported.graph) or "einsum" in str(exported.graph)
+    ids = torch.randint(1, 50, (5, 11))
+    mask = (torch.arange(11) < torch.tensor([[11], [3], [7], [1], [9]])).long()
+    actual = exported.module()(input_ids=ids, attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(actual, model(ids, attention_mask=mask).last_hidden_state)

@@ -301,9 +301,7 @@ def fuse_(model: _Model) -> _Model:
     """
     encoders = [module for module in model.modules() if isinstance(module, BertModel)]
     if not encoders:
-        raise TypeError(
-            f"model: expected transformers' BertModel or a model with one in it, got {type(model).__name__}"
-        )
+        raise TypeError(f"model: expected a BertModel of transformers or one with a head, got {type(model).__name__}")
     for encoder in encoders:
         for module in encoder.modules():
             module.__class__ = _FUSED.get(type(module), type(module))
