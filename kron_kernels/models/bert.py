@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import errno
 from collections.abc import Mapping
+from json import JSONDecodeError
+from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
@@ -106,13 +109,16 @@ class KronBertPreTrainedModel(BertPreTrainedModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *model_args: Any, output_loading_info: bool = False, **kwargs: Any
     ) -> Any:
-        """As transformers' own, but a checkpoint that is damaged or lacks Kronecker factors raises OSError."""
+        """As transformers' own, but a checkpoint that is damaged, or not one of this model's shapes, raises OSError."""
+        path, reinitialise = pretrained_model_name_or_path, kwargs.pop("ignore_mismatched_sizes", False)
         try:
             loaded: Any = super().from_pretrained(
-                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+                path, *model_args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )
-        except SafetensorError as error:
-            raise OSError(f"{pretrained_model_name_or_path}: damaged checkpoint: {error}") from error
+        except Exception as error:
+            if not _tells_of_damage(error):
+                raise
+            raise OSError(f"{path}: damaged checkpoint: {str(error) or type(error).__name__}") from error
         model, info = loaded
         factors = {
             f"{name}.{factor}"
@@ -120,9 +126,15 @@ class KronBertPreTrainedModel(BertPreTrainedModel):
             if isinstance(module, (KronLinear, KronEmbedding))
             for factor in "ab"
         }
+        if not reinitialise and (mismatched := sorted(info["mismatched_keys"])):
+            name, stored, expected = mismatched[0]
+            raise OSError(
+                f"{path}: expected the shapes of the configuration, {len(mismatched)} parameters have others, among "
+                f"them {name}: expected {tuple(expected)}, got {tuple(stored)}; is it a checkpoint of another preset?"
+            )
         if missing := sorted(factors.intersection(info["missing_keys"])):
             raise OSError(
-                f"{pretrained_model_name_or_path}: expected Kronecker factors, {len(missing)} are missing, among them "
+                f"{path}: expected Kronecker factors, {len(missing)} are missing, among them "
                 f"{missing[0]}; {cls.__name__}.from_dense converts a dense model"
             )
         return (model, info) if output_loading_info else model
@@ -196,6 +208,16 @@ class KronBertPreTrainedModel(BertPreTrainedModel):
             self.set_output_embeddings(self._get_resized_lm_head(output, size, mean_resizing=mean_resizing))
         self.config.vocab_size = size
         return new
+
+
+def _tells_of_damage(error: Exception) -> bool:
+    """Whether loading failed for what is in a file: safetensors, a file of torch.save, or the index of several."""
+    return (
+        isinstance(error, (SafetensorError, EOFError, UnpicklingError, JSONDecodeError))
+        or "PytorchStreamReader" in str(error)
+        or (isinstance(error, OSError) and error.errno == errno.EINVAL)  # a file cut short, mapped into memory
+        or (isinstance(error, KeyError) and error.args == ("weight_map",))
+    )
 
 
 class KronBertModel(KronBertPreTrainedModel, BertModel):

@@ -82,9 +82,10 @@ class FusedBertEmbeddings(BertEmbeddings):
         cache_length: int = 0,
         **kwargs: Any,
     ) -> Tensor:
-        given = input_ids if inputs_embeds is None else inputs_embeds
-        if given is not None:
-            self._check_length(given.shape, cache_length if position_ids is None else None)
+        if inputs_embeds is not None:
+            self._check_shape("inputs_embeds", inputs_embeds, 3, position_ids, cache_length)
+        elif input_ids is not None:
+            self._check_shape("input_ids", input_ids, 2, position_ids, cache_length)
         if cache_length:
             kwargs["cache_length"] = cache_length
         try:
@@ -103,14 +104,19 @@ class FusedBertEmbeddings(BertEmbeddings):
                     raise outside from error
             raise
 
-    def _check_length(self, shape: torch.Size, cache_length: int | None) -> None:
-        """Check ``(batch, length)``; the length against the position table unless ``cache_length`` is None."""
-        if shape[1] == 0:
-            raise ValueError(f"input_ids: expected sequences of at least one token, got shape {tuple(shape)}")
-        table = self.position_embeddings.num_embeddings
-        if cache_length is not None and cache_length + shape[1] > table:
+    def _check_shape(
+        self, name: str, given: Tensor, dimensions: int, position_ids: Tensor | None, cache_length: int
+    ) -> None:
+        shape = given.shape
+        if len(shape) != dimensions or shape[0] == 0 or shape[1] == 0:
             raise ValueError(
-                f"input_ids: expected sequences of at most {table} tokens (max_position_embeddings), "
+                f"{name}: expected shape (batch, length{', hidden' * (dimensions - 2)}) with at least one sequence of "
+                f"at least one token, got {tuple(shape)}"
+            )
+        table = self.position_embeddings.num_embeddings
+        if position_ids is None and cache_length + shape[1] > table:
+            raise ValueError(
+                f"{name}: expected sequences of at most {table} tokens (max_position_embeddings), "
                 f"got {cache_length + shape[1]}"
             )
 
