@@ -46,9 +46,6 @@ class AddNorm(NamedTuple):
         return F.layer_norm(self.residual + y, self.weight.shape, self.weight, self.bias, self.eps)
 
 
-_NO_NORM = (None, None, None, 0.0)
-
-
 def pack_factors(a: Tensor, b: Tensor) -> Tensor:
     """Bring ``a (S, m1, n1)`` and ``b (S, m2, n2)`` into the layout of the CPU kernels, once for many calls.
 
@@ -130,7 +127,7 @@ def kron_ffn(
     if _FFN_IS_QUICK and backend is None and x.is_cpu and not is_observed(*everything):
         try:
             pairs = (*_stacks(a1, b1), bias1, *_stacks(a2, b2), bias2)
-            return ffn_op(x, *pairs, code, *(norm or _NO_NORM), *packed)
+            return ffn_op(x, *pairs, code, *(norm or (None, None, None, 0.0)), *packed)
         except _REFUSED:
             pass
     if _observed(x, backend, everything):
@@ -139,7 +136,7 @@ def kron_ffn(
     (a1, b1), (a2, b2) = _stacks(a1, b1), _stacks(a2, b2)
     check_ffn(x, a1, b1, bias1, a2, b2, bias2)
     if norm is None:
-        return ffn_op(x, a1, b1, bias1, a2, b2, bias2, code, *_NO_NORM, *packed)
+        return ffn_op(x, a1, b1, bias1, a2, b2, bias2, code, None, None, None, 0.0, *packed)
     check_norm(x, a2.shape[1] * b2.shape[1], norm)
     return ffn_op(x, a1, b1, bias1, a2, b2, bias2, code, *norm, *packed)
 
@@ -282,7 +279,7 @@ def _observed_ffn(
     check_ffn(x, a1, b1, bias1, a2, b2, bias2)
     code = activation_code(activation)
     if not needs_autograd(x, a1, b1, bias1, a2, b2, bias2):
-        return ffn_op(x, a1, b1, bias1, a2, b2, bias2, code, *_NO_NORM, *packed)
+        return ffn_op(x, a1, b1, bias1, a2, b2, bias2, code, None, None, None, 0.0, *packed)
     return apply(KronFfn, x, a1, b1, bias1, a2, b2, bias2, activation)
 
 
@@ -294,7 +291,7 @@ class KronFfn(torch.autograd.Function):
         *tensors, activation = inputs
         ctx.activation = activation
         ctx.save_for_backward(*tensors)
-        return ffn_op(*tensors, activation_code(activation), *_NO_NORM)
+        return ffn_op(*tensors, activation_code(activation), None, None, None, 0.0)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -399,32 +399,36 @@ def test_parameters_made_in_inference_mode():
 
 
 @pytest.mark.compile
-def test_compile_whole_and_once_for_all_batches():
+@pytest.mark.parametrize("training", [False, True])
+def test_compile_whole_and_once_for_all_batches(training):
     torch._dynamo.reset()
-    model = make("K21", **NO_DROPOUT)
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
-    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+    model = make("K21", **NO_DROPOUT).train(training)
+    backend = "eager" if training else "aot_eager"
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
+    with torch.set_grad_enabled(training), torch._dynamo.config.patch(error_on_recompile=True):
         for batch, length in ((2, 5), (3, 6), (5, 9)):
             ids = torch.randint(1, 50, (batch, length))
-            mask = torch.ones_like(ids)
-            mask[0, -2:] = 0
-            actual = compiled(input_ids=ids, attention_mask=mask).last_hidden_state
-            torch.testing.assert_close(actual, model(ids, attention_mask=mask).last_hidden_state)
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids).tril(length - 2)}
+            results = [each(**inputs).last_hidden_state for each in (compiled, model)]
+            torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+            if training:
+                parameters = [model.embeddings.word_embeddings.a, *model.encoder.parameters()]
+                grads = [torch.autograd.grad(result.square().mean(), parameters) for result in results]
+                torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.compile
 def test_export_for_all_batches():
     model = make("K21", **NO_DROPOUT)
-    batch, length = torch.export.Dim("batch", min=1, max=64), torch.export.Dim("length", min=2, max=20)
-    exported = torch.export.export(
-        model,
-        (),
-        {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)},
-        dynamic_shapes={name: {0: batch, 1: length} for name in ("input_ids", "attention_mask")},
-        strict=False,
-    )
-    assert "kron_ffn" in str(exported.graph) or "einsum" in str(exported.graph)
+    dims = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=20)}
+    inputs = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+    with torch.no_grad():
+        exported = torch.export.export(model, (), inputs, dynamic_shapes=dict.fromkeys(inputs, dims))
+    ops = Counter(node.target.name() for node in exported.graph.nodes if hasattr(node.target, "name"))
+    for name, expected in ALL_FUSED.items():
+        name = "kron_mm_norm" if name == "kron_matmul_norm" else name
+        assert ops[f"kron_kernels::{name}"] == expected
     ids = torch.randint(1, 50, (5, 11))
     mask = (torch.arange(11) < torch.tensor([[11], [3], [7], [1], [9]])).long()
     actual = exported.module()(input_ids=ids, attention_mask=mask).last_hidden_state
-    torch.testing.assert_close(actual, model(ids, attention_mask=mask).last_hidden_state)
+    torch.testing.assert_close(actual, run(model, {"input_ids": ids, "attention_mask": mask})[0])
