@@ -188,8 +188,14 @@ def test_gradients_are_equal(kron, calls):
     assert actual.keys() == oracle.keys()
     for name, gradient in actual.items():
         assert_accurate(gradient, same[name], oracle[name], name)
-    padding = actual["embeddings.word_embeddings.a"][:, 0]
-    assert not padding.any(), "looking up the padding row gives no gradient"
+
+
+def test_the_padding_row_gets_no_gradient():
+    model = make(**NO_DROPOUT).train()
+    model(IDS).last_hidden_state.square().sum().backward()
+    gradient = model.embeddings.word_embeddings.a.grad[0]
+    assert gradient[IDS[0]].any()
+    assert not gradient[0].any()
 
 
 def test_an_active_dropout_is_drawn_as_transformers_draws_it(calls):
@@ -321,6 +327,16 @@ def test_hooks_are_called():
         assert plain == [module]
         plain.clear()
         handle.remove()
+
+
+def test_a_forward_of_an_instances_own_is_called():
+    model = make()
+    plain, seen = run(model), []
+    for module in (model.encoder.layer[1].output.dense, model.encoder.layer[0].attention.self.value):
+        forward = module.forward
+        module.forward = lambda x, forward=forward: seen.append(x.shape) or forward(x)  # as accelerate wraps modules
+    torch.testing.assert_close(run(model), plain, rtol=1e-4, atol=1e-5)
+    assert [shape[-1] for shape in seen] == [48, 192]
 
 
 def test_a_decoder_with_cross_attention_and_cache_is_transformers_own(calls):
