@@ -278,6 +278,17 @@ def test_layers_that_differ_in_shape_terms_and_bias(calls):
     assert_same(model)
 
 
+def test_norms_kept_in_full_precision(calls):
+    model = make().to(torch.bfloat16)
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.float()
+    plain = unfused(model)
+    torch.testing.assert_close(run(model), run(plain), rtol=0.05, atol=0.05)
+    assert calls["kron_qkv"] == 2
+    assert calls["kron_embedding"] == calls["kron_ffn"] == calls["kron_matmul_norm"] == 0
+
+
 class Adapter(nn.Module):
     """A wrapper as an adapter library puts one in a layer's place."""
 

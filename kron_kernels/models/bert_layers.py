@@ -56,13 +56,15 @@ def _factored(module: Any) -> bool:
     return type(module) is KronLinear and module.activation is None and _unhooked(module)
 
 
-def _norm_of(module: Any) -> tuple[Tensor, Tensor, float] | None:
-    """Weight, bias and eps of a plain LayerNorm, else None."""
+def _norm_of(module: Any, factors: Any) -> tuple[Tensor, Tensor, float] | None:
+    """Weight, bias and eps of a plain LayerNorm in the dtype of a Kronecker layer, else None."""
     if type(module) is not nn.LayerNorm or not _unhooked(module):
         return None
     parameters = module._parameters  # nn.Module's own way to an attribute costs as much as a small op
     weight, bias = parameters.get("weight"), parameters.get("bias")
-    return None if weight is None or bias is None else (weight, bias, module.eps)
+    if weight is None or bias is None or weight.dtype is not factors._parameters["b"].dtype:
+        return None
+    return weight, bias, module.eps
 
 
 def _drops(module: Any) -> bool:
@@ -128,10 +130,10 @@ class FusedBertEmbeddings(BertEmbeddings):
             # The op gives a gradient to every row that it reads, a padding row too.
             and (words.padding_idx is None or not needs_autograd(words.a, words.b))
             and all(
-                type(table) is nn.Embedding and _unhooked(table)
+                type(table) is nn.Embedding and _unhooked(table) and table.weight.dtype is words.a.dtype
                 for table in (self.position_embeddings, self.token_type_embeddings)
             )
-            and _norm_of(self.LayerNorm) is not None
+            and _norm_of(self.LayerNorm, words) is not None
         )
 
     def _embed(self, input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor | None) -> Tensor:
@@ -204,8 +206,9 @@ class _FusedOutput(nn.Module):
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
         modules: Any = self._modules
-        dense, norm = modules["dense"], _norm_of(modules["LayerNorm"])
-        if norm is None or not _factored(dense) or _drops(modules["dropout"]):
+        dense = modules["dense"]
+        norm = _norm_of(modules["LayerNorm"], dense) if _factored(dense) else None
+        if norm is None or _drops(modules["dropout"]):
             return super().forward(hidden_states, input_tensor)
         a, b, bias, packed = dense.operands()
         return kron_matmul_norm(hidden_states, a, b, bias, AddNorm(input_tensor, *norm), packed=packed)
@@ -251,8 +254,8 @@ class FusedBertLayer(BertLayer):
             return super().feed_forward_chunk(attention_output)
         parts: Any = output._modules
         dense, layer_norm, dropout = parts["dense"], parts["LayerNorm"], parts["dropout"]
-        norm = _norm_of(layer_norm)
-        if norm is None or not _factored(dense):
+        norm = _norm_of(layer_norm, dense) if _factored(dense) else None
+        if norm is None:
             return super().feed_forward_chunk(attention_output)
         a1, b1, bias1, packed1 = intermediate._modules["dense"].operands()
         a2, b2, bias2, packed2 = dense.operands()
