@@ -61,8 +61,5 @@ class FactorCache:
         self._entry = None
 
     # A copy or a pickle of a module starts with nothing packed.
-    def __deepcopy__(self, memo: object) -> FactorCache:
-        return FactorCache()
-
     def __reduce__(self) -> tuple[type[FactorCache], tuple[()]]:
         return FactorCache, ()
