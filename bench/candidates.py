@@ -20,10 +20,10 @@ from kron_kernels.timing.layers import (
     DENSE,
     MATERIALISED,
     OURS,
-    Candidate,
     LayerProblem,
     Weights,
 )
+from kron_kernels.timing.problem import Candidate
 
 # FastKron is 8 to 100 times slower than dense with factors this large: timing it there would tell nothing new.
 FASTKRON_LARGEST = 299
@@ -63,10 +63,15 @@ def dense_packed(problem: LayerProblem) -> Candidate:
 
 def compiled(problem: LayerProblem) -> Candidate:
     """torch.compile of the two-product order that is quicker on this problem."""
-    order = min((B_FIRST, A_FIRST), key=lambda candidate: _quick_time(problem, candidate))
+    order = quicker_order(problem)
     torch.compiler.reset()
     function = torch.compile(order.function, fullgraph=True, dynamic=False)
     return Candidate("matmul, compiled", function, order.prepare, order.differentiates)
+
+
+def quicker_order(problem: LayerProblem) -> Candidate:
+    """The order of the two stock products that is quicker on this problem."""
+    return min((B_FIRST, A_FIRST), key=lambda candidate: _quick_time(problem, candidate))
 
 
 def fastkron(problem: LayerProblem) -> Candidate:

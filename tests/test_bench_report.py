@@ -9,8 +9,8 @@ import pytest
 
 from bench import report
 from bench.harness import RESULTS, ROOT, ResultFile
-from bench.layers import COLUMNS, POINT_KEY, Point, complete
 from bench.plots import plot_layers
+from bench.points import COLUMNS, POINT_KEY, Point, complete
 from bench.report import BEGIN, END, NONE_YET, fill, render
 from bench.targets import Verdict, reach
 
@@ -34,9 +34,12 @@ def row(case: str, tokens: int, variant: str, speedup: float, **changes: Any) ->
         "speedup_q10": speedup * 0.9,
         "speedup_q50": speedup,
         "speedup_q90": speedup * 1.1,
+        "over_peak": speedup,
+        "peak_flop": 10**9,
+        "peak_gflops": 200.0,
     }
     point = Point(case, "fp32", False, 1, tokens)
-    return {**complete(point, {**result, **changes}, {"fp32": 200.0}), **MACHINE}
+    return {**complete(point, {**result, **changes}), **MACHINE}
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import torch
 
 from kron_kernels.cli import bench, main
 from kron_kernels.cli.output import Progress, format_table
-from kron_kernels.timing import encoder
+from kron_kernels.timing import PEAK, encoder, gemm_peak
 from kron_kernels.timing.layers import DENSE, OURS
 
 Capture = pytest.CaptureFixture[str]
@@ -20,7 +20,7 @@ QUICK = ["--case", "balanced", "--tokens", "1,3", "--seconds", "0.001"]
 
 @pytest.fixture(autouse=True)
 def _quick_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "gemm_peak_gflops", lambda dtype: 100.0)
+    monkeypatch.setattr(bench, "gemm_peak", lambda dtype: gemm_peak(dtype, size=16))
 
 
 @pytest.mark.parametrize("more", [[], ["--backward"], ["--dtype", "bf16"]], ids=["forward", "backward", "bf16"])
@@ -31,7 +31,7 @@ def test_layers_json(more: list[str], capsys: Capture) -> None:
     assert [(row["tokens"], row["variant"]) for row in report["rows"]] == [
         (tokens, name)
         for tokens in (1, 3)
-        for name in ("dense", "torch.kron + linear", "matmul B first", "matmul A first", "kron_kernels")
+        for name in ("dense", "torch.kron + linear", "matmul B first", "matmul A first", "kron_kernels", PEAK)
     ]
     assert all(row["status"] == "ok" and row["us"] > 0 for row in report["rows"])
     assert [row["speed-up"] for row in report["rows"] if row["variant"] == "dense"] == [1.0, 1.0]

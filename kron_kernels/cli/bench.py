@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..timing import Timing, describe_machine, gemm_peak_gflops
+from ..timing import PEAK, Timing, describe_machine, gemm_peak
 from ..timing.compare import Result, compare
-from ..timing.layers import CASES, STOCK, LayerProblem
+from ..timing.layers import CASES, STOCK, LayerCase, LayerProblem
 from .output import Progress, add_json_flag, format_table, print_json
 
 if TYPE_CHECKING:
@@ -56,17 +56,18 @@ def run_layers(arguments: argparse.Namespace) -> int:
     cases = [CASES[name] for name in arguments.case or CASES]
     jobs = [(case, tokens) for case in cases for tokens in arguments.tokens]
     progress, rows, wrong = Progress(), [], False
-    peak = gemm_peak_gflops(dtype)
+    peak = gemm_peak(dtype)
     for done, (case, tokens) in enumerate(jobs):
         progress(done, len(jobs), f"{case.name}, {tokens} tokens")
-        results = compare(LayerProblem(case, tokens, dtype, arguments.backward), STOCK, seconds=arguments.seconds)
+        problem = LayerProblem(case, tokens, dtype, arguments.backward)
+        results = compare(problem, STOCK, seconds=arguments.seconds, beside=[peak.variant], over=[PEAK])
         # Forward and backward together do the forward's work three times: y, dx, and both factors' gradients.
-        gflop = 2 * case.macs * tokens * (3 if arguments.backward else 1) / 1e9
-        rows += [_layer_row(case.name, str(case), tokens, case.saving, gflop / peak, result) for result in results]
+        flop = 2 * case.macs * tokens * (3 if arguments.backward else 1)
+        rows += [_layer_row(case, tokens, flop / peak.flop, result) for result in results]
         wrong |= any(result.status == "wrong" for result in results)
     progress(len(jobs), len(jobs), "done")
     title = f"{arguments.dtype}, {'forward + backward' if arguments.backward else 'forward'}"
-    _print(arguments.json, title, rows, {"gemm_peak_gflops": round(peak, 1)})
+    _print(arguments.json, title, rows, {"gemm_peak": peak.label})
     return 1 if wrong else 0
 
 
@@ -90,21 +91,20 @@ def run_model(arguments: argparse.Namespace) -> int:
     return 1 if any(row["status"] == "wrong" for row in rows) else 0
 
 
-def _layer_row(
-    case: str, shapes: str, tokens: int, saving: float, peak_seconds: float, result: Result
-) -> dict[str, Any]:
+def _layer_row(case: LayerCase, tokens: int, peak_calls: float, result: Result) -> dict[str, Any]:
+    """``peak_calls``: how many calls of the square product do as many operations as our kernel."""
     row = {
-        "case": case,
-        "factors": shapes,
+        "case": case.name,
+        "factors": str(case),
         "tokens": tokens,
         "variant": result.name,
-        "macs saved": f"{saving:.1f}x",
+        "macs saved": f"{case.saving:.1f}x",
         "status": result.status if not result.reason else f"{result.status}: {result.reason}",
         "error": result.error,
         **_times(result.timing),
     }
-    if result.timing and result.name == "kron_kernels":
-        row["of gemm peak"] = f"{peak_seconds / result.timing.seconds.q50:.0%}"
+    if result.over and result.name == "kron_kernels":
+        row["of gemm peak"] = f"{peak_calls * result.over[PEAK].q50:.0%}"
     return row
 
 
