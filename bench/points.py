@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from bench.harness import KEEP_MEMORY, RETURN_MEMORY, Crash, ResultFile, Row, child
 from kron_kernels.cli.bench import DTYPES
@@ -59,6 +59,9 @@ class Keyed(Protocol):
     def key(self) -> Row: ...
 
 
+KeyedT = TypeVar("KeyedT", bound=Keyed)
+
+
 def measure(
     points: Sequence[Keyed],
     candidates: Sequence[str],
@@ -93,10 +96,12 @@ def measure(
                     store(points[index], {**died, "variant": name})
 
 
-def missing(points: Sequence[Point], candidates: Sequence[str], file: ResultFile, current: Row) -> list[Point]:
-    """The points that lack a result of some candidate."""
+def missing(
+    points: Sequence[KeyedT], candidates: Sequence[str], file: ResultFile, current: Row, column: str = "variant"
+) -> list[KeyedT]:
+    """The points that lack a result of some candidate, whose names stand in ``column``."""
     return [
-        point for point in points if not all(file.has({**point.key(), "variant": name}, current) for name in candidates)
+        point for point in points if not all(file.has({**point.key(), column: name}, current) for name in candidates)
     ]
 
 

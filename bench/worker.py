@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import fields
@@ -19,6 +18,7 @@ import torch
 from bench.candidates import MAKERS, Missing
 from bench.ffn_candidates import FFN_MAKERS
 from bench.points import Point
+from bench.protocol import Say, protocol
 from kron_kernels import _backends
 from kron_kernels.timing import PEAK, GemmPeak, gemm_peak, peak_memory_growth
 from kron_kernels.timing.compare import Result, compare, first_line
@@ -26,7 +26,6 @@ from kron_kernels.timing.ffn import FfnProblem
 from kron_kernels.timing.layers import LayerProblem
 from kron_kernels.timing.problem import Candidate
 
-Say = Callable[[dict[str, Any]], None]
 T = TypeVar("T")
 
 
@@ -35,18 +34,6 @@ def main() -> None:
     say = protocol()
     torch.set_num_threads(job["threads"])
     {"time": _time_points, "memory": _memory_points}[job["kind"]](job, say)
-
-
-def protocol() -> Say:
-    """A function that writes one message; whatever libraries print goes to stderr from here on."""
-    channel = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-
-    def say(message: dict[str, Any]) -> None:
-        channel.write(json.dumps(message) + "\n")
-        channel.flush()
-
-    return say
 
 
 def _time_points(job: dict[str, Any], say: Say) -> None:
