@@ -60,9 +60,7 @@ class Models:
 
     @functools.cached_property
     def int8_torchao(self) -> nn.Module:
-        if str(APART) not in sys.path:
-            sys.path.append(str(APART))
-        with _without_warnings():
+        with _without_warnings(), _apart():
             quantization: Any = module("torchao.quantization")
             quantized = copy.deepcopy(self.dense)
             quantization.quantize_(quantized, quantization.Int8DynamicActivationInt8WeightConfig())
@@ -169,6 +167,16 @@ class _HiddenStates(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.model(ids).last_hidden_state
+
+
+@contextlib.contextmanager
+def _apart() -> Iterator[None]:
+    """Peers that lie apart can be imported within."""
+    sys.path.append(str(APART))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(APART))
 
 
 @contextlib.contextmanager

@@ -30,6 +30,7 @@ from kron_kernels.timing.layers import (
     LayerCase,
     LayerProblem,
 )
+from kron_kernels.timing.memory import process_bytes
 from kron_kernels.timing.problem import TOLERANCE, Candidate
 
 SMALL = LayerCase("small", (6, 4), (5, 3))
@@ -124,6 +125,13 @@ def test_peak_memory_growth_sees_a_temporary() -> None:
     if growth is None:
         pytest.skip("this system does not tell the peak")
     assert 60 * 2**20 < growth < 100 * 2**20
+
+
+def test_process_memory_is_told_in_bytes() -> None:
+    peak = process_bytes("VmHWM")
+    assert 2**24 < process_bytes("VmRSS") <= peak
+    with pytest.raises(OSError, match="has no VmNothing"):
+        process_bytes("VmNothing")
 
 
 def test_speedup_over_another_variant_is_taken_round_by_round(clock: Clock) -> None:

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 
 from kron_kernels.models import bert_layers
 from kron_kernels.nn import KronEmbedding, KronLinear
-from kron_kernels.timing.encoder import TOLERANCE, compare_encoders, encoder_error, encoders, forward, reference_copy
+from kron_kernels.timing.encoder import (
+    TOLERANCE,
+    EncoderProblem,
+    compare_encoders,
+    encoder_error,
+    encoders,
+    forward,
+    plain_way,
+    random_ids,
+    reference_copy,
+)
 
 SIZES = {
     "vocab_size": 50,
@@ -39,6 +51,22 @@ def test_a_wrong_encoder_gets_no_time(models: dict[str, nn.Module], monkeypatch:
     assert timings["dense"] is not None
     assert timings["K8"] is None
     assert timings["K21"] is None
+
+
+@pytest.mark.parametrize(("damaged", "shows"), [(0, True), (7, True), (1, False)])
+def test_of_a_large_batch_the_ends_and_some_between_are_checked(
+    damaged: int, shows: bool, models: dict[str, nn.Module]
+) -> None:
+    way = plain_way("K8", models["K8"])
+
+    def run(ids: torch.Tensor) -> torch.Tensor:
+        hidden = way.run(ids).clone()
+        hidden[damaged] *= 1.01
+        return hidden
+
+    problem = EncoderProblem(random_ids(models["dense"], 8, 4))
+    assert problem.error(way) <= way.tolerance
+    assert (problem.error(dataclasses.replace(way, run=run)) > way.tolerance) is shows
 
 
 def test_reference_copy_has_no_kronecker_layer_and_computes_the_same(models: dict[str, nn.Module]) -> None:
