@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ def _plot_panels(
     results: Path,
     name: str,
     dtypes: Sequence[str],
-    lines: dict[str, tuple[Sequence[str], str]],
+    lines: Mapping[str, tuple[Sequence[str], str]],
     columns: int,
 ) -> None:
     """``name``.csv as panels, one for each dtype and case; ``lines``: label -> variants, the best of which is drawn."""
@@ -82,7 +82,7 @@ def _plot_panels(
     save(figure, results / f"{name}.png")
 
 
-def _draw(panel: Any, rows: list[Row], lines: dict[str, tuple[Sequence[str], str]], isa: str) -> None:
+def _draw(panel: Any, rows: list[Row], lines: Mapping[str, tuple[Sequence[str], str]], isa: str) -> None:
     tokens = sorted({int(row["tokens"]) for row in rows})
     places = range(len(tokens))
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from bench.harness import KEEP_MEMORY, RETURN_MEMORY, Crash, ResultFile, Row, child
 from kron_kernels.cli.bench import DTYPES
@@ -53,8 +53,7 @@ class Point:
 class Keyed(Protocol):
     """A dataclass with the columns that tell its rows from others."""
 
-    @property
-    def __dataclass_fields__(self) -> dict[str, Any]: ...
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def key(self) -> Row: ...
 

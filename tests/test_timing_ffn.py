@@ -10,7 +10,7 @@ import torch
 from bench.candidates import Missing
 from bench.ffn_candidates import COMPILED, FFN_MAKERS
 from kron_kernels.timing.compare import compare
-from kron_kernels.timing.ffn import CASES, DENSE, FfnCase, FfnProblem, fused
+from kron_kernels.timing.ffn import CASES, DENSE, FACTORS, FfnCase, FfnProblem, fused
 from kron_kernels.timing.layers import LayerCase
 from kron_kernels.timing.problem import TOLERANCE
 
@@ -50,6 +50,11 @@ def test_ours_gets_packed_factors_without_gradients_only() -> None:
     forward, training = (FfnProblem(SMALL, 4, torch.float32, backward) for backward in (False, True))
     assert len(fused(forward).prepare(forward.weights[0], 4)) == 8
     assert len(fused(training).prepare(training.weights[0], 4)) == 6
+
+
+def test_reference_holds_all_that_a_candidate_may_give() -> None:
+    problem = FfnProblem(SMALL, 4, torch.float32, backward=True)
+    assert set(problem.reference()) == {"y", "x", *FACTORS, *(DENSE.differentiates or ())}
 
 
 @pytest.mark.parametrize("position", range(5))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from kron_kernels.timing import profile
 from kron_kernels.timing.encoder import encoders, random_ids
 from kron_kernels.timing.profile import PARTS, Op, Profile, profile_forward, sort_ops
 
@@ -65,7 +66,7 @@ def test_half_fused_layers_are_sorted() -> None:
     assert sorted_parts(*EMBEDDING, *attention, *ffn_and_norm) == {**expected, "FFN": 100, "LayerNorm": 10}
     assert sorted_parts(*EMBEDDING, *attention, *product_and_norm) == {**expected, "FFN": 110, "LayerNorm": 5}
     # The next layer's products are QKV again.
-    twice = sorted_parts(*EMBEDDING, *attention, *ffn_and_norm, *attention, *product_and_norm)
+    twice = sorted_parts(*EMBEDDING, *attention, *product_and_norm, *attention, *ffn_and_norm)
     assert (twice["QKV"], twice["output projection"], twice["FFN"]) == (60, 60, 210)
 
 
@@ -77,6 +78,17 @@ def test_attention_that_is_not_sdpa_is_an_error() -> None:
 def test_gap_is_of_the_sum_over_the_untraced_time() -> None:
     assert Profile({"FFN": 3.0, "QKV": 1.5}, traced=4.4, untraced=4.0).gap == pytest.approx(0.125)
     assert Profile({"FFN": 3.0}, traced=3.0, untraced=4.0).gap == pytest.approx(-0.25)
+
+
+def test_what_lies_between_the_ops_is_the_frameworks(monkeypatch: pytest.MonkeyPatch) -> None:
+    ops = [Op(*op) for op in (*EMBEDDING, *DENSE_LAYER)]
+    spent = sum(op.seconds for op in ops)
+    traces = iter([[(spent + 7.0, ops)], [(spent + 9.0, ops)], [(spent + 50.0, ops)]])
+    monkeypatch.setattr(profile, "_trace", lambda model, ids, calls: next(traces))
+    monkeypatch.setattr(profile, "_timed", lambda model, ids: 100.0)
+    found = profile_forward(nn.Identity(), torch.zeros(1, 1), seconds=1)
+    assert found.parts["framework"] == 9.0 + 1  # and the embedding's dropout
+    assert (found.traced, found.untraced) == (spent + 9.0, 100.0)
 
 
 @pytest.fixture(scope="module")
