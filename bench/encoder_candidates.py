@@ -109,8 +109,8 @@ def names(presets: list[str]) -> tuple[str, ...]:
 
 
 def sweep_names(presets: list[str], dtype: str) -> tuple[str, ...]:
-    """Those that are shown over many input shapes: without what compiles anew for each, dense excepted."""
-    return ("dense", COMPILED_DENSE, *presets, *((INT8_TORCH, ORT) if dtype == "fp32" else ()), DISTIL)
+    """Those that are shown over many input shapes: without what compiles anew for each, dense in float32 excepted."""
+    return ("dense", *((COMPILED_DENSE, INT8_TORCH, ORT) if dtype == "fp32" else ()), *presets, DISTIL)
 
 
 def make_way(name: str, models: Models) -> EncoderWay:

@@ -133,7 +133,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument("--reach", action="store_true", help="leave the sweep for the plots out")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
-    add_run_options(parser, seconds=2.0)
+    add_run_options(parser, seconds=1.5)
     parser.add_argument("--smoke", action="store_true", help="one layer, one shape, float32, short times")
     parser.set_defaults(sizes={})
     arguments = parser.parse_args()

@@ -75,8 +75,10 @@ def _plot_panels(
         panel.set_title(title if len(dtypes) == 1 else f"{dtype}, {title}", fontsize=9 if len(dtypes) == 1 else 8)
     for panel in axes.flat[len(panels) :]:
         panel.set_visible(False)
-    axes[0][0].legend(frameon=False, fontsize=8)
-    figure.supxlabel("rows of x", fontsize=9)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8)
+    for panel in axes[-1]:
+        panel.set_xlabel("rows of x", fontsize=9)
     figure.supylabel(f"times faster than dense, {' and '.join(dtypes)} forward", fontsize=9)
     figure.suptitle(f"{machine[0]}, {machine[3]} threads", fontsize=9)
     save(figure, results / f"{name}.png")

@@ -101,7 +101,12 @@ def best_line(rows: list[Row], along: str) -> dict[int, float]:
 
 
 def _of_last_machine(rows: list[Row]) -> list[Row]:
-    return [row for row in rows if machine_of(row) == machine_of(rows[-1])]
+    """The rows of the machine measured last, of encoders with as many layers as there."""
+
+    def kind(row: Row) -> tuple[str, ...]:
+        return *machine_of(row), row["layers"]
+
+    return [row for row in rows if kind(row) == kind(rows[-1])]
 
 
 def _subplots(panels: list[Any], columns: int = 3, size: tuple[float, float] = (3.0, 3.2)) -> tuple[Any, list[Any]]:
