@@ -22,7 +22,8 @@ DENSE_LAYER = [
 ]
 FUSED_LAYER = [
     *[(KRON + "kron_qkv", 10), ("aten::view", 1), ("aten::transpose", 1)],
-    *[(SDPA, 20), ("aten::transpose", 1), (KRON + "kron_mm_norm", 30), (KRON + "kron_ffn", 100)],
+    *[(SDPA, 20), ("aten::transpose", 1), ("aten::is_set_to", 2), (KRON + "kron_mm_norm", 30)],
+    *[("aten::is_set_to", 2), ("aten::is_set_to", 2), (KRON + "kron_ffn", 100)],
 ]
 POOLER = [("aten::select", 1), (LINEAR, 7), ("aten::tanh", 1)]
 
@@ -55,6 +56,7 @@ def test_fused_ops_are_recognised() -> None:
         "output projection": 2 * 30,
         "FFN": 2 * 100,
         "pooler": 9,
+        "framework": 2 * 6,  # asking whether packed factors hold good
     }
 
 
