@@ -165,11 +165,13 @@ class _Watchdog:
         self._timer = self._start()
 
     def feed(self) -> None:
-        self._timer.cancel()
+        self.stop()
         self._timer = self._start()
 
     def stop(self) -> None:
         self._timer.cancel()
+        # A daemon thread that is still on its way out when the interpreter ends may take the process down.
+        self._timer.join()
 
     def _start(self) -> threading.Timer:
         timer = threading.Timer(self._seconds, self._bite)
