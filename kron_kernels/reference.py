@@ -31,6 +31,12 @@ def kron_weight(a: Tensor, b: Tensor) -> Tensor:
     return torch.einsum("sij,skl->ikjl", a, b).reshape(m1 * m2, n1 * n2)
 
 
+def a_first(a: Tensor, b: Tensor) -> bool:
+    """Whether ``(A_s X) B_s^T`` costs no more than ``A_s (X B_s^T)``, in multiply-adds."""
+    (_, m1, n1), (_, m2, n2) = a.shape, b.shape
+    return n2 * m1 * (n1 + m2) <= n1 * m2 * (n2 + m1)
+
+
 def kron_mm(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
     """``activation(x @ kron_weight(a, b).T + bias)`` for ``x (..., n1 * n2)``; returns ``(..., m1 * m2)``.
 
@@ -38,8 +44,7 @@ def kron_mm(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None, activat
     """
     (_, m1, n1), (_, m2, n2) = a.shape, b.shape
     grid = x.reshape(*x.shape[:-1], n1, n2)
-    # A first costs n2 * m1 * (n1 + m2) multiply-adds a term, B first n1 * m2 * (n2 + m1).
-    if n2 * m1 * (n1 + m2) <= n1 * m2 * (n2 + m1):
+    if a_first(a, b):
         y = torch.einsum("...sil,skl->...ik", torch.einsum("...jl,sij->...sil", grid, a), b)
     else:
         y = torch.einsum("...sjk,sij->...ik", torch.einsum("...jl,skl->...sjk", grid, b), a)
