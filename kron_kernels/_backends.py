@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,12 +74,28 @@ def available() -> dict[str, Status]:
     return dict(_STATUS)
 
 
+_keep_ops = False
+
+
+@contextmanager
+def keep_ops() -> Iterator[None]:
+    """Inside, calls that name no backend become calls of the ops, whatever computes them: for graphs to be saved."""
+    global _keep_ops
+    before, _keep_ops = _keep_ops, True
+    try:
+        yield
+    finally:
+        _keep_ops = before
+
+
 def resolve(backend: str | None, device_type: str) -> str:
     """Name of the backend that computes on devices of a type, "cpu" or another of torch's.
 
     ``backend`` is None (take ``KRON_KERNELS_BACKEND``, else "auto"), "auto", or a name of ``available()``. Raises
     ValueError for an unknown name and RuntimeError when the named backend is missing or does not serve such devices.
     """
+    if backend is None and _keep_ops:
+        return "cpu"
     name = _DEFAULT if backend is None else backend
     if name == "auto":
         return "cpu" if _CPU_READY and device_type == "cpu" else "reference"
