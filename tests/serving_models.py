@@ -43,6 +43,19 @@ def save_kron(folder: Path, kind: str = "KronBertModel", **options: Any) -> Path
     return folder
 
 
+def save_tokenizer(folder: Path) -> None:
+    """A tokenizer over the vocabulary of the models here, in their folder."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "the", "cat", "dog", "bird", "sees", "small"]
+    (folder / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
+    transformers.BertTokenizer(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
+
+
+def documented(title: str) -> str:
+    """The Python code under a heading of docs/serving.md."""
+    text = (Path(__file__).parent.parent / "docs" / "serving.md").read_text(encoding="utf-8")
+    return text.split(f"## {title}\n")[1].split("```python\n")[1].split("```")[0]
+
+
 def save_dense(folder: Path) -> Path:
     torch.manual_seed(0)
     transformers.BertModel(transformers.BertConfig(**SIZES)).save_pretrained(folder)

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from kron_kernels.cli import main
 from kron_kernels.serving import Package, PackageInfo, load_package
 from kron_kernels.serving.export import write_package
 from kron_kernels.serving.onnx_form import FORMS
-from serving_models import assert_same, batch, eager, save_dense, save_kron
+from serving_models import assert_same, batch, documented, eager, save_dense, save_kron, save_tokenizer
 
 pytestmark = pytest.mark.compile
 
@@ -70,6 +72,19 @@ def test_runs_in_a_process_without_transformers(exported: Path, folder: Path, tm
     done = subprocess.run(arguments, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
     assert_same(torch.load(tmp_path / "outputs.pt"), eager(folder, inputs), inputs["attention_mask"])
+
+
+def test_documented_code_runs(exported: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(folder, tmp_path / "small")
+    save_tokenizer(tmp_path / "small")
+    shutil.copy(exported, tmp_path / "small.pt2")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(documented("By torch"), names)
+    assert names["ids"].shape == (2, 8)
+    inputs = {"input_ids": names["ids"], "attention_mask": names["mask"]}
+    wanted = eager(folder, inputs)["last_hidden_state"]
+    assert_same({"hidden": names["hidden"]}, {"hidden": wanted}, names["mask"])
 
 
 def test_the_ops_stay_ops(exported: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -14,7 +15,7 @@ from kron_kernels._ops import kron_mm
 from kron_kernels.reference import kron_mm as reference_kron_mm
 from kron_kernels.serving import ExportReport, Package, export_model, load_package
 from kron_kernels.serving.onnx_form import FORMS, product
-from serving_models import KRON, SIZES, assert_same, batch, eager, save_dense, save_kron
+from serving_models import KRON, SIZES, assert_same, batch, documented, eager, save_dense, save_kron
 
 for name in ("onnxscript", "onnxruntime"):
     pytest.importorskip(name, reason="the extra 'serving' is not installed")
@@ -117,6 +118,17 @@ def test_a_dense_model(tmp_path: Path) -> None:
     inputs = batch(3, 5)
     got = load_package(tmp_path / "dense.onnx")(**inputs)
     assert_same(got, eager(tmp_path / "dense", inputs, "BertModel"), inputs["attention_mask"])
+
+
+def test_documented_code_runs_without_torch(tmp_path: Path) -> None:
+    save_kron(tmp_path / "model")
+    export_model(tmp_path / "model", tmp_path / "small.onnx", "onnx")
+    code = documented("By onnxruntime alone") + "import sys\nassert 'torch' not in sys.modules\nprint(hidden.tolist())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    ids = torch.tensor([[2, 7, 9, 3], [2, 8, 3, 0]])
+    wanted = eager(tmp_path / "model", {"input_ids": ids, "attention_mask": (ids != 0).long()})["last_hidden_state"]
+    got = torch.tensor(json.loads(done.stdout))
+    assert_same({"hidden": got}, {"hidden": wanted}, ids != 0)
 
 
 def test_wrong_outputs_leave_nothing_behind(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
