@@ -53,6 +53,11 @@ def test_any_batch_and_sequence(shape: tuple[int, int], folder: Path, package: P
     assert_same(package(**inputs), eager(folder, inputs), inputs["attention_mask"])
 
 
+def test_slices_of_larger_tensors(folder: Path, package: Package) -> None:
+    inputs = {name: value[1:, 3:] for name, value in batch(4, 12).items()}
+    assert_same(package(**inputs), eager(folder, inputs), inputs["attention_mask"])
+
+
 FRESH = """
 import sys
 import torch

@@ -44,6 +44,11 @@ def test_any_batch_and_sequence(shape: tuple[int, int], folder: Path, package: P
     assert_same(package(**inputs), eager(folder, inputs, "KronBertForMaskedLM"), inputs["attention_mask"])
 
 
+def test_slices_of_larger_tensors(folder: Path, package: Package) -> None:
+    inputs = {name: value[1:, 3:] for name, value in batch(4, 12).items()}
+    assert_same(package(**inputs), eager(folder, inputs, "KronBertForMaskedLM"), inputs["attention_mask"])
+
+
 def test_two_matmuls_a_term_and_no_weight_built(exported: tuple[Path, ExportReport]) -> None:
     path, report = exported
     graph = onnx.load(path).graph

@@ -114,7 +114,8 @@ class Package:
         if "token_type_ids" in inputs:
             _check_range("token_type_ids", inputs["token_type_ids"], self.info.types)
         defaults = {"attention_mask": torch.ones_like, "token_type_ids": torch.zeros_like}
-        return {name: inputs[name] if name in inputs else defaults[name](ids) for name in INPUTS}
+        # Compiled code reads its inputs by the strides it was made for.
+        return {name: (inputs[name] if name in inputs else defaults[name](ids)).contiguous() for name in INPUTS}
 
 
 def load_package(path: str | os.PathLike[str]) -> Package:
