@@ -72,7 +72,8 @@ def test_names_and_axes(exported: tuple[Path, ExportReport]) -> None:
     }
     free = ["batch", "sequence"]
     assert axes == {"input_ids": free, "attention_mask": free, "token_type_ids": free, "logits": [*free, 50]}
-    assert str(Path.cwd()) not in exported[0].read_bytes().decode("latin-1")
+    # Nothing of what the exporter notes about each value's origin.
+    assert b"pkg.torch" not in exported[0].read_bytes()
 
 
 SHAPES = {

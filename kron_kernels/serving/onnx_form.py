@@ -159,7 +159,7 @@ def write_onnx(program: torch.export.ExportedProgram, info: PackageInfo, path: P
     optimizer.optimize_ir(model, input_size_limit=2**40, output_size_limit=2**40, should_fold=may_fold)
     # The exporter notes where each value came from, with paths of this machine, in more bytes than a small model has.
     results: list[Any] = [item for node in model.graph for item in (node, *node.outputs)]
-    for item in (*results, *model.graph.inputs, *model.graph.initializers.values()):
+    for item in (model.graph, *results, *model.graph.inputs, *model.graph.initializers.values()):
         item.metadata_props.clear()
     model.metadata_props[INFO_KEY] = info.to_json()
     onnx_program.save(path)
