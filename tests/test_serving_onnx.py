@@ -118,23 +118,27 @@ def test_form_of_one_layer(shapes, terms: int) -> None:
     assert spent == terms * min(n2 * m1 * (n1 + m2), n1 * m2 * (n2 + m1))
 
 
-def test_a_dense_model(tmp_path: Path) -> None:
-    report = export_model(save_dense(tmp_path / "dense"), tmp_path / "dense.onnx", "onnx")
-    assert report.architecture == "BertModel"
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense model, ``model``, and the same as ``small.onnx`` beside it."""
+    folder = tmp_path_factory.mktemp("dense")
+    assert export_model(save_dense(folder / "model"), folder / "small.onnx", "onnx").architecture == "BertModel"
+    return folder
+
+
+def test_a_dense_model(dense: Path) -> None:
     inputs = batch(3, 5)
-    got = load_package(tmp_path / "dense.onnx")(**inputs)
-    assert_same(got, eager(tmp_path / "dense", inputs, "BertModel"), inputs["attention_mask"])
+    got = load_package(dense / "small.onnx")(**inputs)
+    assert_same(got, eager(dense / "model", inputs, "BertModel"), inputs["attention_mask"])
 
 
-def test_documented_code_runs_without_torch(tmp_path: Path) -> None:
-    save_kron(tmp_path / "model")
-    export_model(tmp_path / "model", tmp_path / "small.onnx", "onnx")
+def test_documented_code_runs_without_torch(dense: Path) -> None:
     code = documented("By onnxruntime alone") + "import sys\nassert 'torch' not in sys.modules\nprint(hidden.tolist())"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=dense, capture_output=True, text=True, check=True)
     ids = torch.tensor([[2, 7, 9, 3], [2, 8, 3, 0]])
-    wanted = eager(tmp_path / "model", {"input_ids": ids, "attention_mask": (ids != 0).long()})["last_hidden_state"]
-    got = torch.tensor(json.loads(done.stdout))
-    assert_same({"hidden": got}, {"hidden": wanted}, ids != 0)
+    inputs = {"input_ids": ids, "attention_mask": (ids != 0).long()}
+    wanted = eager(dense / "model", inputs, "BertModel")["last_hidden_state"]
+    assert_same({"hidden": torch.tensor(json.loads(done.stdout))}, {"hidden": wanted}, ids != 0)
 
 
 def test_wrong_outputs_leave_nothing_behind(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

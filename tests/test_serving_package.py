@@ -112,7 +112,7 @@ def test_wrong_inputs(package: Package) -> None:
     ):
         package(input_ids=good["input_ids"].int())
     with pytest.raises(TypeError, match=r"input_ids: .* got list"):
-        package(input_ids=[[1, 2]])
+        package(attention_mask=good["attention_mask"], input_ids=[[1, 2]])
     for shape in ((0, 4), (2, 0), (2, 21), (4,)):
         expected = r"with at least one row and 1 to 20 columns, got " + re.escape(str(shape))
         with pytest.raises(ValueError, match=expected):

@@ -20,8 +20,6 @@ from .. import __version__
 from .package import FORMATS, INFO_FILE, Package, PackageInfo, load_package
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# Of weights, beside a configuration and a tokenizer.
-_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
 @dataclass(frozen=True)
@@ -164,7 +162,7 @@ def check_package(package: Package, served: Any) -> dict[str, float]:
 def weight_bytes(folder: str | os.PathLike[str], what: str = "model") -> int:
     """Bytes of the weight files in a model folder; FileNotFoundError where there are none."""
     path = Path(folder)
-    files = {file for pattern in _WEIGHTS for file in path.glob(pattern)}
+    files = list(path.glob("*.safetensors")) or list(path.glob("pytorch_model*.bin"))
     if not files:
         raise FileNotFoundError(f"{what}: expected a model folder, with config.json and weights, got {path}")
     return sum(file.stat().st_size for file in files)

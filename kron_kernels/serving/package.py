@@ -97,7 +97,8 @@ class Package:
                 f"{', '.join(inputs) or 'none'}"
             )
         ids = inputs["input_ids"]
-        for name, tensor in inputs.items():
+        for name in (name for name in INPUTS if name in inputs):
+            tensor = inputs[name]
             if not isinstance(tensor, Tensor) or tensor.dtype is not torch.int64 or not tensor.is_cpu:
                 got = f"{tensor.dtype} on {tensor.device}" if isinstance(tensor, Tensor) else type(tensor).__name__
                 raise TypeError(f"{name}: expected a tensor of torch.int64 on the cpu, got {got}")
@@ -157,8 +158,8 @@ def _load_archive(path: Path) -> Package:
         return Package(info, _aoti_runner(path) if info.format == "aoti" else _export_runner(path))
     except Exception as error:  # torch raises what it meets: KeyError, RuntimeError, AssertionError and others
         raise OSError(
-            f"{path}: torch {torch.__version__} cannot load this package, made by torch {info.torch}: "
-            f"{_first_line(error)}"
+            f"{path}: torch {torch.__version__} cannot load this package, made by torch {info.torch} and kron_kernels "
+            f"{info.kron_kernels}: {_first_line(error)}"
         ) from error
 
 
