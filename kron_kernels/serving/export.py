@@ -198,6 +198,9 @@ def write_package(program: torch.export.ExportedProgram, info: PackageInfo, path
     if info.format == "aoti":
         from torch._inductor import aoti_compile_and_package
 
+        from .program import fill_lists
+
+        fill_lists(program)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of deprecations inside torch
             aoti_compile_and_package(program, package_path=str(path))

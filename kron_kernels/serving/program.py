@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import _fused_ops
 from .._backends import keep_ops
 from .package import INPUTS
 
@@ -95,3 +96,27 @@ def capture(served: Served) -> torch.export.ExportedProgram:
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)
     return program
+
+
+def fill_lists(program: torch.export.ExportedProgram) -> None:
+    """Give every ``kron_qkv`` of a program, in place, full lists of biases and packed factors.
+
+    A program compiled by AOTInductor hands an op None for an empty list, which a compiled op takes for an error. Zeros
+    and packed factors of no bytes mean the same as nothing.
+    """
+    graph = program.graph_module.graph
+    for node in graph.find_nodes(op="call_function", target=_fused_ops.kron_qkv):
+        x, a, b, bias, packed = node.args
+
+        def zeros(like: Any, size: int, dtype: torch.dtype, before: Any = node) -> Any:
+            with graph.inserting_before(before):
+                made = graph.call_function(torch.ops.aten.new_zeros.default, (like, [size]), {"dtype": dtype})
+            made.meta["val"] = like.meta["val"].new_zeros([size], dtype=dtype)
+            return made
+
+        pairs = [(left.meta["val"], right.meta["val"]) for left, right in zip(a, b, strict=True)]
+        sizes = [left.shape[1] * right.shape[1] for left, right in pairs]
+        bias = bias or [zeros(x, size, x.meta["val"].dtype) for size in sizes]
+        packed = packed or [zeros(x, 0, torch.uint8) for _ in sizes]
+        node.args = (x, a, b, bias, packed)
+    program.graph_module.recompile()
