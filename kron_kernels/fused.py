@@ -73,7 +73,7 @@ def kron_matmul_norm(
     Operands as for ``kron_matmul`` and :class:`AddNorm`; returns ``(..., m1 * m2)``. Raises what ``kron_matmul``
     raises, and ValueError or TypeError for a residual, weight or bias that does not fit.
     """
-    if _NORM_IS_QUICK and backend is None and x.is_cpu and not is_observed(x, a, b, bias, *norm[:3]):
+    if _NORM_IS_QUICK and backend is None and x.is_cpu and norm.eps >= 0 and not is_observed(x, a, b, bias, *norm[:3]):
         try:
             return kron_mm_norm(x, *_stacks(a, b), bias, *norm, packed)
         except _REFUSED:
@@ -124,7 +124,8 @@ def kron_ffn(
     code = activation_code(activation)
     tensors = (x, a1, b1, bias1, a2, b2, bias2)
     everything = tensors if norm is None else (*tensors, *norm[:3])
-    if _FFN_IS_QUICK and backend is None and x.is_cpu and not is_observed(*everything):
+    sound = norm is None or norm.eps >= 0
+    if _FFN_IS_QUICK and backend is None and x.is_cpu and sound and not is_observed(*everything):
         try:
             pairs = (*_stacks(a1, b1), bias1, *_stacks(a2, b2), bias2)
             return ffn_op(x, *pairs, code, *(norm or (None, None, None, 0.0)), *packed)
@@ -234,7 +235,12 @@ def kron_embedding(
     """
     tables = (position_ids, position_weight, type_ids, type_weight)
     differentiable = (a, b, position_weight, type_weight, norm_weight, norm_bias)
-    if _EMBEDDING_IS_QUICK and backend is None and ids.is_cpu and not is_observed(*differentiable):
+    paired = (
+        (position_ids is None) is (position_weight is None)
+        and (type_ids is None) is (type_weight is None)
+        and (norm_weight is None) is (norm_bias is None)
+    )
+    if _EMBEDDING_IS_QUICK and backend is None and ids.is_cpu and paired and not is_observed(*differentiable):
         try:
             return embedding_op(ids, *_stacks(a, b), *tables, norm_weight, norm_bias, eps)
         except _REFUSED:

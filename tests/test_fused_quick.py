@@ -71,6 +71,24 @@ def test_a_wrong_dtype_is_named(name, quick):
         CALLS[name](x=X.double())
 
 
+def test_what_the_op_cannot_see_is_checked_before(quick):
+    norm = NORM._replace(eps=-1.0)
+    for call in (
+        lambda: kron_matmul_norm(X, A, B, BIAS, norm),
+        lambda: kron_ffn(X, A, B, BIAS, A, B, BIAS, norm=norm),
+    ):
+        with pytest.raises(ValueError, match=r"norm\.eps: expected a number of at least 0, got -1\.0"):
+            call()
+    table = torch.randn(7, 3)
+    for name in ("position", "type"):
+        with pytest.raises(ValueError, match=f"{name}_weight: expected a Tensor along with {name}_ids, got None"):
+            kron_embedding(IDS, table, B[:1], **{f"{name}_ids": IDS})
+        with pytest.raises(ValueError, match=f"{name}_ids: expected a Tensor along with {name}_weight, got None"):
+            kron_embedding(IDS, table, B[:1], **{f"{name}_weight": X})
+    with pytest.raises(ValueError, match="norm_bias: expected both norm_weight and norm_bias or neither"):
+        kron_embedding(IDS, table, B[:1], norm_weight=BIAS)
+
+
 def test_an_index_outside_is_the_ops_to_name(quick, checked):
     with pytest.raises(IndexError, match=r"ids: expected indices in \[0, 4\), got 6"):
         kron_embedding(IDS, torch.randn(4, 3), B[:1])
