@@ -78,9 +78,8 @@ def _bad_factors(a: Tensor, b: Tensor) -> None:
 
 
 def check_projections(x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], bias: Sequence[Tensor | None]) -> None:
-    """``check_operands`` of every projection of ``x``; types first."""
+    """``check_operands`` of every projection of ``x``."""
     for left, right, one_bias in zip(a, b, bias, strict=True):
-        check_types(x, left, right, one_bias)
         check_operands(x, left, right, one_bias)
 
 
@@ -89,7 +88,6 @@ def check_ffn(
 ) -> None:
     """Check both pairs of a feed-forward block, and that the second takes what the first gives."""
     check_projections(x, [a1], [b1], [bias1])
-    check_types(x, a2, b2, bias2)
     if a2.dim() != 3 or b2.dim() != 3:
         _bad_factors(a2, b2)
     middle, taken = a1.shape[1] * b1.shape[1], a2.shape[2] * b2.shape[2]
@@ -102,7 +100,14 @@ def check_ffn(
     check_operands(x.new_empty((0, middle)), a2, b2, bias2)
 
 
-def check_norm(x: Tensor, m: int, norm: tuple[Tensor, Tensor, Tensor, float]) -> None:
+def check_norm_types(norm: tuple[Any, Any, Any, float]) -> None:
+    """Raise TypeError for a residual, weight or bias that is no tensor."""
+    for name, tensor in zip(("norm.residual", "norm.weight", "norm.bias"), norm, strict=False):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+
+
+def check_norm(x: Tensor, m: int, norm: tuple[Tensor, Tensor, Tensor, float], dtypes: bool = True) -> None:
     """Check a residual ``(..., m)`` and a layer norm's weight and bias ``(m,)`` against the product of ``x``."""
     residual, weight, bias, eps = norm
     shape = (*x.shape[:-1], m)
@@ -111,11 +116,10 @@ def check_norm(x: Tensor, m: int, norm: tuple[Tensor, Tensor, Tensor, float]) ->
         ("norm.weight", weight, (m,)),
         ("norm.bias", bias, (m,)),
     ):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
         if tensor.shape != expected:
             raise ValueError(f"{name}: expected shape {tuple(expected)}, got {tuple(tensor.shape)}")
-        _match(name, tensor, x)
+        if dtypes:
+            _match(name, tensor, x)
     if not eps >= 0:
         raise ValueError(f"norm.eps: expected a number of at least 0, got {eps!r}")
 

@@ -14,7 +14,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import _backends, reference
-from ._checks import activation_code, check_embedding, check_ffn, check_norm, check_projections
+from ._checks import (
+    activation_code,
+    check_embedding,
+    check_ffn,
+    check_norm,
+    check_norm_types,
+    check_projections,
+    check_types,
+)
 from ._fused_ops import FFN_GRADIENTS, kron_ffn_backward, kron_mm_norm, kron_pack
 from ._fused_ops import kron_embedding as embedding_op
 from ._fused_ops import kron_ffn as ffn_op
@@ -23,11 +31,11 @@ from ._observers import apply, cast_for_autocast, is_observed, needs_autograd
 from .functional import kron_matmul
 
 # Ops with a compiled kernel check their operands themselves: a call that nothing observes goes straight to them, and
-# what they refuse is then named in the caller's terms by the checks here.
+# what they refuse, or what is no tensor, is then named in the caller's terms by the checks here.
 _NORM_IS_QUICK, _FFN_IS_QUICK, _QKV_IS_QUICK, _EMBEDDING_IS_QUICK = (
     _backends.compiled_by_default(op) for op in ("kron_mm_norm", "kron_ffn", "kron_qkv", "kron_embedding")
 )
-_REFUSED = (RuntimeError, TypeError, ValueError)
+_REFUSED = (AttributeError, RuntimeError, TypeError, ValueError)
 
 
 class AddNorm(NamedTuple):
@@ -73,13 +81,15 @@ def kron_matmul_norm(
     Operands as for ``kron_matmul`` and :class:`AddNorm`; returns ``(..., m1 * m2)``. Raises what ``kron_matmul``
     raises, and ValueError or TypeError for a residual, weight or bias that does not fit.
     """
-    if _NORM_IS_QUICK and backend is None and x.is_cpu and norm.eps >= 0 and not is_observed(x, a, b, bias, *norm[:3]):
-        try:
+    try:
+        if _NORM_IS_QUICK and backend is None and x.is_cpu and not is_observed(x, a, b, bias, *norm[:3]):
             return kron_mm_norm(x, *_stacks(a, b), bias, *norm, packed)
-        except _REFUSED:
-            pass
+    except _REFUSED:
+        pass
+    check_types(x, a, b, bias)
+    check_norm_types(norm)
     if _observed(x, backend, (x, a, b, bias, *norm[:3])):
-        return norm.apply(kron_matmul(x, a, b, bias, packed=packed, backend=backend))
+        return _norm(norm, x, kron_matmul(x, a, b, bias, packed=packed, backend=backend))
     a, b = _stacks(a, b)
     check_projections(x, [a], [b], [bias])
     check_norm(x, a.shape[1] * b.shape[1], norm)
@@ -124,16 +134,19 @@ def kron_ffn(
     code = activation_code(activation)
     tensors = (x, a1, b1, bias1, a2, b2, bias2)
     everything = tensors if norm is None else (*tensors, *norm[:3])
-    sound = norm is None or norm.eps >= 0
-    if _FFN_IS_QUICK and backend is None and x.is_cpu and sound and not is_observed(*everything):
-        try:
+    try:
+        if _FFN_IS_QUICK and backend is None and x.is_cpu and not is_observed(*everything):
             pairs = (*_stacks(a1, b1), bias1, *_stacks(a2, b2), bias2)
             return ffn_op(x, *pairs, code, *(norm or (None, None, None, 0.0)), *packed)
-        except _REFUSED:
-            pass
+    except _REFUSED:
+        pass
+    check_types(x, a1, b1, bias1)
+    check_types(x, a2, b2, bias2)
+    if norm is not None:
+        check_norm_types(norm)
     if _observed(x, backend, everything):
         y = _observed_ffn(tensors, activation, packed, backend)
-        return y if norm is None else norm.apply(y)
+        return y if norm is None else _norm(norm, x, y)
     (a1, b1), (a2, b2) = _stacks(a1, b1), _stacks(a2, b2)
     check_ffn(x, a1, b1, bias1, a2, b2, bias2)
     if norm is None:
@@ -169,11 +182,13 @@ def kron_qkv(
         raise ValueError(
             f"a, b, bias: expected as many of each, at least one projection, got {len(a)}, {len(b)} and {len(biases)}"
         )
-    if _QKV_IS_QUICK and backend is None and x.is_cpu and not is_observed(x, *a, *b, *biases):
-        try:
+    try:
+        if _QKV_IS_QUICK and backend is None and x.is_cpu and not is_observed(x, *a, *b, *biases):
             return _qkv(x, [_stacks(*pair) for pair in zip(a, b, strict=True)], bias, packed)
-        except _REFUSED:
-            pass
+    except _REFUSED:
+        pass
+    for left, right, one_bias in zip(a, b, biases, strict=True):
+        check_types(x, left, right, one_bias)
     if _observed(x, backend, (x, *a, *b, *biases)):
         each = zip(a, b, biases, packed or [None] * len(a), strict=True)
         return tuple(
@@ -235,16 +250,12 @@ def kron_embedding(
     """
     tables = (position_ids, position_weight, type_ids, type_weight)
     differentiable = (a, b, position_weight, type_weight, norm_weight, norm_bias)
-    paired = (
-        (position_ids is None) is (position_weight is None)
-        and (type_ids is None) is (type_weight is None)
-        and (norm_weight is None) is (norm_bias is None)
-    )
-    if _EMBEDDING_IS_QUICK and backend is None and ids.is_cpu and paired and not is_observed(*differentiable):
-        try:
+    try:
+        if _EMBEDDING_IS_QUICK and backend is None and ids.is_cpu and not is_observed(*differentiable):
             return embedding_op(ids, *_stacks(a, b), *tables, norm_weight, norm_bias, eps)
-        except _REFUSED:
-            pass
+    except _REFUSED:
+        pass
+    check_types(ids, a, b, None)
     a, b = _stacks(a, b)
     check_embedding(ids, a, b, *tables, norm_weight, norm_bias)
     if _observed(ids, backend, differentiable, autocast=False):
@@ -264,6 +275,14 @@ def _observed(x: Tensor, backend: str | None, tensors: Sequence[Tensor | None], 
     if autocast and device_type != "meta" and torch.is_autocast_enabled(device_type):
         return True
     return needs_autograd(*tensors)
+
+
+def _norm(norm: AddNorm, x: Tensor, y: Tensor) -> Tensor:
+    """The norm of a product of x, checked; autocast mixes dtypes."""
+    device_type = x.device.type
+    mixed = device_type != "meta" and torch.is_autocast_enabled(device_type)
+    check_norm(x, y.shape[-1], norm, dtypes=not mixed)
+    return norm.apply(y)
 
 
 def _observed_ffn(

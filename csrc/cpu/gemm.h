@@ -136,21 +136,25 @@ struct RowBlocks {
     int rows(int64_t block) const { return static_cast<int>(block < larger ? size + 1 : size); }
 };
 
-// Longest sum of one accumulator. Without fused multiply-adds every step rounds twice: shorter sums, added up, err less.
+// Longest sum of one accumulator. Shorter sums, added up, err less. Without fused multiply-adds every step rounds twice;
+// and for few rows, as for one vector, a library's product is made of short sums: ours should not err more than twice.
+constexpr int64_t kShortSum = 64, kFewRows = 64;
+KRON_INLINE int64_t longest_sum([[maybe_unused]] int64_t rows) {
 #if defined(__FMA__) || defined(__aarch64__)
-constexpr int64_t kMostDepth = 1 << 20;
+    return rows > kFewRows ? INT64_MAX : kShortSum;
 #else
-constexpr int64_t kMostDepth = 128;
+    return kShortSum;
 #endif
+}
 
 // out[r][0 .. vectors*W) for r < rows; out_step >= vectors*W.
 template <class C, bool kUnitRow>
 static void gemm_rows(int64_t rows, int64_t depth, const C* R, int64_t step, const C* P, int64_t panel_step,
                       int vectors, C* out, int64_t out_step, Start<C> start, Ahead* ahead = nullptr) {
     if (rows == 0) return;
-    for (; depth > kMostDepth; depth -= kMostDepth) {
-        gemm_rows<C, kUnitRow>(rows, kMostDepth, R, step, P, panel_step, vectors, out, out_step, start, ahead);
-        R += kMostDepth * (kUnitRow ? step : 1), P += kMostDepth * panel_step;
+    for (const int64_t most = longest_sum(rows); depth > most; depth -= most) {
+        gemm_rows<C, kUnitRow>(rows, most, R, step, P, panel_step, vectors, out, out_step, start, ahead);
+        R += most * (kUnitRow ? step : 1), P += most * panel_step;
         start = Start<C>{nullptr, 0, 1, true};
     }
     const RowBlocks blocks(rows, kMaxRows[vectors]);

@@ -16,7 +16,7 @@ class Norm {
         : rows_(checked_residual(x, m, residual)),
           weight_(checked_vector("norm_weight", "(m1 * m2,)", weight, m, x)),
           bias_(checked_vector("norm_bias", "(m1 * m2,)", bias, m, x)),
-          eps_(eps) {}
+          eps_(checked_eps(eps)) {}
     kron::NormArgs args() const {
         return {rows_.data(), rows_.stride, weight_.const_data_ptr(), bias_.const_data_ptr(), eps_};
     }
@@ -29,6 +29,10 @@ class Norm {
             fail_shape("residual", "the shape of x, " + shape_text(x) + ", with last dimension " + text(m), residual);
         check_dtype("residual", residual, dtype_code(x));
         return rows_of(residual);
+    }
+    static double checked_eps(double eps) {
+        if (!(eps >= 0)) fail("eps", "a number of at least 0", std::to_string(eps));
+        return eps;
     }
     Rows rows_;
     Tensor weight_, bias_;
@@ -261,7 +265,8 @@ Tensor kron_embedding(const Tensor& ids, const Tensor& a, const Tensor& b, const
     std::optional<Tensor> tables[2];
     const auto add = [&](int i, const char* index_name, const char* table_name, const std::optional<Tensor>& index,
                          const std::optional<Tensor>& table) {
-        if (!index || !table) return;
+        if (index.has_value() != table.has_value()) fail(index_name, "both indices and a table, or neither", "one");
+        if (!index) return;
         if (table->dim() != 2 || table->size(1) != m) fail_shape(table_name, "(rows, " + text(m) + ")", *table);
         check_dtype(table_name, *table, dtype_code(a));
         tables[i] = torch::stable::contiguous(*table);
@@ -270,8 +275,10 @@ Tensor kron_embedding(const Tensor& ids, const Tensor& a, const Tensor& b, const
     };
     add(0, "position_ids", "position_weight", position_ids, position_weight);
     add(1, "type_ids", "type_weight", type_ids, type_weight);
+    if (norm_weight.has_value() != norm_bias.has_value())
+        fail("norm_bias", "both norm_weight and norm_bias or neither", "one");
     std::optional<Tensor> weight, bias;
-    if (norm_weight && norm_bias) {
+    if (norm_weight) {
         weight = checked_vector("norm_weight", "(p * k,)", *norm_weight, m, a);
         bias = checked_vector("norm_bias", "(p * k,)", *norm_bias, m, a);
         args.norm_weight = weight->const_data_ptr(), args.norm_bias = bias->const_data_ptr();
