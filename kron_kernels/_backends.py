@@ -16,7 +16,7 @@ import torch
 from . import _ops  # noqa: F401  (the schema must stand before a library adds kernels to it)
 
 _PACKAGE = Path(__file__).parent
-CPU_ISA_LEVELS = ("portable", "avx2", "avx512", "amx")
+CPU_ISA_LEVELS = ("portable", "neon", "avx2", "avx512", "amx")
 
 
 @dataclass(frozen=True)
@@ -99,14 +99,15 @@ def _introspect() -> Any:
 
 
 def cpu_isa() -> str:
-    """The instruction-set level the CPU kernels run at: one of "portable", "avx2", "avx512", "amx"."""
+    """The instruction-set level the CPU kernels run at: one of "portable", "neon", "avx2", "avx512", "amx"."""
     return _introspect().active_isa()
 
 
 def set_cpu_isa(cap: str) -> str:
     """Cap the CPU kernels' instruction-set level for this process and return the level then in use.
 
-    That is the highest level not above ``cap`` that this processor has and this build holds.
+    That is the highest level not above ``cap`` that this processor has and this build holds ("portable" for a level of
+    another processor family: "neon" is of 64-bit ARM, the later ones of x86-64).
     The environment variable ``KRON_KERNELS_CPU_ISA`` does the same at start.
     """
     if cap not in CPU_ISA_LEVELS:

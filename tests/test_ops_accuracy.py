@@ -21,7 +21,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     top = _backends.set_cpu_isa("amx")
     if _backends.set_cpu_isa(request.param) != request.param:
         _backends.set_cpu_isa("amx")
-        pytest.skip(f"this machine and build go up to {top}")
+        pytest.skip(f"{request.param} is not there: this machine and build go up to {top}")
     yield request.param
     _backends.set_cpu_isa("amx")
 

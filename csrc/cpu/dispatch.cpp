@@ -36,6 +36,10 @@ Isa detect() {
         return Isa::avx2;
     return amx_usable() ? Isa::amx : Isa::avx512;
 }
+#elif defined(__aarch64__)
+Isa detect() {
+    return Isa::neon;
+}
 #else
 Isa detect() {
     return Isa::portable;
@@ -45,7 +49,7 @@ Isa detect() {
 Isa from_environment() {
     const char* value = std::getenv("KRON_KERNELS_CPU_ISA");
     if (value)
-        for (int i = 0; i < 4; ++i)
+        for (int i = 0; i <= static_cast<int>(Isa::amx); ++i)
             if (std::strcmp(value, isa_name(static_cast<Isa>(i))) == 0) return static_cast<Isa>(i);
     return Isa::amx;
 }
@@ -64,9 +68,12 @@ const Kernels& active() {
             return kAvx512Kernels;
         case Isa::avx2:
             return kAvx2Kernels;
+        case Isa::neon:
         case Isa::portable:
             break;
     }
+#elif defined(__aarch64__)
+    if (active_isa() == Isa::neon) return kNeonKernels;
 #endif
     return kPortableKernels;
 }
@@ -75,6 +82,8 @@ const Kernels& active() {
 
 const char* isa_name(Isa isa) {
     switch (isa) {
+        case Isa::neon:
+            return "neon";
         case Isa::avx2:
             return "avx2";
         case Isa::avx512:
@@ -89,7 +98,9 @@ const char* isa_name(Isa isa) {
 
 bool isa_compiled(Isa isa) {
 #if defined(__x86_64__)
-    return isa >= Isa::portable && isa <= Isa::amx;
+    return isa >= Isa::portable && isa <= Isa::amx && isa != Isa::neon;
+#elif defined(__aarch64__)
+    return isa == Isa::portable || isa == Isa::neon;
 #else
     return isa == Isa::portable;
 #endif
@@ -101,8 +112,9 @@ Isa detected_isa() {
 }
 
 Isa active_isa() {
-    const int limit = cap().load(std::memory_order_relaxed);
-    return limit < static_cast<int>(detected_isa()) ? static_cast<Isa>(limit) : detected_isa();
+    const Isa limit = static_cast<Isa>(cap().load(std::memory_order_relaxed));
+    if (limit >= detected_isa()) return detected_isa();
+    return isa_compiled(limit) ? limit : Isa::portable;  // a level of the other processor family
 }
 
 void set_isa_cap(Isa limit) {

@@ -6,8 +6,14 @@
 #include <cstdint>
 #include <cstring>
 
+#include "kron/problem.h"
+
 #if !defined(KRON_ISA) || !defined(KRON_VEC_BYTES)
 #error "define KRON_ISA (a namespace) and KRON_VEC_BYTES before including the kernels"
+#endif
+
+#if defined(KRON_NEON)
+#include <arm_neon.h>
 #endif
 
 #define KRON_INLINE inline __attribute__((always_inline))
@@ -18,7 +24,7 @@ namespace KRON_ISA {
 struct bf16 {
     uint16_t bits;
 };
-typedef _Float16 f16;
+typedef Half f16;
 
 template <class C>
 struct Simd;
@@ -103,8 +109,12 @@ struct Convert<float, bf16> {
     typedef Simd<float> S;
     typedef uint32_t U32 __attribute__((vector_size(KRON_VEC_BYTES)));
     static KRON_INLINE S::V load(const bf16* p) {
+#if defined(KRON_NEON)  // one load and one widening shift, where GCC 12 would gather the lanes one by one
+        return (S::V)vshll_n_u16(vld1_u16(&p->bits), 16);
+#else
         const S::H h = *reinterpret_cast<const S::H*>(p);
         return (S::V)(__builtin_convertvector(h, U32) << 16);
+#endif
     }
     static KRON_INLINE void store(bf16* p, S::V v) {
         const U32 u = (U32)v;
@@ -118,6 +128,10 @@ struct Convert<float, bf16> {
 template <>
 struct Convert<float, f16> {
     typedef Simd<float> S;
+#if defined(KRON_NEON)  // fcvtl and fcvtn
+    static KRON_INLINE S::V load(const f16* p) { return vcvt_f32_f16(vld1_f16(p)); }
+    static KRON_INLINE void store(f16* p, S::V v) { vst1_f16(p, vcvt_f16_f32(v)); }
+#else
     static __attribute__((noinline)) S::V load(const f16* p) {
         S::V v;
         for (int i = 0; i < S::W; ++i) v[i] = static_cast<float>(p[i]);
@@ -126,6 +140,7 @@ struct Convert<float, f16> {
     static __attribute__((noinline)) void store(f16* p, S::V v) {
         for (int i = 0; i < S::W; ++i) p[i] = static_cast<f16>(v[i]);
     }
+#endif
 };
 
 template <class C, class E = C>

@@ -15,7 +15,8 @@ namespace py = pybind11;
 
 namespace {
 
-constexpr kron::Isa kIsas[] = {kron::Isa::portable, kron::Isa::avx2, kron::Isa::avx512, kron::Isa::amx};
+constexpr kron::Isa kIsas[] = {kron::Isa::portable, kron::Isa::neon, kron::Isa::avx2, kron::Isa::avx512,
+                               kron::Isa::amx};
 
 kron::Isa isa_of(const std::string& name) {
     for (kron::Isa isa : kIsas) {

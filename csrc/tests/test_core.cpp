@@ -1,6 +1,6 @@
 // Tests of the torch-free core against a naive fp64 product: every compiled instruction-set level the machine can run,
 // every dtype, both directions. Built alone (no torch, no Python), so that sanitizers see all of it.
-//   test_core [iterations of the random part]
+//   test_core [iterations of the random part [only]]
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -48,7 +48,7 @@ double read(const void* p, int64_t i, DType d) {
         case DType::f64:
             return static_cast<const double*>(p)[i];
         case DType::f16:
-            return static_cast<double>(static_cast<const _Float16*>(p)[i]);
+            return static_cast<double>(static_cast<const kron::Half*>(p)[i]);
         case DType::bf16:
             break;
     }
@@ -67,7 +67,7 @@ void write(void* p, int64_t i, DType d, double v) {
             static_cast<double*>(p)[i] = v;
             return;
         case DType::f16:
-            static_cast<_Float16*>(p)[i] = static_cast<_Float16>(v);
+            static_cast<kron::Half*>(p)[i] = static_cast<kron::Half>(v);
             return;
         case DType::bf16:
             break;
@@ -117,7 +117,7 @@ double activate(Activation kind, double x) {
         case Activation::gelu_tanh:
             return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
         case Activation::relu:
-            return x > 0 ? x : 0;
+            return x < 0 ? 0 : x;
         case Activation::silu:
             return x / (1 + std::exp(-x));
         case Activation::none:
@@ -249,11 +249,21 @@ void test_backward(const Product& p, const Expected& expected, const kron::Execu
     if (wanted & 8) compare(expected.dbias, dbias, tolerance(c.dtype, c.tokens), "dbias", where);
 }
 
+// Calls run() at every compiled level of this machine.
+template <class Run>
+void at_every_level(Run run) {
+    for (int level = 0; level <= static_cast<int>(kron::detected_isa()); ++level) {
+        if (!kron::isa_compiled(static_cast<kron::Isa>(level))) continue;
+        kron::set_isa_cap(static_cast<kron::Isa>(level));
+        run();
+    }
+    kron::set_isa_cap(kron::Isa::amx);
+}
+
 void run_case(const Case& c, int wanted = 15) {
     const Product p(c);
     const Expected expected(p);
-    for (int level = 0; level <= static_cast<int>(kron::detected_isa()); ++level) {
-        kron::set_isa_cap(static_cast<kron::Isa>(level));
+    at_every_level([&] {
         for (const kron::Executor& executor : {kSerial, kThreads}) {
             char where[200];
             std::snprintf(where, sizeof where,
@@ -264,20 +274,64 @@ void run_case(const Case& c, int wanted = 15) {
             test_forward(p, expected, kron::kron_mm_forward, executor, where);
             test_backward(p, expected, executor, where, wanted);
         }
-    }
+    });
     if (c.dtype == DType::bf16 && c.tokens > 0) {
         char where[200];
         std::snprintf(where, sizeof where, "emulated AMX, T=%ld S=%ld A=%ldx%ld B=%ldx%ld", long(c.tokens),
                       long(c.terms), long(c.m1), long(c.n1), long(c.m2), long(c.n2));
         test_forward(p, expected, amx_emulated_forward, kThreads, where);
     }
-    kron::set_isa_cap(kron::Isa::amx);
 }
 
-}  // namespace
+// Each activation of -128 .. 128 in steps of 1/16, of both infinities and of NaN, one value a token: the token holds it
+// eight times, the product takes their mean (exact in every dtype) 24 times over, so that whole vectors are loaded and
+// stored.
+void test_activation(Activation kind, DType dtype, bool commuted) {
+    constexpr int64_t kSteps = 4097, kTokens = kSteps + 3, kIn = 8, kOut = 24;
+    const Case c = commuted ? Case{kTokens, 1, kOut, kIn, 1, 1, dtype, false, false, kind, 0}
+                            : Case{kTokens, 1, 1, 1, kOut, kIn, dtype, false, false, kind, 0};
+    const Product p(c);
+    const double special[] = {INFINITY, -INFINITY, NAN};
+    for (int64_t i = 0; i < kTokens * kIn; ++i) {
+        const int64_t t = i / kIn;
+        write(p.x.get(), i, dtype, t < kSteps ? double(t) / 16 - 128 : special[t - kSteps]);
+    }
+    for (int64_t i = 0; i < p.a.count; ++i) write(p.a.get(), i, dtype, commuted ? 1.0 / kIn : 1);
+    for (int64_t i = 0; i < p.b.count; ++i) write(p.b.get(), i, dtype, commuted ? 1 : 1.0 / kIn);
+    // One rounding of the output dtype; below its smallest normal number, and where a tail vanishes, that number.
+    const double relative = dtype == DType::f64   ? 1e-12
+                            : dtype == DType::f32 ? 2e-6
+                            : dtype == DType::f16 ? 0x1p-10
+                                                  : 0x1p-7;
+    const double absolute = dtype == DType::f16 ? 0x1p-24 : 1e-15;
+    const auto run = [&](ForwardFunction forward, const char* level) {
+        const Buffer y(kTokens * kOut, dtype);
+        forward(
+            {p.shape(), p.x.get(), p.n, p.factor(p.a, c.m1, c.n1), p.factor(p.b, c.m2, c.n2), nullptr, kind, y.get()},
+            kThreads);
+        int64_t wrong = -1;
+        for (int64_t i = 0; i < y.count && wrong < 0; ++i) {
+            const double expected = activate(kind, p.X(i / kOut, 0)), got = y.at(i);
+            const bool same = std::isfinite(expected)
+                                  ? std::fabs(got - expected) <= relative * std::fabs(expected) + absolute
+                              : std::isnan(expected) ? std::isnan(got)
+                                                     : got == expected;
+            if (!same) wrong = i;
+        }
+        char where[120];
+        std::snprintf(where, sizeof where, "%s, act=%d dtype=%d%s", level, int(kind), int(dtype),
+                      commuted ? " commuted" : "");
+        check(wrong < 0, "activation", where);
+        if (wrong >= 0) {
+            const double x = p.X(wrong / kOut, 0);
+            std::printf("   of %g: got %g, expected %g\n", x, y.at(wrong), activate(kind, x));
+        }
+    };
+    at_every_level([&] { run(kron::kron_mm_forward, kron::isa_name(kron::active_isa())); });
+    if (dtype == DType::bf16) run(amx_emulated_forward, "emulated AMX");
+}
 
-int main(int argc, char** argv) {
-    const int rounds = argc > 1 ? std::atoi(argv[1]) : 60;
+void fixed_part() {
     // The classes the plan distinguishes: large x tiny both ways, balanced, odd sizes, several terms; then the dtypes.
     const int64_t shapes[][5] = {{1, 96, 96, 2, 2},  {1, 96, 24, 2, 16}, {1, 8, 2, 96, 96},   {1, 2, 8, 96, 96},
                                  {1, 16, 2, 48, 96}, {1, 2, 16, 96, 48}, {1, 24, 24, 32, 32}, {1, 48, 16, 48, 48},
@@ -300,6 +354,17 @@ int main(int argc, char** argv) {
     for (int kind = 1; kind <= 4; ++kind)
         for (const DType dtype : {DType::f32, DType::f64})
             run_case({9, 1, 8, 2, 48, 32, dtype, true, false, static_cast<Activation>(kind), 0});
+    for (int kind = 1; kind <= 4; ++kind)
+        for (const DType dtype : {DType::f32, DType::f64, DType::bf16, DType::f16})
+            for (const bool commuted : {false, true}) test_activation(static_cast<Activation>(kind), dtype, commuted);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    const int rounds = argc > 1 ? std::atoi(argv[1]) : 60;
+    const bool only_random = argc > 2 && std::strcmp(argv[2], "only") == 0;
+    if (!only_random) fixed_part();
     for (int r = 0; r < rounds; ++r)
         run_case({pick(0, 60), pick(1, 3), pick(1, 40), pick(1, 40), pick(1, 40), pick(1, 40),
                   static_cast<DType>(pick(0, 3)), pick(0, 1) == 1, pick(0, 1) == 1, static_cast<Activation>(pick(0, 4)),

@@ -11,8 +11,15 @@ namespace kron {
 
 enum class DType : int32_t { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 enum class Activation : int32_t { none = 0, gelu = 1, gelu_tanh = 2, relu = 3, silu = 4 };
-// Ordered: a level includes the ones before it.
-enum class Isa : int32_t { portable = 0, avx2 = 1, avx512 = 2, amx = 3 };
+// Ordered: a level includes the ones before it that the processor family has.
+enum class Isa : int32_t { portable = 0, neon = 1, avx2 = 2, avx512 = 3, amx = 4 };
+
+// IEEE half precision: C++ on AArch64 has had the name _Float16 only since GCC 13.
+#if defined(__aarch64__)
+typedef __fp16 Half;
+#else
+typedef _Float16 Half;
+#endif
 
 struct Shape {
     int64_t tokens;          // T, rows of x
@@ -65,7 +72,7 @@ Isa active_isa();
 void set_isa_cap(Isa cap);
 const char* isa_name(Isa isa);
 
-// True when the level was compiled into this binary (an AArch64 build has only portable).
+// True when the level was compiled into this binary: on AArch64 portable and neon, on x86-64 all but neon.
 bool isa_compiled(Isa isa);
 
 // Shapes and pointers must already be checked by the caller. Throws std::bad_alloc when scratch cannot be had.
