@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from .convert import tie_decoders_
 from .nn import Int8Factored, KronDecoder, KronEmbedding, KronLinear
 from .nn.factored import KronFactored
 from .nn.int8 import to_int8_
+from .presets import as_kron_config
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,15 @@ class LayerQuantization:
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """The quantized layers, and the bytes of the whole model's weights, what is shared once."""
+    """The quantized layers, and the bytes of the whole model's weights, what is shared once.
+
+    ``agreement`` is the ``hidden_agreement`` of the model before and after, where it was asked for.
+    """
 
     layers: tuple[LayerQuantization, ...]
     bytes_before: int
     bytes_after: int
+    agreement: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able dict."""
@@ -40,19 +46,22 @@ class QuantizationReport:
 
 
 @torch.no_grad()
-def quantize_(model: nn.Module) -> QuantizationReport:
+def quantize_(model: nn.Module, batches: Iterable[Mapping[str, Tensor]] | None = None) -> QuantizationReport:
     """Store the large factors of every Kronecker layer of ``model`` as int8, in place.
 
     One scale a row of a factor, symmetric, rounded to nearest (``kron_kernels.nn.int8``). Of a linear layer's two
     factors the larger becomes int8, the other too where it has a tenth of their numbers; of an embedding A, one scale
     a token. Tiny factors, biases, norms, position and type embeddings and heads keep their dtype. The int8 factors have
     no gradient any more; the rest can still be trained. A transformers configuration's ``kron`` field records it.
+    With ``batches`` (as for ``hidden_agreement``) the report says how well the encoder's outputs agree with those
+    before.
 
     Raises ValueError, and leaves the model as it was, where there is no Kronecker layer, where one is int8 already and
     where a factor is not finite.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, (KronLinear, KronEmbedding))}
     _check(layers)
+    floating = None if batches is None else copy.deepcopy(model)
     before = {name: weight_bytes(module) for name, module in layers.items()}
     total = weight_bytes(model)
     reports = []
@@ -66,8 +75,9 @@ def quantize_(model: nn.Module) -> QuantizationReport:
         reports.append(LayerQuantization(name, before[name], weight_bytes(module), error))
     config: Any = getattr(model, "config", None)
     if isinstance(getattr(config, "kron", None), Mapping):
-        config.kron = {**config.kron, "version": 2, "weight_dtype": "int8"}
-    return QuantizationReport(tuple(reports), total, weight_bytes(model))
+        config.kron = replace(as_kron_config(config.kron), weight_dtype="int8").to_dict()
+    agreement = None if floating is None or batches is None else hidden_agreement(floating, model, batches)
+    return QuantizationReport(tuple(reports), total, weight_bytes(model), agreement)
 
 
 def weight_bytes(model: nn.Module) -> int:
