@@ -93,7 +93,8 @@ def test_large_factors_are_int8_and_the_layer_computes_their_product(shapes: Any
     assert type(layer) is Int8KronLinear
     assert layer.factor_names() == stored
     assert set(layer.state_dict()) == {*stored, "bias"}
-    assert (layer.shapes, layer.terms) == (shapes, 2)
+    assert (layer.shapes, layer.terms, layer.dtype) == (shapes, 2, torch.float32)
+    assert copy.deepcopy(layer).to(torch.bfloat16).dtype is torch.bfloat16
     assert "int8=" + "+".join(name for name in "ab" if f"{name}_int8" in stored) in repr(layer)
     wanted.load_factors(layer.a, layer.b)
     x = torch.randn(3, 5, n1 * n2)
@@ -105,12 +106,13 @@ def test_large_factors_are_int8_and_the_layer_computes_their_product(shapes: Any
 def test_gradients_pass_through_frozen_factors() -> None:
     layer = KronLinear(48, 48, ((24, 24), (2, 2)))
     to_int8_(layer)
-    plain = KronLinear(48, 48, ((24, 24), (2, 2)))
-    plain.load_factors(layer.a, layer.b)
-    plain.bias.data.copy_(layer.bias)
     x = torch.randn(4, 48)
     with torch.inference_mode():
         layer(x)  # what inference keeps must not get in the way
+        assert layer.packed() is not None
+    plain = KronLinear(48, 48, ((24, 24), (2, 2)))
+    plain.load_factors(layer.a, layer.b)
+    plain.bias.data.copy_(layer.bias)
     gradients = []
     for module in (layer, plain):
         inputs = x.clone().requires_grad_()
@@ -130,6 +132,7 @@ def test_a_change_of_the_stored_factor_is_noticed() -> None:
     with torch.no_grad():
         before = layer(x)
         assert layer.a is layer.a  # kept, not made again
+        assert layer.packed() is layer.packed() is layer.operands()[3]
         layer.load_state_dict(other.state_dict())
         assert torch.equal(layer(x), other(x))
         assert not torch.allclose(layer(x), before)

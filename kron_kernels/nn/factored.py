@@ -49,6 +49,11 @@ class KronFactored(nn.Module):
         (_, m1, n1), (_, m2, n2) = self.a.shape, self.b.shape
         return (m1, n1), (m2, n2)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of ``a`` and ``b`` as they read, and of products with them."""
+        return self.b.dtype
+
     def dense_weight(self) -> Tensor:
         """The weight (m1 * m2, n1 * n2), built in full; differentiable."""
         return kron_weight(self.a, self.b)

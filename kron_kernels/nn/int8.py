@@ -57,15 +57,13 @@ class DequantizedCache:
             return dequantize_rows(values, scale)
         versions, entry = (values._version, scale._version), self._entry
         if entry is None or entry.values is not values or entry.scale is not scale or entry.versions != versions:
-            with torch.inference_mode(False):  # a tensor of inference mode could take no part in a later backward
+            # Made in inference mode it would have no version counter, which the cache of packed factors goes by.
+            with torch.inference_mode(False):
                 entry = _Entry(values, scale, versions, dequantize_rows(values, scale))
             self._entry = entry
         return entry.factor
 
     # A copy or a pickle of a module starts with nothing kept.
-    def __deepcopy__(self, memo: object) -> DequantizedCache:
-        return DequantizedCache()
-
     def __reduce__(self) -> tuple[type[DequantizedCache], tuple[()]]:
         return DequantizedCache, ()
 
@@ -105,6 +103,11 @@ class Int8Factored(KronFactored):
     def shapes(self) -> Shapes:
         (_, m1, n1), (_, m2, n2) = self.stored_factor("a").shape, self.stored_factor("b").shape
         return (m1, n1), (m2, n2)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        scale = self._buffers.get("b_scale")
+        return self.stored_factor("b").dtype if scale is None else scale.dtype
 
     def factor_names(self) -> tuple[str, ...]:
         return tuple(
