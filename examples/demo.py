@@ -32,7 +32,7 @@ from kron_kernels.counting import count_parameters
 from kron_kernels.nn import KronLinear
 from kron_kernels.timing import describe_machine
 from kron_kernels.timing.encoder import compare_encoders, encoder_error, encoders
-from kron_kernels.timing.layers import TOLERANCE, relative_error
+from kron_kernels.timing.problem import TOLERANCE, relative_error
 
 PRESETS = ("K8", "K21")
 CALIBRATION_SENTENCES, HELD_OUT_SENTENCES = 256, 128

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,9 +64,28 @@ _DEFAULT = os.environ.get("KRON_KERNELS_BACKEND", "auto")
 CPU_BY_DEFAULT = _CPU_READY and _DEFAULT in ("auto", "cpu")
 
 
+def compiled_by_default(op: str) -> bool:
+    """Whether calls of an op that name no backend find a compiled kernel when their tensors are on the cpu."""
+    return CPU_BY_DEFAULT and torch._C._dispatch_has_kernel_for_dispatch_key(f"kron_kernels::{op}", "CPU")
+
+
 def available() -> dict[str, Status]:
     """Every backend by name, with whether it can run here and why not."""
     return dict(_STATUS)
+
+
+_keep_ops = False
+
+
+@contextmanager
+def keep_ops() -> Iterator[None]:
+    """Inside, calls that name no backend become calls of the ops, whatever computes them: for graphs to be saved."""
+    global _keep_ops
+    before, _keep_ops = _keep_ops, True
+    try:
+        yield
+    finally:
+        _keep_ops = before
 
 
 def resolve(backend: str | None, device_type: str) -> str:
@@ -73,6 +94,8 @@ def resolve(backend: str | None, device_type: str) -> str:
     ``backend`` is None (take ``KRON_KERNELS_BACKEND``, else "auto"), "auto", or a name of ``available()``. Raises
     ValueError for an unknown name and RuntimeError when the named backend is missing or does not serve such devices.
     """
+    if backend is None and _keep_ops:
+        return "cpu"
     name = _DEFAULT if backend is None else backend
     if name == "auto":
         return "cpu" if _CPU_READY and device_type == "cpu" else "reference"

@@ -19,8 +19,15 @@ from ._fused_ops import FFN_GRADIENTS, kron_ffn_backward, kron_mm_norm, kron_pac
 from ._fused_ops import kron_embedding as embedding_op
 from ._fused_ops import kron_ffn as ffn_op
 from ._fused_ops import kron_qkv as qkv_op
-from ._observers import apply, cast_for_autocast, needs_autograd
+from ._observers import apply, cast_for_autocast, is_observed, needs_autograd
 from .functional import kron_matmul
+
+# Ops with a compiled kernel check their operands themselves: a call that nothing observes goes straight to them, and
+# what they refuse is then named in the caller's terms by the checks here.
+_NORM_IS_QUICK, _FFN_IS_QUICK, _QKV_IS_QUICK, _EMBEDDING_IS_QUICK = (
+    _backends.compiled_by_default(op) for op in ("kron_mm_norm", "kron_ffn", "kron_qkv", "kron_embedding")
+)
+_REFUSED = (RuntimeError, TypeError, ValueError)
 
 
 class AddNorm(NamedTuple):
@@ -66,8 +73,12 @@ def kron_matmul_norm(
     Operands as for ``kron_matmul`` and :class:`AddNorm`; returns ``(..., m1 * m2)``. Raises what ``kron_matmul``
     raises, and ValueError or TypeError for a residual, weight or bias that does not fit.
     """
-    observed = _observed(x, backend, (x, a, b, bias, *norm[:3]))
-    if observed:
+    if _NORM_IS_QUICK and backend is None and x.is_cpu and not is_observed(x, a, b, bias, *norm[:3]):
+        try:
+            return kron_mm_norm(x, *_stacks(a, b), bias, *norm, packed)
+        except _REFUSED:
+            pass
+    if _observed(x, backend, (x, a, b, bias, *norm[:3])):
         return norm.apply(kron_matmul(x, a, b, bias, packed=packed, backend=backend))
     a, b = _stacks(a, b)
     check_projections(x, [a], [b], [bias])
@@ -112,7 +123,14 @@ def kron_ffn(
     """
     code = activation_code(activation)
     tensors = (x, a1, b1, bias1, a2, b2, bias2)
-    if _observed(x, backend, tensors if norm is None else (*tensors, *norm[:3])):
+    everything = tensors if norm is None else (*tensors, *norm[:3])
+    if _FFN_IS_QUICK and backend is None and x.is_cpu and not is_observed(*everything):
+        try:
+            pairs = (*_stacks(a1, b1), bias1, *_stacks(a2, b2), bias2)
+            return ffn_op(x, *pairs, code, *(norm or (None, None, None, 0.0)), *packed)
+        except _REFUSED:
+            pass
+    if _observed(x, backend, everything):
         y = _observed_ffn(tensors, activation, packed, backend)
         return y if norm is None else norm.apply(y)
     (a1, b1), (a2, b2) = _stacks(a1, b1), _stacks(a2, b2)
@@ -150,17 +168,33 @@ def kron_qkv(
         raise ValueError(
             f"a, b, bias: expected as many of each, at least one projection, got {len(a)}, {len(b)} and {len(biases)}"
         )
+    if _QKV_IS_QUICK and backend is None and x.is_cpu and not is_observed(x, *a, *b, *biases):
+        try:
+            return _qkv(x, [_stacks(*pair) for pair in zip(a, b, strict=True)], bias, packed)
+        except _REFUSED:
+            pass
     if _observed(x, backend, (x, *a, *b, *biases)):
         each = zip(a, b, biases, packed or [None] * len(a), strict=True)
         return tuple(
             kron_matmul(x, left, right, one_bias, packed=pack, backend=backend) for left, right, one_bias, pack in each
         )
-    pairs = [_stacks(left, right) for left, right in zip(a, b, strict=True)]
-    lefts, rights = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    check_projections(x, lefts, rights, biases)
+    pairs = [_stacks(*pair) for pair in zip(a, b, strict=True)]
+    check_projections(x, [left for left, _ in pairs], [right for _, right in pairs], biases)
+    return _qkv(x, pairs, bias, packed)
+
+
+def _qkv(
+    x: Tensor, pairs: list[tuple[Tensor, Tensor]], bias: Sequence[Tensor] | None, packed: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
     packs = [pack for pack in packed if pack is not None]
     return tuple(
-        qkv_op(x, lefts, rights, list(bias) if bias is not None else [], packs if len(packs) == len(a) else [])
+        qkv_op(
+            x,
+            [left for left, _ in pairs],
+            [right for _, right in pairs],
+            list(bias) if bias is not None else [],
+            packs if len(packs) == len(pairs) else [],
+        )
     )
 
 
@@ -198,10 +232,16 @@ def kron_embedding(
 
     Differentiable in the tables, factors and norm; equal gradients on equal input.
     """
-    a, b = _stacks(a, b)
     tables = (position_ids, position_weight, type_ids, type_weight)
+    differentiable = (a, b, position_weight, type_weight, norm_weight, norm_bias)
+    if _EMBEDDING_IS_QUICK and backend is None and ids.is_cpu and not is_observed(*differentiable):
+        try:
+            return embedding_op(ids, *_stacks(a, b), *tables, norm_weight, norm_bias, eps)
+        except _REFUSED:
+            pass
+    a, b = _stacks(a, b)
     check_embedding(ids, a, b, *tables, norm_weight, norm_bias)
-    if _observed(ids, backend, (a, b, position_weight, type_weight, norm_weight, norm_bias), autocast=False):
+    if _observed(ids, backend, differentiable, autocast=False):
         return reference.kron_embedding(ids, a, b, *tables, norm_weight, norm_bias, eps)
     return embedding_op(ids, a, b, *tables, norm_weight, norm_bias, eps)
 

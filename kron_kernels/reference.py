@@ -11,6 +11,8 @@ differentiable to any order by torch itself.
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -29,6 +31,12 @@ def kron_weight(a: Tensor, b: Tensor) -> Tensor:
     return torch.einsum("sij,skl->ikjl", a, b).reshape(m1 * m2, n1 * n2)
 
 
+def a_first(a: Tensor, b: Tensor) -> bool:
+    """Whether ``(A_s X) B_s^T`` costs no more than ``A_s (X B_s^T)``, in multiply-adds."""
+    (_, m1, n1), (_, m2, n2) = a.shape, b.shape
+    return n2 * m1 * (n1 + m2) <= n1 * m2 * (n2 + m1)
+
+
 def kron_mm(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
     """``activation(x @ kron_weight(a, b).T + bias)`` for ``x (..., n1 * n2)``; returns ``(..., m1 * m2)``.
 
@@ -36,8 +44,7 @@ def kron_mm(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None, activat
     """
     (_, m1, n1), (_, m2, n2) = a.shape, b.shape
     grid = x.reshape(*x.shape[:-1], n1, n2)
-    # A first costs n2 * m1 * (n1 + m2) multiply-adds a term, B first n1 * m2 * (n2 + m1).
-    if n2 * m1 * (n1 + m2) <= n1 * m2 * (n2 + m1):
+    if a_first(a, b):
         y = torch.einsum("...sil,skl->...ik", torch.einsum("...jl,sij->...sil", grid, a), b)
     else:
         y = torch.einsum("...sjk,sij->...ik", torch.einsum("...jl,skl->...sjk", grid, b), a)
@@ -110,6 +117,20 @@ def kron_ffn_backward(
     return (*kron_mm_backward(grad_hidden, x, a1, b1), da2, db2, dbias2)
 
 
+def take_rows(table: Tensor, index: Tensor, name: str) -> Tensor:
+    """``table[index]`` (..., k) of a ``table (rows, k)``; IndexError where ``index`` leaves ``[0, rows)``."""
+    try:
+        return F.embedding(index, table)
+    except IndexError as error:
+        raise index_error(name, index, table.shape[0]) or error from None
+
+
+def index_error(name: str, index: Tensor, rows: int) -> IndexError | None:
+    """What to raise for indices outside ``[0, rows)``, naming the first; None where there is none."""
+    outside = index[(index < 0) | (index >= rows)]
+    return IndexError(f"{name}: expected indices in [0, {rows}), got {int(outside[0])}") if outside.numel() else None
+
+
 def kron_embedding(
     ids: Tensor,
     a: Tensor,
@@ -127,11 +148,11 @@ def kron_embedding(
     Added to them, where given, are rows of a position and of a type table, whose ids broadcast to ``ids``; then a
     layer norm over the last dimension.
     """
-    # (S, ..., p, 1) * (S, 1, .., 1, k) -> (..., p * k)
-    rows = a[:, ids].unsqueeze(-1) * b.reshape(b.shape[0], *[1] * ids.dim(), 1, b.shape[2])
-    y = rows.sum(0).flatten(-2)
+    # (..., p, 1) * (1, k) -> (..., p * k)
+    terms = [take_rows(left, ids, "ids").unsqueeze(-1) * right for left, right in zip(a, b, strict=True)]
+    y = reduce(torch.add, terms).flatten(-2)
     if type_ids is not None and type_weight is not None:
-        y = y + type_weight[type_ids]
+        y = y + take_rows(type_weight, type_ids, "type_ids")
     if position_ids is not None and position_weight is not None:
-        y = y + position_weight[position_ids]
+        y = y + take_rows(position_weight, position_ids, "position_ids")
     return y if norm_weight is None else F.layer_norm(y, norm_weight.shape, norm_weight, norm_bias, eps)

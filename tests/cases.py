@@ -10,6 +10,8 @@ from torch import Tensor
 
 from kron_kernels import reference
 
+Pair = tuple[int, int]
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # (m1, n1), (m2, n2): A (x) B. The names say which layer of a compressed BERT-base has the form.
@@ -89,25 +91,38 @@ class Operands:
 
 def make(case: Case, dtype: torch.dtype = torch.float32, seed: int = 0) -> Operands:
     """Operands with outputs of order one, laid out as the case says."""
-    (m1, n1), (m2, n2) = SHAPES[case.shape]
+    return make_operands(SHAPES[case.shape], case.tokens, case.terms, case.layout, case.bias, dtype, seed)
+
+
+def make_operands(
+    shape: tuple[Pair, Pair],
+    tokens: int,
+    terms: int = 1,
+    layout: str = "contiguous",
+    bias: bool = True,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Operands:
+    """Operands of a product of this shape, ``((m1, n1), (m2, n2))``, in one of ``LAYOUTS``."""
+    (m1, n1), (m2, n2) = shape
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*size: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(size, generator=generator, dtype=torch.float64) * scale).to(dtype)
 
-    x, grad = normal(case.tokens, n1 * n2), normal(case.tokens, m1 * m2)
-    a, b = normal(case.terms, m1, n1, scale=n1**-0.5), normal(case.terms, m2, n2, scale=n2**-0.5)
-    if case.layout == "strided-rows":
+    x, grad = normal(tokens, n1 * n2), normal(tokens, m1 * m2)
+    a, b = normal(terms, m1, n1, scale=n1**-0.5), normal(terms, m2, n2, scale=n2**-0.5)
+    if layout == "strided-rows":
         x, grad = _columns(x), _columns(grad)
-    elif case.layout == "transposed-x":
+    elif layout == "transposed-x":
         x, grad = x.T.contiguous().T, grad.T.contiguous().T
-    elif case.layout == "misaligned":
+    elif layout == "misaligned":
         x, a, b, grad = _shifted(x), _shifted(a), _shifted(b), _shifted(grad)
-    elif case.layout == "transposed-factors":
+    elif layout == "transposed-factors":
         a, b = a.mT.contiguous().mT, b.mT.contiguous().mT
-    elif case.layout == "expanded":
+    elif layout == "expanded":
         x, a, grad = x[:1].expand(x.shape), a[:1].expand(a.shape), grad[:1, :1].expand(grad.shape)
-    return Operands(x, a, b, normal(m1 * m2) if case.bias else None, grad)
+    return Operands(x, a, b, normal(m1 * m2) if bias else None, grad)
 
 
 def _columns(matrix: Tensor) -> Tensor:

@@ -12,14 +12,17 @@ from typing import Any
 import pytest
 import torch
 
-from bench import harness, layers
+from bench import harness, points
 from bench.candidates import ALONE, MAIN, MAKERS, Missing
 from bench.harness import Budget, Crash, ResultFile, child, format_value, read_rows
-from bench.layers import Point, complete, mebibytes, plan, time_points
+from bench.layers import plan, time_points
+from bench.points import CASES, COLD_COPIES, COLUMNS, POINT_KEY, Point, complete, mebibytes
+from kron_kernels.timing import PEAK
 from kron_kernels.timing.compare import compare
-from kron_kernels.timing.layers import CASES, LayerCase, LayerProblem
+from kron_kernels.timing.layers import LayerCase, LayerProblem
 
 MACHINE = {"commit": "abc", "date": "2026-01-01", "cpu": "X", "isa": "avx2", "cores": 2, "threads": 2}
+PEAK_FIGURES = {"over_peak": 5.0, "peak_flop": 10**9, "peak_gflops": 200.0}
 CHILD = """
 import json, os, sys, time
 job = json.loads(sys.argv[1])
@@ -114,7 +117,7 @@ def test_plan_leaves_small_backward_and_cold_compilation_out() -> None:
     assert described[False, 1, MAIN] == [1, 128]
     assert described[True, 1, MAIN] == [128]
     assert described[False, 1, ALONE] == [1, 128]
-    cold = [key for key in described if key[1] == layers.COLD_COPIES]
+    cold = [key for key in described if key[1] == COLD_COPIES]
     assert [(backward, "matmul, compiled" in names) for backward, _, names in cold] == [(False, False)]
 
 
@@ -127,14 +130,17 @@ def test_points_go_on_after_a_candidate_crashes(tmp_path: Path, monkeypatch: pyt
             if point["tokens"] == 2 and "LyCORIS" in point["candidates"]:
                 raise Crash("died of SIGFPE", "LyCORIS")
             for name in point["candidates"]:
-                yield {"point": point["index"], "result": {"variant": name, "status": "ok", "time_us_q50": 10.0}}
+                yield {
+                    "point": point["index"],
+                    "result": {"variant": name, "status": "ok", "time_us_q50": 10.0, **PEAK_FIGURES},
+                }
             yield {"done": point["index"]}
 
-    monkeypatch.setattr(layers, "child", fake)
-    file = ResultFile(tmp_path / "layers.csv", (*layers.POINT_KEY, "variant"), layers.COLUMNS)
-    points = [Point("balanced", "fp32", False, 1, tokens) for tokens in (1, 2, 3)]
+    monkeypatch.setattr(points, "child", fake)
+    file = ResultFile(tmp_path / "layers.csv", (*POINT_KEY, "variant"), COLUMNS)
+    wanted = [Point("balanced", "fp32", False, 1, tokens) for tokens in (1, 2, 3)]
     names = ("dense", "LyCORIS", "kron_kernels")
-    time_points(points, names, arguments(), file, MACHINE, {"fp32": 100.0})
+    time_points(wanted, names, arguments(), file, MACHINE)
     assert jobs == [[list(names)] * 3, [["dense", "kron_kernels"], list(names)]]
     rows = {(row["tokens"], row["variant"]): row for row in read_rows(file.path)}
     assert len(rows) == 9
@@ -147,21 +153,45 @@ def test_a_crash_of_dense_gives_the_point_up(tmp_path: Path, monkeypatch: pytest
         raise Crash("died of SIGSEGV", "timing")
         yield {}
 
-    monkeypatch.setattr(layers, "child", fake)
-    file = ResultFile(tmp_path / "layers.csv", (*layers.POINT_KEY, "variant"), layers.COLUMNS)
-    points = [Point("balanced", "fp32", False, 1, 1)]
-    time_points(points, ("dense", "kron_kernels"), arguments(), file, MACHINE, {"fp32": 100.0})
+    monkeypatch.setattr(points, "child", fake)
+    file = ResultFile(tmp_path / "layers.csv", (*POINT_KEY, "variant"), COLUMNS)
+    wanted = [Point("balanced", "fp32", False, 1, 1)]
+    time_points(wanted, ("dense", "kron_kernels"), arguments(), file, MACHINE)
     assert [row["status"] for row in read_rows(file.path)] == ["crashed", "crashed"]
 
 
 def test_rate_counts_the_operations_that_are_done() -> None:
     case = CASES["balanced"]
-    result = {"variant": "kron_kernels", "status": "ok", "time_us_q50": 100.0}
-    ours = complete(Point("balanced", "fp32", False, 1, 128), result, {"fp32": 200.0})
+    result = {"variant": "kron_kernels", "status": "ok", "time_us_q50": 100.0, **PEAK_FIGURES}
+    ours = complete(Point("balanced", "fp32", False, 1, 128), result)
     assert ours["gflops"] == pytest.approx(2 * 128 * case.macs / 100e-6 / 1e9)
-    assert ours["peak_share"] == pytest.approx(ours["gflops"] / 200)
-    dense = complete(Point("balanced", "fp32", True, 1, 128), {**result, "variant": "dense"}, {"fp32": 200.0})
+    # The share is that of the rounds: the square product took five times as long in the same rounds.
+    assert ours["peak_share"] == pytest.approx(2 * 128 * case.macs * 5 / PEAK_FIGURES["peak_flop"])
+    assert ours["peak_gflops"] == 200.0
+    dense = complete(Point("balanced", "fp32", True, 1, 128), {**result, "variant": "dense"})
     assert dense["gflops"] == pytest.approx(3 * 2 * 128 * 768 * 768 / 100e-6 / 1e9)
+
+
+def test_rate_of_a_block_counts_both_products() -> None:
+    case = CASES["k21-ffn"]
+    result = {"variant": "kron_kernels", "status": "ok", "time_us_q50": 100.0, **PEAK_FIGURES}
+    row = complete(Point("k21-ffn", "fp32", False, 1, 128), result)
+    assert row["saving"] == pytest.approx(2 * 768 * 3072 / (2 * 153_600))
+    assert row["gflops"] == pytest.approx(2 * 128 * 2 * 153_600 / 100e-6 / 1e9)
+    assert row["factors"] == str(case) == "16x2 (x) 192x384 -> 2x16 (x) 384x192"
+
+
+def test_the_square_product_has_a_row_of_its_own() -> None:
+    result = {
+        "variant": PEAK,
+        "status": "ok",
+        "factors": "1024x1024, float32",
+        "time_us_q50": 1e4,
+        "peak_gflops": 214.7,
+    }
+    row = complete(Point("balanced", "fp32", False, 1, 128), {**result, "over_peak": 1.0, "peak_flop": 2**31})
+    assert (row["factors"], row["gflops"], row["peak_gflops"]) == ("1024x1024, float32", 214.7, 214.7)
+    assert "macs" not in row
 
 
 def test_extra_memory_is_the_peak_beyond_the_output() -> None:

@@ -9,8 +9,8 @@ import pytest
 
 from bench import report
 from bench.harness import RESULTS, ROOT, ResultFile
-from bench.layers import COLUMNS, POINT_KEY, Point, complete
 from bench.plots import plot_layers
+from bench.points import COLUMNS, POINT_KEY, Point, complete
 from bench.report import BEGIN, END, NONE_YET, fill, render
 from bench.targets import Verdict, reach
 
@@ -34,9 +34,12 @@ def row(case: str, tokens: int, variant: str, speedup: float, **changes: Any) ->
         "speedup_q10": speedup * 0.9,
         "speedup_q50": speedup,
         "speedup_q90": speedup * 1.1,
+        "over_peak": speedup,
+        "peak_flop": 10**9,
+        "peak_gflops": 200.0,
     }
     point = Point(case, "fp32", False, 1, tokens)
-    return {**complete(point, {**result, **changes}, {"fp32": 200.0}), **MACHINE}
+    return {**complete(point, {**result, **changes}), **MACHINE}
 
 
 @pytest.fixture
@@ -67,6 +70,9 @@ def test_reach_follows_dtype_direction_rows_and_processor() -> None:
     assert reach("balanced", "fp32", "forward+backward", 128, "avx512") is None
     assert reach("balanced", "bf16", "forward", 128, "amx") == 12
     assert reach("balanced", "bf16", "forward", 128, "avx512") is None
+    assert reach("k21-ffn", "fp32", "forward", 32, "avx2") == 9
+    assert reach("k21-ffn", "fp32", "forward", 1, "avx2") is None
+    assert reach("k8-ffn", "bf16", "forward", 4096, "amx") == 4
     assert [str(Verdict(speedup, wanted)) for speedup, wanted in ((2.0, 2.0), (1.99, 2.0), (3.0, None))] == [
         "2.00 ✓",
         "1.99 ✗",
@@ -80,7 +86,7 @@ def test_tables_show_what_was_met_and_what_falls_short(results: Path) -> None:
     assert "| balanced | 1 | 6.00 (5.40 to 6.60) | 2.50 (matmul B first) | - | - |" in text
     assert "| balanced | 32 | 12.50 (11.25 to 13.75) | - | 1.25 | - |" in text
     assert "**What falls short** (1 of 2 figures with a reach)" in text
-    assert "| balanced | fp32, forward | 32 | 12.50 (11.25 to 13.75) | 13 |" in text
+    assert "| balanced | fp32, forward, T = 32 | 12.50 (11.25 to 13.75) | ≥ 13 |" in text
     assert "| LyCORIS | crashed | died of SIGFPE | balanced | 1 |" in text
     assert "Some CPU, 2 cores, kernels at avx2" in text
 

@@ -11,8 +11,9 @@ import torch
 
 from kron_kernels.cli import bench, main
 from kron_kernels.cli.output import Progress, format_table
-from kron_kernels.timing import encoder
+from kron_kernels.timing import PEAK, encoder, gemm_peak
 from kron_kernels.timing.layers import DENSE, OURS
+from kron_kernels.timing.profile import PARTS
 
 Capture = pytest.CaptureFixture[str]
 QUICK = ["--case", "balanced", "--tokens", "1,3", "--seconds", "0.001"]
@@ -20,7 +21,7 @@ QUICK = ["--case", "balanced", "--tokens", "1,3", "--seconds", "0.001"]
 
 @pytest.fixture(autouse=True)
 def _quick_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "gemm_peak_gflops", lambda dtype: 100.0)
+    monkeypatch.setattr(bench, "gemm_peak", lambda dtype: gemm_peak(dtype, size=16))
 
 
 @pytest.mark.parametrize("more", [[], ["--backward"], ["--dtype", "bf16"]], ids=["forward", "backward", "bf16"])
@@ -31,7 +32,7 @@ def test_layers_json(more: list[str], capsys: Capture) -> None:
     assert [(row["tokens"], row["variant"]) for row in report["rows"]] == [
         (tokens, name)
         for tokens in (1, 3)
-        for name in ("dense", "torch.kron + linear", "matmul B first", "matmul A first", "kron_kernels")
+        for name in ("dense", "torch.kron + linear", "matmul B first", "matmul A first", "kron_kernels", PEAK)
     ]
     assert all(row["status"] == "ok" and row["us"] > 0 for row in report["rows"])
     assert [row["speed-up"] for row in report["rows"] if row["variant"] == "dense"] == [1.0, 1.0]
@@ -70,6 +71,24 @@ def test_model(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     assert "random weights" in capsys.readouterr().out
     assert main([*arguments, "--preset", "K99"]) == 2
     assert "preset: expected one of" in capsys.readouterr().err
+
+
+def test_model_profile(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    real = encoder.encoders
+    sizes = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    monkeypatch.setattr(encoder, "encoders", lambda presets, dtype, **more: real(presets, dtype, **{**more, **sizes}))
+    arguments = ["bench", "model", "--profile", "--layers", "1", "--batch", "2", "--sequence", "8", "--seconds", "0.01"]
+    assert main([*arguments, "--preset", "K8", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [(row["model"], row["batch"], row["sequence"]) for row in rows] == [("dense", 2, 8), ("K8", 2, 8)]
+    for row in rows:
+        assert set(PARTS) < set(row)
+        assert row["sum"] == pytest.approx(sum(row[part] for part in PARTS), abs=0.01)
+        assert float(row["gap"].rstrip("%")) == pytest.approx(100 * (row["sum"] / row["untraced"] - 1), abs=0.5)
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "output projection" in shown
+    assert "the cost of tracing" in shown
 
 
 def test_threads_are_checked(capsys: Capture) -> None:

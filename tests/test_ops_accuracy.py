@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,16 +13,6 @@ from kron_kernels import _backends, _ops, reference
 pytestmark = pytest.mark.skipif(not _backends.available()["cpu"].available, reason=_backends.available()["cpu"].reason)
 
 GRADIENTS = ("dx", "da", "db", "dbias")
-
-
-@pytest.fixture(params=_backends.CPU_ISA_LEVELS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    top = _backends.set_cpu_isa("amx")
-    if _backends.set_cpu_isa(request.param) != request.param:
-        _backends.set_cpu_isa("amx")
-        pytest.skip(f"{request.param} is not there: this machine and build go up to {top}")
-    yield request.param
-    _backends.set_cpu_isa("amx")
 
 
 def short(dtype: torch.dtype) -> str:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, AutoModelForMaskedLM, BertConfig, BertForMaskedLM, BertModel
 
 from kron_kernels.convert import kronify_
@@ -174,8 +175,6 @@ def test_embedding_gathers_int8_rows(dtype: torch.dtype) -> None:
 
 
 def test_a_look_up_never_builds_the_table() -> None:
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     class Largest(TorchDispatchMode):
         numel = 0
 
@@ -222,6 +221,22 @@ def test_hidden_states_hardly_change(kron: str, dtype: torch.dtype) -> None:
     quantized = copy.deepcopy(model)
     quantize_(quantized)
     assert 0.999 < hidden_agreement(model, quantized, [BATCH]) < 1 - 1e-7
+
+
+def test_int8_layers_run_the_fused_ops() -> None:
+    class Names(TorchDispatchMode):
+        seen: set[str] = set()  # noqa: RUF012
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.seen.add(func.__name__.partition(".")[0])
+            return func(*args, **(kwargs or {}))
+
+    model = make_model()
+    quantize_(model)
+    with torch.no_grad(), Names() as names:
+        model(IDS[:1])
+    assert {"kron_qkv", "kron_ffn", "kron_mm_norm"} <= names.seen
+    assert "kron_embedding" not in names.seen  # it would need the table in floating point
 
 
 def test_agreement_leaves_padding_out_and_takes_heads() -> None:

@@ -7,7 +7,17 @@ import dataclasses
 import pytest
 import torch
 
-from kron_kernels.timing import Quantiles, Variant, describe_machine, gemm_peak_gflops, interleave, peak_memory_growth
+from kron_kernels.timing import (
+    PEAK,
+    Quantiles,
+    Variant,
+    describe_machine,
+    gemm_peak,
+    gemm_peak_gflops,
+    interleave,
+    machine,
+    peak_memory_growth,
+)
 from kron_kernels.timing.compare import compare
 from kron_kernels.timing.layers import (
     A_FIRST,
@@ -17,11 +27,11 @@ from kron_kernels.timing.layers import (
     MATERIALISED,
     OURS,
     STOCK,
-    TOLERANCE,
-    Candidate,
     LayerCase,
     LayerProblem,
 )
+from kron_kernels.timing.memory import process_bytes
+from kron_kernels.timing.problem import TOLERANCE, Candidate
 
 SMALL = LayerCase("small", (6, 4), (5, 3))
 
@@ -117,6 +127,42 @@ def test_peak_memory_growth_sees_a_temporary() -> None:
     assert 60 * 2**20 < growth < 100 * 2**20
 
 
+def test_process_memory_is_told_in_bytes() -> None:
+    peak = process_bytes("VmHWM")
+    assert 2**24 < process_bytes("VmRSS") <= peak
+    with pytest.raises(OSError, match="has no VmNothing"):
+        process_bytes("VmNothing")
+
+
+def test_speedup_over_another_variant_is_taken_round_by_round(clock: Clock) -> None:
+    # Every call takes longer than the one before: only within a round is the ratio what it is.
+    took = {"base": 0.004, "other": 0.002, "mine": 0.001}
+    variants = [
+        Variant(name, lambda seconds=seconds: clock.sleep(seconds * (1 + clock.now))) for name, seconds in took.items()
+    ]
+    _, other, mine = interleave(variants, "base", seconds=0.2)
+    assert mine.speedup_over(other).q50 == pytest.approx(2, rel=0.05)
+    assert len(mine.turns) == mine.rounds
+    with pytest.raises(ValueError):
+        mine.speedup_over(dataclasses.replace(other, turns=other.turns[1:]))
+
+
+def test_gemm_peak_is_one_call_of_known_size() -> None:
+    peak = gemm_peak(torch.float32, size=16)
+    assert (peak.variant.name, peak.flop, peak.label) == (PEAK, 2 * 16**3, "16x16, float32")
+    assert peak.variant.run().shape == (16, 16)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("quicker", "label"), [(torch.bfloat16, "bfloat16"), (torch.float32, "float32")])
+def test_bfloat16_peak_is_of_the_quicker_dtype(
+    quicker: torch.dtype, label: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "gemm_peak_gflops", lambda dtype, sizes: 2.0 if dtype is quicker else 1.0)
+    gemm_peak.cache_clear()
+    assert gemm_peak(torch.bfloat16, size=8).label == f"8x8, {label}"
+    gemm_peak.cache_clear()
+
+
 def test_machine_and_peak() -> None:
     machine = describe_machine()
     assert machine["torch"] == torch.__version__
@@ -193,6 +239,21 @@ def test_compare_times_only_what_is_right() -> None:
     assert by_name["wrong"].reason == "relative error 1.0e-03 above 1e-05"
     assert by_name["failing"].reason == "RuntimeError: no such kernel"
     assert started == ["dense", "wrong", "lost", "failing", "kron_kernels", "timing"]
+
+
+def test_compare_times_others_beside_in_the_same_rounds() -> None:
+    peak = gemm_peak(torch.float32, size=16)
+    results = compare(
+        LayerProblem(SMALL, 7, torch.float32), [DENSE, OURS], seconds=0.01, beside=[peak.variant], over=[PEAK, "absent"]
+    )
+    assert [(result.name, result.status, result.error is None) for result in results] == [
+        ("dense", "ok", False),
+        ("kron_kernels", "ok", False),
+        (PEAK, "ok", True),
+    ]
+    for result in results:
+        assert result.timing is not None
+        assert result.over == {PEAK: result.timing.speedup_over(results[-1].timing)}  # type: ignore[arg-type]
 
 
 def test_compare_without_a_right_baseline_times_nothing() -> None:

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 
+from kron_kernels.models import bert_layers
 from kron_kernels.nn import KronEmbedding, KronLinear
-from kron_kernels.timing.encoder import TOLERANCE, compare_encoders, encoder_error, encoders, forward, reference_copy
+from kron_kernels.timing.encoder import (
+    TOLERANCE,
+    EncoderProblem,
+    compare_encoders,
+    encoder_error,
+    encoders,
+    forward,
+    plain_way,
+    random_ids,
+    reference_copy,
+)
 
 SIZES = {
     "vocab_size": 50,
@@ -32,12 +45,28 @@ def test_compressed_encoders_are_checked_and_timed(models: dict[str, nn.Module])
 
 
 def test_a_wrong_encoder_gets_no_time(models: dict[str, nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
-    right = KronLinear.forward
-    monkeypatch.setattr(KronLinear, "forward", lambda self, x: right(self, x) * 1.01)
+    right = bert_layers.kron_ffn
+    monkeypatch.setattr(bert_layers, "kron_ffn", lambda *args, **kwargs: right(*args, **kwargs) * 1.01)
     timings = {result.name: result.timing for result in compare_encoders(models, 1, 8, seconds=0.02)}
     assert timings["dense"] is not None
     assert timings["K8"] is None
     assert timings["K21"] is None
+
+
+@pytest.mark.parametrize(("damaged", "shows"), [(0, True), (7, True), (1, False)])
+def test_of_a_large_batch_the_ends_and_some_between_are_checked(
+    damaged: int, shows: bool, models: dict[str, nn.Module]
+) -> None:
+    way = plain_way("K8", models["K8"])
+
+    def run(ids: torch.Tensor) -> torch.Tensor:
+        hidden = way.run(ids).clone()
+        hidden[damaged] *= 1.01
+        return hidden
+
+    problem = EncoderProblem(random_ids(models["dense"], 8, 4))
+    assert problem.error(way) <= way.tolerance
+    assert (problem.error(dataclasses.replace(way, run=run)) > way.tolerance) is shows
 
 
 def test_reference_copy_has_no_kronecker_layer_and_computes_the_same(models: dict[str, nn.Module]) -> None:
@@ -47,6 +76,15 @@ def test_reference_copy_has_no_kronecker_layer_and_computes_the_same(models: dic
     assert {parameter.dtype for parameter in twin.parameters()} == {torch.float64}
     ids = torch.randint(0, 50, (2, 8))
     torch.testing.assert_close(forward(twin, ids).float(), forward(models["K8"], ids), rtol=1e-4, atol=1e-5)
+
+
+def test_reference_copy_runs_no_fused_op(models: dict[str, nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    twin, ids = reference_copy(models["K8"]), torch.randint(0, 50, (2, 8))
+    for name in ("kron_ffn", "kron_qkv", "kron_matmul_norm", "kron_embedding"):
+        monkeypatch.setattr(bert_layers, name, None)
+    forward(twin, ids)
+    with pytest.raises(TypeError):
+        forward(models["K8"], ids)
 
 
 def test_reference_copy_keeps_a_layers_activation() -> None:

@@ -5,9 +5,23 @@
 
 #include "kron/problem.h"
 #include "simd.h"
+#include "tail_tables.h"
 
 namespace kron {
 namespace KRON_ISA {
+
+// An activation and, where it has them, its tables.
+struct Act {
+    Activation kind = Activation::none;
+    const TailTable* tail = nullptr;
+    const RoughTable* rough = nullptr;
+};
+
+static Act act_for(Activation kind) {
+    const bool gelu = kind == Activation::gelu || kind == Activation::gelu_tanh;
+    return Act{kind, gelu || kind == Activation::silu ? &tail_table(kind) : nullptr,
+               gelu ? &rough_table(kind) : nullptr};
+}
 
 typedef Simd<float>::V Vf;
 typedef Simd<float>::I Vi;
@@ -51,10 +65,10 @@ KRON_INLINE Vf sigmoid_vec(Vf x) {
     return select(x < -86.0f, Vf{}, 1.0f / (1.0f + exp_vec(clamp(-x, -104.0f, 86.0f))));
 }
 
-// x * Phi(x), Phi the normal distribution. For a = |x|: Phi(-a) = exp(-a^2/2) * t P(t), t = 1 / (1 + a/4), where P is a
+// Phi(x), the normal distribution. For a = |x|: Phi(-a) = exp(-a^2/2) * t P(t), t = 1 / (1 + a/4), where P is a
 // degree-9 minimax fit (relative error 9e-9) on a <= 14.5. Working from the tail keeps the relative error small for
 // negative x, where 1 + erf would cancel. Beyond 12.8 the tail is taken as zero: it would be subnormal, and slow.
-KRON_INLINE Vf gelu_vec(Vf x) {
+KRON_INLINE Vf normal_vec(Vf x) {
     const Vi negative = x < 0.0f;
     const Vf magnitude = select(negative, -x, x);
     const Vf a = clamp(magnitude, 0.0f, 12.8f);
@@ -78,7 +92,10 @@ KRON_INLINE Vf gelu_vec(Vf x) {
     const Vf correction = 1.0f + u * (1.0f + u * (0.5f + u * (1.0f / 6 + u * (1.0f / 24))));
     const Vf inside = exp_vec(-0.5f * high) * correction * (t * p);
     const Vf tail = select(magnitude > 12.8f, Vf{}, inside);
-    return x * select(negative, tail, 1.0f - tail);
+    return select(negative, tail, 1.0f - tail);
+}
+KRON_INLINE Vf gelu_vec(Vf x) {
+    return x * normal_vec(x);
 }
 
 // 0.5 x (1 + tanh(u)) = x * sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3).
@@ -87,8 +104,10 @@ KRON_INLINE Vf gelu_tanh_vec(Vf x) {
     return x * sigmoid_vec(1.5957691216057308f * u);
 }
 
-KRON_INLINE Vf activate(Activation kind, Vf x) {
-    switch (kind) {
+// By the formulas above, for any x.
+template <Activation kKind>
+KRON_INLINE Vf activate_exactly(Vf x) {
+    switch (kKind) {
         case Activation::gelu:
             return gelu_vec(x);
         case Activation::gelu_tanh:
@@ -97,6 +116,102 @@ KRON_INLINE Vf activate(Activation kind, Vf x) {
             return select(x < 0.0f, Vf{}, x);
         case Activation::silu:
             return x * sigmoid_vec(x);
+        case Activation::none:
+            break;
+    }
+    return x;
+}
+
+#if defined(__AVX512F__)
+// The plain forms of min and max make GCC 12 warn of a variable of its own: with a mask of ones it does not.
+constexpr __mmask16 kAllLanes = 0xffff;
+
+template <class Table>
+KRON_INLINE __m512 coefficient(const Table& table, int degree, __m512i piece) {
+    const float* c = table.coefficient[degree];
+    return _mm512_permutex2var_ps(_mm512_load_ps(c), piece, _mm512_load_ps(c + 16));
+}
+// sum_d coefficient[d] r^d of the piece that x * scale is nearest to, r the distance from it.
+template <class Table>
+KRON_INLINE __m512 piecewise(const Table& table, __m512 x) {
+    const __m512 scale = _mm512_set1_ps(table.scale), shift = _mm512_set1_ps(12582912.0f);
+    const __m512 shifted = _mm512_fmadd_ps(x, scale, shift);  // its low bits are the piece
+    const __m512i piece = _mm512_castps_si512(shifted);
+    const __m512 r = _mm512_fmsub_ps(x, scale, _mm512_sub_ps(shifted, shift));
+    __m512 p = coefficient(table, Table::kDegree, piece);
+#pragma GCC unroll 8
+    for (int d = Table::kDegree - 1; d >= 0; --d) p = _mm512_fmadd_ps(p, r, coefficient(table, d, piece));
+    return p;
+}
+// x F(x), right for x >= -limit: relu(x) - a F(-a) with a = min(|x|, limit), as F(-limit) no longer counts beside 1.
+// 19 instructions; a NaN stays one, since max(0, x) is x there.
+KRON_INLINE Vf fitted(const TailTable& tail, Vf x) {
+    const __m512 a = _mm512_maskz_min_ps(kAllLanes, _mm512_set1_ps(tail.limit), _mm512_abs_ps((__m512)x));
+    const __m512 relu = _mm512_maskz_max_ps(kAllLanes, _mm512_setzero_ps(), (__m512)x);
+    return (Vf)_mm512_fnmadd_ps(a, piecewise(tail, a), relu);
+}
+// The same for |x| <= limit, in 9 instructions.
+KRON_INLINE Vf fitted(const RoughTable& rough, Vf x) {
+    return (Vf)_mm512_mul_ps((__m512)x, piecewise(rough, (__m512)x));
+}
+
+// Which inputs a table is right for, gathered over several vectors before one branch. NaNs are right anywhere.
+struct Reach {
+    __m512 extreme = _mm512_setzero_ps();
+    KRON_INLINE void meet(const TailTable&, Vf x) { extreme = _mm512_maskz_min_ps(kAllLanes, (__m512)x, extreme); }
+    KRON_INLINE void meet(const RoughTable&, Vf x) {
+        constexpr int kLargestMagnitude = 0b1011;  // of the two, without its sign
+        extreme = _mm512_maskz_range_ps(kAllLanes, extreme, (__m512)x, kLargestMagnitude);
+    }
+    KRON_INLINE bool beyond(const TailTable& tail) const {
+        return _mm512_cmp_ps_mask(extreme, _mm512_set1_ps(-tail.limit), _CMP_LT_OQ) != 0;
+    }
+    KRON_INLINE bool beyond(const RoughTable& rough) const {
+        return _mm512_cmp_ps_mask(extreme, _mm512_set1_ps(rough.limit), _CMP_GT_OQ) != 0;
+    }
+};
+constexpr bool kFitted = true;
+#else
+template <class Table>
+KRON_INLINE Vf fitted(const Table&, Vf x) {
+    return x;
+}
+struct Reach {
+    template <class Table>
+    KRON_INLINE void meet(const Table&, Vf) {}
+    template <class Table>
+    KRON_INLINE bool beyond(const Table&) const {
+        return true;
+    }
+};
+constexpr bool kFitted = false;
+#endif
+
+template <Activation kKind>
+constexpr bool kHasTable =
+    kFitted && (kKind == Activation::gelu || kKind == Activation::gelu_tanh || kKind == Activation::silu);
+
+// In vectors of 16 lanes nearly all inputs take the table; a lane far in the tail sends its vector the long way.
+template <Activation kKind>
+KRON_INLINE Vf activate(Act act, Vf x) {
+    if constexpr (kHasTable<kKind>) {
+        Reach reach;
+        reach.meet(*act.tail, x);
+        if (__builtin_expect(!reach.beyond(*act.tail), true)) return fitted(*act.tail, x);
+    }
+    return activate_exactly<kKind>(x);
+}
+
+KRON_INLINE Vf activate(Act act, Vf x) {
+    switch (act.kind) {
+        case Activation::gelu:
+            return activate<Activation::gelu>(act, x);
+        case Activation::gelu_tanh:
+            return activate<Activation::gelu_tanh>(act, x);
+        case Activation::relu:
+            return activate<Activation::relu>(act, x);
+        case Activation::silu:
+            return activate<Activation::silu>(act, x);
         case Activation::none:
             break;
     }
@@ -119,9 +234,9 @@ static double activate_scalar(Activation kind, double x) {
     return x;
 }
 
-KRON_INLINE Simd<double>::V activate(Activation kind, Simd<double>::V x) {
-    if (kind == Activation::none) return x;
-    for (int i = 0; i < Simd<double>::W; ++i) x[i] = activate_scalar(kind, x[i]);
+KRON_INLINE Simd<double>::V activate(Act act, Simd<double>::V x) {
+    if (act.kind == Activation::none) return x;
+    for (int i = 0; i < Simd<double>::W; ++i) x[i] = activate_scalar(act.kind, x[i]);
     return x;
 }
 

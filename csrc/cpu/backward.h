@@ -5,9 +5,9 @@
 #pragma once
 
 #include "factors.h"
+#include "output.h"
 #include "plan.h"
 #include "scratch.h"
-#include "stages.h"
 
 namespace kron {
 namespace KRON_ISA {
@@ -174,7 +174,7 @@ struct Backward {
     const C* stage(const E* from, int64_t stride, int64_t tokens, int64_t outer, int64_t inner, bool staged, C* to,
                    int64_t to_step) const {
         if (!staged) return reinterpret_cast<const C*>(from);
-        stage_tokens<C, E>(plan.commuted, from, stride, tokens, outer, inner, inner, to, to_step);
+        stage_tokens<C, E, C>(plan.commuted, from, stride, tokens, outer, inner, inner, to, to_step);
         return to;
     }
     const C* stage_g(int64_t t, int64_t tokens, C* to) const {
@@ -242,8 +242,8 @@ struct Backward {
         const int64_t stride = plan.via_left ? grad_stride : x_stride;
         const int64_t outer = plan.via_left ? plan.m1 : plan.n1, inner = plan.via_left ? plan.m2 : plan.n2;
         const int64_t outputs = plan.via_left ? plan.n1 : plan.m1;
-        stage_tokens<C, E>(plan.commuted, from + lane * (plan.commuted ? outer : 1), stride, tokens, outer, inner,
-                           lanes, tile.source, step);
+        stage_tokens<C, E, C>(plan.commuted, from + lane * (plan.commuted ? outer : 1), stride, tokens, outer, inner,
+                              lanes, tile.source, step);
         through_left((plan.via_left ? left_transposed : left_forward) + s * plan.m1 * plan.n1, outputs, outer, tokens,
                      lanes, tile.source, step, tile.mixed, step, false);
     }
@@ -282,7 +282,7 @@ struct Backward {
             tile_gradients(tile, tokens, g, xs, sums);
             if (need_bias) add_bias(sums, grad + t * grad_stride, tokens);
             if (!dx) continue;
-            const Finish<C> plain{nullptr, Activation::none};
+            const Finish<C> plain{nullptr, Act{}};
             if (plan.commuted)
                 finish_transposed<C, E>(tile.dx, row_step<C>(plan.n2), tokens, plan.n2, plan.n1, dx + t * inputs,
                                         inputs, plain, 0);
@@ -329,7 +329,7 @@ static void backward(const BackwardArgs& args, const Executor& executor) {
     typedef Backward<C, E> B;
     const Shape& shape = args.shape;
     B b{};
-    b.plan = plan_backward(shape, Machine{Simd<C>::W, kMaxRows[2], 0, executor.threads, false, false});
+    b.plan = plan_backward(shape, Machine{Simd<C>::W, kMaxRows[2], 1, 0, executor.threads, false, false, 1, false});
     const bool commuted = b.plan.commuted;
     b.grad = static_cast<const E*>(args.grad), b.x = static_cast<const E*>(args.x);
     b.grad_stride = args.grad_stride, b.x_stride = args.x_stride;

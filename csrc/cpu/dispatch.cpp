@@ -59,7 +59,9 @@ std::atomic<int>& cap() {
     return value;
 }
 
-const Kernels& active() {
+}  // namespace
+
+const Kernels& active_kernels() {
 #if defined(__x86_64__)
     switch (active_isa()) {
         case Isa::amx:
@@ -77,8 +79,6 @@ const Kernels& active() {
 #endif
     return kPortableKernels;
 }
-
-}  // namespace
 
 const char* isa_name(Isa isa) {
     switch (isa) {
@@ -122,11 +122,27 @@ void set_isa_cap(Isa limit) {
 }
 
 void kron_mm_forward(const ForwardArgs& args, const Executor& executor) {
-    if (args.shape.tokens > 0) active().forward(args, executor);
+    if (args.shape.tokens > 0) active_kernels().forward(args, executor);
 }
 
 void kron_mm_backward(const BackwardArgs& args, const Executor& executor) {
-    active().backward(args, executor);
+    active_kernels().backward(args, executor);
+}
+
+bool kron_ffn_is_fused(const Shape& first, const Shape& second) {
+    return active_kernels().ffn_is_fused(first, second);
+}
+
+void kron_embedding(const EmbeddingArgs& args, const Executor& executor) {
+    if (args.tokens > 0) active_kernels().embedding(args, executor);
+}
+
+int64_t kron_packed_bytes(const Shape& shape) {
+    return active_kernels().packed_bytes(shape);
+}
+
+void kron_pack(const Shape& shape, const Factor& a, const Factor& b, void* out, const Executor& executor) {
+    active_kernels().pack(shape, a, b, out, executor);
 }
 
 }  // namespace kron

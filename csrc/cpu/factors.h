@@ -56,15 +56,16 @@ static void pack_panel(const E* M, int64_t lane_step, int64_t k_step, int64_t la
 }
 
 // sums[r * LANES + l] = sum_k R[r][k] F[l][k].
-template <class C, class E, int ROWS, int LANES>
-static void dot_block(int64_t depth, const C* R, int64_t step, const E* F, int64_t lane_step, C (&sums)[ROWS * LANES]) {
+template <class C, class E, class Row, int ROWS, int LANES>
+static void dot_block(int64_t depth, const Row* R, int64_t step, const E* F, int64_t lane_step,
+                      C (&sums)[ROWS * LANES]) {
     constexpr int W = Simd<C>::W, kSums = ROWS * LANES;
     Vec<C> acc[kSums] = {};
     int64_t k = 0;
     for (; k + W <= depth; k += W) {
         Vec<C> x[ROWS];
 #pragma GCC unroll 4
-        for (int r = 0; r < ROWS; ++r) x[r] = load<C>(R + r * step + k);
+        for (int r = 0; r < ROWS; ++r) x[r] = load<C, Row>(R + r * step + k);
 #pragma GCC unroll 16
         for (int l = 0; l < LANES; ++l) {
             const Vec<C> f = load<C, E>(F + l * lane_step + k);
@@ -75,13 +76,13 @@ static void dot_block(int64_t depth, const C* R, int64_t step, const E* F, int64
     if (k < depth)
         for (int l = 0; l < LANES; ++l) {
             const Vec<C> f = load_part<C, E>(F + l * lane_step + k, depth - k);
-            for (int r = 0; r < ROWS; ++r) acc[r * LANES + l] += load_part<C, C>(R + r * step + k, depth - k) * f;
+            for (int r = 0; r < ROWS; ++r) acc[r * LANES + l] += load_part<C, Row>(R + r * step + k, depth - k) * f;
         }
     sum_vectors<C, kSums>(acc, sums);
 }
 
-template <class C, class E, int ROWS>
-static void dot_rows(int64_t depth, const C* R, int64_t step, const E* F, int64_t lane_step, int64_t lanes, C* out,
+template <class C, class E, class Row, int ROWS>
+static void dot_rows(int64_t depth, const Row* R, int64_t step, const E* F, int64_t lane_step, int64_t lanes, C* out,
                      int64_t out_step, const Start<C>& start, int64_t row) {
     constexpr int kLanes = 16 / ROWS;  // sixteen sums at a time
     const auto emit = [&](int r, int64_t lane, C sum) __attribute__((always_inline)) {
@@ -93,29 +94,29 @@ static void dot_rows(int64_t depth, const C* R, int64_t step, const E* F, int64_
     int64_t l = 0;
     for (; l + kLanes <= lanes; l += kLanes) {
         C sums[16];
-        dot_block<C, E, ROWS, kLanes>(depth, R, step, F + l * lane_step, lane_step, sums);
+        dot_block<C, E, Row, ROWS, kLanes>(depth, R, step, F + l * lane_step, lane_step, sums);
         for (int r = 0; r < ROWS; ++r)
             for (int i = 0; i < kLanes; ++i) emit(r, l + i, sums[r * kLanes + i]);
     }
     for (; l < lanes; ++l) {
         C sums[ROWS];
-        dot_block<C, E, ROWS, 1>(depth, R, step, F + l * lane_step, lane_step, sums);
+        dot_block<C, E, Row, ROWS, 1>(depth, R, step, F + l * lane_step, lane_step, sums);
         for (int r = 0; r < ROWS; ++r) emit(r, l, sums[r]);
     }
 }
 
 // out[r][l] = start + sum_k R[r][k] F[l][k] for few rows: F is read once per four rows, straight from the caller.
 // Lanes beyond `lanes` up to `width` are set to zero.
-template <class C, class E>
-static void dot_panel(int64_t rows, int64_t depth, const C* R, int64_t step, const E* F, int64_t lane_step,
+template <class C, class E, class Row>
+static void dot_panel(int64_t rows, int64_t depth, const Row* R, int64_t step, const E* F, int64_t lane_step,
                       int64_t lanes, int64_t width, C* out, int64_t out_step, Start<C> start) {
     int64_t r = 0;
     for (; r + 4 <= rows; r += 4)
-        dot_rows<C, E, 4>(depth, R + r * step, step, F, lane_step, lanes, out + r * out_step, out_step, start, r);
+        dot_rows<C, E, Row, 4>(depth, R + r * step, step, F, lane_step, lanes, out + r * out_step, out_step, start, r);
     for (; r + 2 <= rows; r += 2)
-        dot_rows<C, E, 2>(depth, R + r * step, step, F, lane_step, lanes, out + r * out_step, out_step, start, r);
+        dot_rows<C, E, Row, 2>(depth, R + r * step, step, F, lane_step, lanes, out + r * out_step, out_step, start, r);
     if (r < rows)
-        dot_rows<C, E, 1>(depth, R + r * step, step, F, lane_step, lanes, out + r * out_step, out_step, start, r);
+        dot_rows<C, E, Row, 1>(depth, R + r * step, step, F, lane_step, lanes, out + r * out_step, out_step, start, r);
     for (int64_t i = 0; i < rows; ++i)
         for (int64_t l = lanes; l < width; ++l) out[i * out_step + l] = 0;
 }

@@ -136,11 +136,23 @@ struct RowBlocks {
     int rows(int64_t block) const { return static_cast<int>(block < larger ? size + 1 : size); }
 };
 
+// Longest sum of one accumulator. Without fused multiply-adds every step rounds twice: shorter sums, added up, err less.
+#if defined(__FMA__) || defined(__aarch64__)
+constexpr int64_t kMostDepth = 1 << 20;
+#else
+constexpr int64_t kMostDepth = 128;
+#endif
+
 // out[r][0 .. vectors*W) for r < rows; out_step >= vectors*W.
 template <class C, bool kUnitRow>
 static void gemm_rows(int64_t rows, int64_t depth, const C* R, int64_t step, const C* P, int64_t panel_step,
                       int vectors, C* out, int64_t out_step, Start<C> start, Ahead* ahead = nullptr) {
     if (rows == 0) return;
+    for (; depth > kMostDepth; depth -= kMostDepth) {
+        gemm_rows<C, kUnitRow>(rows, kMostDepth, R, step, P, panel_step, vectors, out, out_step, start, ahead);
+        R += kMostDepth * (kUnitRow ? step : 1), P += kMostDepth * panel_step;
+        start = Start<C>{nullptr, 0, 1, true};
+    }
     const RowBlocks blocks(rows, kMaxRows[vectors]);
     int64_t offsets[16];
     if (start.accumulate)

@@ -3,5 +3,5 @@
 #include "isa_entry.h"
 
 namespace kron {
-const Kernels kAvx2Kernels{avx2::forward_entry, avx2::backward_entry, avx2::Simd<float>::W};
+const Kernels kAvx2Kernels = avx2::kKernels;
 }

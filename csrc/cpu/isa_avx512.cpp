@@ -3,5 +3,5 @@
 #include "isa_entry.h"
 
 namespace kron {
-const Kernels kAvx512Kernels{avx512::forward_entry, avx512::backward_entry, avx512::Simd<float>::W};
+const Kernels kAvx512Kernels = avx512::kKernels;
 }

@@ -6,5 +6,5 @@
 #include "isa_entry.h"
 
 namespace kron {
-const Kernels kNeonKernels{neon::forward_entry, neon::backward_entry, neon::Simd<float>::W};
+const Kernels kNeonKernels = neon::kKernels;
 }

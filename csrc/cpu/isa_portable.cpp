@@ -3,5 +3,5 @@
 #include "isa_entry.h"
 
 namespace kron {
-const Kernels kPortableKernels{portable::forward_entry, portable::backward_entry, portable::Simd<float>::W};
+const Kernels kPortableKernels = portable::kKernels;
 }

@@ -8,6 +8,13 @@ namespace kron {
 struct Kernels {
     void (*forward)(const ForwardArgs&, const Executor&);
     void (*backward)(const BackwardArgs&, const Executor&);
+    void (*ffn_forward)(const FfnArgs&, const Executor&);
+    bool (*ffn_is_fused)(const Shape& first, const Shape& second);
+    void (*embedding)(const EmbeddingArgs&, const Executor&);
+    int64_t (*packed_bytes)(const Shape&);
+    void (*pack)(const Shape&, const Factor& a, const Factor& b, void* out, const Executor&);
+    // Elements [from, to): out = act(h), or grad * act'(h) where grad is given; out may be grad.
+    void (*activation)(Activation, DType, const void* h, const void* grad, void* out, int64_t from, int64_t to);
     int float_lanes;
 };
 
@@ -19,5 +26,7 @@ extern const Kernels kAmxKernels;
 #elif defined(__aarch64__)
 extern const Kernels kNeonKernels;
 #endif
+
+const Kernels& active_kernels();
 
 }  // namespace kron

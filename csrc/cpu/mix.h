@@ -14,8 +14,8 @@ struct Mix {
 };
 
 // x tokens of (cols, Q), Q = n1 -> out[t, i] (cols lanes) at column s * out_term: sum_q factor[s, q, i] x[., q].
-template <class C, class E, int Q>
-static void split_mix(const E* x, int64_t x_stride, int64_t tokens, int64_t cols, Mix<C> mix, C* out, int64_t out_step,
+template <class C, class E, class O, int Q>
+static void split_mix(const E* x, int64_t x_stride, int64_t tokens, int64_t cols, Mix<C> mix, O* out, int64_t out_step,
                       int64_t out_term) {
     constexpr int W = Simd<C>::W;
     for (int64_t t = 0; t < tokens; ++t) {
@@ -25,13 +25,13 @@ static void split_mix(const E* x, int64_t x_stride, int64_t tokens, int64_t cols
             load_columns<C, E, Q>(src, c, cols, v);
             const C* f = mix.factor;
             for (int64_t s = 0; s < mix.terms; ++s, f += Q * mix.m1) {
-                C* dst = out + t * mix.m1 * out_step + s * out_term + c;
+                O* dst = out + t * mix.m1 * out_step + s * out_term + c;
                 for (int64_t i = 0; i < mix.m1; ++i) {
                     // Two chains: one of Q dependent additions would wait on itself.
                     Vec<C> even = v[0] * f[i], odd{};
 #pragma GCC unroll 16
                     for (int q = 1; q < Q; ++q) (q % 2 ? odd : even) += v[q] * f[q * mix.m1 + i];
-                    store<C>(dst + i * out_step, even + odd);
+                    store<C, O>(dst + i * out_step, even + odd);
                 }
             }
         }
@@ -60,27 +60,27 @@ static void mix_merge(const C* in, int64_t in_step, int64_t in_term, int64_t tok
     }
 }
 
-template <class C, class E>
-using SplitMix = void (*)(const E*, int64_t, int64_t, int64_t, Mix<C>, C*, int64_t, int64_t);
+template <class C, class E, class O>
+using SplitMix = void (*)(const E*, int64_t, int64_t, int64_t, Mix<C>, O*, int64_t, int64_t);
 template <class C, class E>
 using MixMerge = void (*)(const C*, int64_t, int64_t, int64_t, int64_t, Mix<C>, E*, int64_t, Finish<C>, int64_t);
 
 // Null for a width that is not 1, 2, 4, 8 or 16 and for a dtype without shuffles: then the transpose and the product
 // are separate passes.
-template <class C, class E>
-static SplitMix<C, E> pick_split_mix(int64_t width) {
+template <class C, class E, class O>
+static SplitMix<C, E, O> pick_split_mix(int64_t width) {
     if constexpr (kShuffles<C, E>) {
         switch (width) {
             case 1:
-                return split_mix<C, E, 1>;
+                return split_mix<C, E, O, 1>;
             case 2:
-                return split_mix<C, E, 2>;
+                return split_mix<C, E, O, 2>;
             case 4:
-                return split_mix<C, E, 4>;
+                return split_mix<C, E, O, 4>;
             case 8:
-                return split_mix<C, E, 8>;
+                return split_mix<C, E, O, 8>;
             case 16:
-                return split_mix<C, E, 16>;
+                return split_mix<C, E, O, 16>;
         }
     }
     return nullptr;

@@ -63,13 +63,21 @@ Candidate forward_candidate(const Shape& s, int lanes, bool commuted, bool right
     return c;
 }
 
+}  // namespace
+
 int panel_vectors(int64_t m2, int lanes) {
     const int64_t vectors = ceil_div(m2, lanes);
     if (vectors == 1) return 1;
     return vectors % 2 != 0 && (vectors % 3 == 0 || vectors == 5) ? 3 : 2;
 }
 
-}  // namespace
+// Tokens of one of `tiles` equal tiles; where a tile has many blocks of rows, a whole number of them.
+static int64_t tile_of(int64_t tokens, int64_t tiles, int64_t rows_a_token, int64_t row_block) {
+    const int64_t tile = std::max<int64_t>(1, ceil_div(tokens, std::max<int64_t>(1, tiles)));
+    if (row_block % rows_a_token != 0) return tile;
+    const int64_t block = row_block / rows_a_token;
+    return tile >= 2 * block ? round_up(tile, block) : tile;
+}
 
 Plan plan_forward(const Shape& s, const Machine& machine) {
     Candidate best = forward_candidate(s, machine.lanes, false, true);
@@ -89,18 +97,19 @@ Plan plan_forward(const Shape& s, const Machine& machine) {
 
     const int64_t rows_a_token = p.right_first ? p.n1 : p.m1;
     const bool dot_allowed = p.commuted ? machine.can_dot_commuted : machine.can_dot;
-    p.packed = !dot_allowed || p.tokens * rows_a_token > kDotRows || p.m2 * p.n2 <= 4096;
+    p.packed = machine.prepacked || !dot_allowed || p.tokens * rows_a_token > kDotRows || p.m2 * p.n2 <= 4096;
 
-    p.serial = best.work * static_cast<double>(s.tokens) < kSerialWork;
+    const int64_t projections = machine.projections;
+    p.serial = best.work * static_cast<double>(s.tokens * projections) < kSerialWork;
     const int64_t threads = p.serial ? 1 : machine.threads;
-    const int64_t token_bytes = (s.m1 * s.m2 + s.n1 * s.n2) * size_of(s.dtype);
+    const int64_t token_bytes = (projections * s.m1 * s.m2 + s.n1 * s.n2) * size_of(s.dtype);
     const int64_t tile_rows =
         std::max<int64_t>(std::min(kTileRows / s.terms, kTileBytes / token_bytes * rows_a_token), machine.max_rows);
     const int64_t rows = p.tokens * rows_a_token;
     const bool small_right = s.terms * p.m2 * p.n2 <= kSerialPack;
     if (!p.packed || (rows <= kTaskPackRows && p.panels >= threads && !small_right)) {
         // Few rows: the threads share out the panels, and each packs its own while it is in L1.
-        p.pack_in_task = p.packed;
+        p.pack_in_task = p.packed && !machine.prepacked;
         p.token_tiles = 1;
         p.panel_groups = std::min(p.panels, threads);
     } else {
@@ -109,7 +118,50 @@ Plan plan_forward(const Shape& s, const Machine& machine) {
         if (rows >= threads * machine.max_rows) p.token_tiles = std::min(p.tokens, round_up(p.token_tiles, threads));
         p.panel_groups = 1;
     }
-    p.tile_tokens = std::max<int64_t>(1, ceil_div(p.tokens, std::max<int64_t>(1, p.token_tiles)));
+    p.tile_tokens = tile_of(p.tokens, p.token_tiles, rows_a_token, machine.row_block);
+    p.token_tiles = ceil_div(p.tokens, p.tile_tokens);
+    return p;
+}
+
+FfnPlan plan_ffn(const Shape& first, const Shape& second, const Machine& machine) {
+    FfnPlan p{};
+    p.tokens = first.tokens, p.terms1 = first.terms, p.terms2 = second.terms;
+    if (second.n1 != first.m1 || second.n2 != first.m2) return p;
+    const auto cheapest = [&](const Shape& s) {
+        double cost = forward_candidate(s, machine.lanes, false, true).cost;
+        for (const bool commuted : {false, true})
+            for (const bool right_first : {false, true})
+                cost = std::min(cost, forward_candidate(s, machine.lanes, commuted, right_first).cost);
+        return cost;
+    };
+    const auto cost_of = [&](bool commuted) {
+        return forward_candidate(first, machine.lanes, commuted, true).cost +
+               forward_candidate(second, machine.lanes, commuted, false).cost;
+    };
+    p.commuted = cost_of(true) < cost_of(false);
+    // What fusing saves, the way of the intermediate through the cache, is worth some operations but not many.
+    p.fused = cost_of(p.commuted) <= 1.25 * (cheapest(first) + cheapest(second));
+    p.n1 = first.n1, p.n2 = first.n2, p.m1 = first.m1, p.m2 = first.m2, p.p1 = second.m1, p.p2 = second.m2;
+    if (p.commuted) std::swap(p.n1, p.n2), std::swap(p.m1, p.m2), std::swap(p.p1, p.p2);
+
+    const int64_t rows_a_token = std::max(p.terms1 * p.n1, p.terms2 * p.p1);
+    const double work = forward_candidate(first, machine.lanes, p.commuted, true).work +
+                        forward_candidate(second, machine.lanes, p.commuted, false).work;
+    p.serial = work * static_cast<double>(p.tokens) < kSerialWork;
+    const int64_t threads = p.serial ? 1 : machine.threads;
+    const int64_t rows = p.tokens * rows_a_token;
+    const int64_t width = static_cast<int64_t>(machine.panel_vectors ? machine.panel_vectors : 2) * machine.lanes;
+    const bool panels_enough = p.m2 >= threads * width && p.p2 >= threads * width;
+    if (threads > 1 && rows <= kTaskPackRows && panels_enough) {
+        p.token_tiles = 1;
+        p.panel_groups = threads;
+    } else {
+        p.token_tiles = ceil_div(p.tokens, std::max<int64_t>(1, kTileRows / rows_a_token));
+        if (rows >= threads * machine.max_rows) p.token_tiles = std::min(p.tokens, round_up(p.token_tiles, threads));
+        p.panel_groups = 1;
+    }
+    const int64_t equal_rows = p.n1 == p.p1 ? p.n1 : 1;
+    p.tile_tokens = tile_of(p.tokens, p.token_tiles, equal_rows, machine.row_block);
     p.token_tiles = ceil_div(p.tokens, p.tile_tokens);
     return p;
 }

@@ -31,19 +31,42 @@ struct Plan {
     double multiply_adds;  // a token, of the chosen order
 };
 
+// Vectors of a panel of a right factor with `outputs` outputs.
+int panel_vectors(int64_t outputs, int lanes);
+
 // Elements of a right factor that one thread packs before another would have started.
 constexpr int64_t kSerialPack = 32768;
 
 struct Machine {
     int lanes;          // elements of the compute type in a vector
     int max_rows;       // rows of the widest register tile
+    int64_t row_block;  // rows that the GEMM computes in one go, whatever their number
     int panel_vectors;  // fixed by the kernel, or 0: free to choose
     int threads;
     bool can_dot;  // the right factors' rows are contiguous in memory (natural, commuted)
     bool can_dot_commuted;
+    int64_t projections;  // products of one x
+    bool prepacked;       // the caller has the right factors' panels
 };
 
 Plan plan_forward(const Shape& shape, const Machine& machine);
+
+// Two products with an activation between, the intermediate (m1, m2) a token never whole in memory. Oriented as above:
+//   Z = X right1^T,  H = act(left1 Z + bias1),  M = left2 H,  Y = M right2^T + bias2
+// with left1 (m1, n1), right1 (m2, n2), left2 (p1, m1), right2 (p2, m2). Panel by panel of right1, H lives in
+// registers.
+struct FfnPlan {
+    bool fused;  // the factors chain, and this order costs little more than the best of each product by itself
+    bool commuted;
+    int64_t tokens, terms1, terms2, n1, n2, m1, m2, p1, p2;
+    int64_t tile_tokens, token_tiles;
+    // Few tokens: the threads share out the panels of right1, then, after a barrier, those of right2. 1: they share out
+    // the tokens, and a tile goes all the way.
+    int64_t panel_groups;
+    bool serial;
+};
+
+FfnPlan plan_ffn(const Shape& first, const Shape& second, const Machine& machine);
 
 struct BackwardPlan {
     bool commuted;

@@ -25,7 +25,7 @@ struct Slot {
     }
 };
 
-thread_local Slot slots[2];
+thread_local Slot slots[3];
 thread_local int64_t recorded = 0;
 
 }  // namespace

@@ -7,9 +7,9 @@
 
 namespace kron {
 
-// call: shared by all tasks of one call, owned by the calling thread. task: private to one worker.
-// They are two slots because the calling thread is a worker too.
-enum class ScratchSlot { call = 0, task = 1 };
+// block: what a block of several calls keeps between them. call: shared by all tasks of one call, owned by the calling
+// thread. task: private to one worker. They are slots of their own because the calling thread is a worker too.
+enum class ScratchSlot { call = 0, task = 1, block = 2 };
 
 // 64-byte aligned, contents undefined, valid until the next request for the same slot by the same thread.
 void* scratch(ScratchSlot slot, size_t bytes);

@@ -6,6 +6,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #include "kron/problem.h"
 
 #if !defined(KRON_ISA) || !defined(KRON_VEC_BYTES)
@@ -117,11 +121,16 @@ struct Convert<float, bf16> {
 #endif
     }
     static KRON_INLINE void store(bf16* p, S::V v) {
+#if defined(__AVX512BF16__)
+        // The same rounding, but a subnormal becomes zero.
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh((__m512)v));
+#else
         const U32 u = (U32)v;
         const U32 rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
         const U32 nan = (u >> 16) | 0x40u;
         const U32 is_nan = (U32)(v != v);
         *reinterpret_cast<S::H*>(p) = __builtin_convertvector((rounded & ~is_nan) | (nan & is_nan), S::H);
+#endif
     }
 };
 
@@ -164,6 +173,13 @@ template <class C, class E>
 static __attribute__((noinline)) void store_part(E* p, Vec<C> v, int64_t count) {
     for (int i = 0; i < Simd<C>::W; ++i)
         if (i < count) put<C, E>(p + i, v[i]);
+}
+
+KRON_INLINE float square_root(float x) {
+    return __builtin_sqrtf(x);
+}
+KRON_INLINE double square_root(double x) {
+    return __builtin_sqrt(x);
 }
 
 template <class C>

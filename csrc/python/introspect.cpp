@@ -97,12 +97,12 @@ void forward(const std::string& dtype, const py::array& x, const py::array& a, c
     const int64_t m = args.shape.m1 * args.shape.m2;
     args.x = x.data();
     args.x_stride = row_stride(x);
-    args.a = factor(a);
-    args.b = factor(b);
-    args.bias = output(bias, args.shape, m);
+    const kron::Projection only{factor(a), factor(b), output(bias, args.shape, m),
+                                nullptr,   0,         output(y, args.shape, args.shape.tokens * m)};
+    args.count = 1;
+    args.projections = &only;
     args.activation = static_cast<kron::Activation>(activation);
-    args.y = output(y, args.shape, args.shape.tokens * m);
-    require(args.y != nullptr, "y: expected an array, got None");
+    require(only.y != nullptr, "y: expected an array, got None");
     kron::kron_mm_forward(args, serial(threads, reverse));
 }
 

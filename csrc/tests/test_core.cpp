@@ -1,130 +1,19 @@
 // Tests of the torch-free core against a naive fp64 product: every compiled instruction-set level the machine can run,
 // every dtype, both directions. Built alone (no torch, no Python), so that sanitizers see all of it.
 //   test_core [iterations of the random part [only]]
-#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <thread>
 #include <vector>
 
-#include "kron/problem.h"
+#include "emulated.h"
+#include "support.h"
 
-void amx_emulated_forward(const kron::ForwardArgs& args, const kron::Executor& executor);  // amx_emulated.cpp
+void test_blocks(int rounds, bool only_random);  // test_blocks.cpp
 
 namespace {
 
-using kron::Activation;
-using kron::DType;
-
-int failures = 0, checks = 0;
-
-void check(bool ok, const char* what, const char* where) {
-    ++checks;
-    if (ok) return;
-    ++failures;
-    std::printf("FAILED %s: %s\n", what, where);
-}
-
-uint64_t state = 1;
-double uniform() {  // splitmix64, in (-1, 1)
-    uint64_t z = (state += 0x9e3779b97f4a7c15ull);
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
-    return static_cast<double>((z ^ (z >> 31)) >> 11) * 0x1p-52 - 1;
-}
-int64_t pick(int64_t low, int64_t high) {
-    return low + static_cast<int64_t>((uniform() + 1) / 2 * double(high - low + 1));
-}
-
-size_t size_of(DType d) {
-    return d == DType::f64 ? 8 : d == DType::f32 ? 4 : 2;
-}
-
-double read(const void* p, int64_t i, DType d) {
-    switch (d) {
-        case DType::f32:
-            return static_cast<const float*>(p)[i];
-        case DType::f64:
-            return static_cast<const double*>(p)[i];
-        case DType::f16:
-            return static_cast<double>(static_cast<const kron::Half*>(p)[i]);
-        case DType::bf16:
-            break;
-    }
-    const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(p)[i]) << 16;
-    float f;
-    std::memcpy(&f, &bits, 4);
-    return f;
-}
-
-void write(void* p, int64_t i, DType d, double v) {
-    switch (d) {
-        case DType::f32:
-            static_cast<float*>(p)[i] = static_cast<float>(v);
-            return;
-        case DType::f64:
-            static_cast<double*>(p)[i] = v;
-            return;
-        case DType::f16:
-            static_cast<kron::Half*>(p)[i] = static_cast<kron::Half>(v);
-            return;
-        case DType::bf16:
-            break;
-    }
-    const float f = static_cast<float>(v);
-    uint32_t bits;
-    std::memcpy(&bits, &f, 4);
-    static_cast<uint16_t*>(p)[i] = static_cast<uint16_t>(bits >> 16);
-}
-
-// Exactly as many elements as asked for, so that the address sanitizer sees one read or written beyond; filled with
-// NaN.
-struct Buffer {
-    Buffer(int64_t count, DType dtype)
-        : count(count), dtype(dtype), data(static_cast<char*>(std::malloc(size_t(count) * size_of(dtype) + 1))) {
-        for (int64_t i = 0; i < count; ++i) write(get(), i, dtype, std::nan(""));
-    }
-    ~Buffer() { std::free(data); }
-    Buffer(const Buffer&) = delete;
-    void* get() const { return data; }
-    void randomise() {
-        for (int64_t i = 0; i < count; ++i) write(data, i, dtype, uniform());
-    }
-    double at(int64_t i) const { return read(data, i, dtype); }
-    int64_t count;
-    DType dtype;
-    char* data;
-};
-
-void run_serial(int64_t count, void (*task)(void*, int64_t), void* arg) {
-    for (int64_t i = 0; i < count; ++i) task(arg, i);
-}
-void run_threads(int64_t count, void (*task)(void*, int64_t), void* arg) {
-    std::vector<std::thread> workers;
-    for (int w = 0; w < 3; ++w)
-        workers.emplace_back([=] {
-            for (int64_t i = w; i < count; i += 3) task(arg, i);
-        });
-    for (auto& worker : workers) worker.join();
-}
-const kron::Executor kSerial{1, run_serial}, kThreads{3, run_threads};
-
-double activate(Activation kind, double x) {
-    switch (kind) {
-        case Activation::gelu:
-            return 0.5 * x * std::erfc(-x / std::sqrt(2.0));
-        case Activation::gelu_tanh:
-            return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
-        case Activation::relu:
-            return x < 0 ? 0 : x;
-        case Activation::silu:
-            return x / (1 + std::exp(-x));
-        case Activation::none:
-            break;
-    }
-    return x;
-}
+using namespace test;
 
 struct Case {
     int64_t tokens, terms, m1, n1, m2, n2;
@@ -133,13 +22,6 @@ struct Case {
     Activation activation;
     int64_t gap;  // extra elements between rows of x and of the gradient
 };
-
-// Largest error relative to the largest magnitude expected. One rounding of the output dtype and a short fp32 sum.
-double tolerance(DType d, int64_t depth) {
-    const double eps = d == DType::f64 ? 0x1p-52 : d == DType::f32 ? 0x1p-23 : d == DType::f16 ? 0x1p-10 : 0x1p-7;
-    const double accumulate = d == DType::f64 ? 0x1p-52 : 0x1p-23;
-    return eps + accumulate * (4 + std::sqrt(double(depth)));
-}
 
 struct Product {
     explicit Product(const Case& c)
@@ -170,20 +52,6 @@ struct Product {
     int64_t n, m;
     Buffer x, a, b, bias, g;
 };
-
-void compare(const std::vector<double>& expected, const Buffer& got, double tol, const char* what, const char* where) {
-    double scale = 1e-30, worst = 0;
-    bool finite = true;
-    for (size_t i = 0; i < expected.size(); ++i) {
-        scale = std::fmax(scale, std::fabs(expected[i]));
-        const double error = std::fabs(expected[i] - got.at(int64_t(i)));
-        finite = finite && std::isfinite(error);
-        worst = std::fmax(worst, error);
-    }
-    check(finite && worst <= tol * scale, what, where);
-    if (!(finite && worst <= tol * scale))
-        std::printf("   error %.3g of scale %.3g, allowed %.3g\n", worst, scale, tol * scale);
-}
 
 // What fp64 gives, computed once a case: the naive sums are far slower than all the kernels together.
 struct Expected {
@@ -229,9 +97,9 @@ void test_forward(const Product& p, const Expected& expected, ForwardFunction fo
                   const char* where) {
     const Case& c = p.c;
     const Buffer y(c.tokens * p.m, c.dtype);
-    forward({p.shape(), p.x.get(), p.n + c.gap, p.factor(p.a, c.m1, c.n1), p.factor(p.b, c.m2, c.n2),
-             c.bias ? p.bias.get() : nullptr, c.activation, y.get()},
-            executor);
+    const kron::Projection only{
+        p.factor(p.a, c.m1, c.n1), p.factor(p.b, c.m2, c.n2), c.bias ? p.bias.get() : nullptr, nullptr, 0, y.get()};
+    forward({p.shape(), p.x.get(), p.n + c.gap, 1, &only, c.activation, kron::NormArgs{}}, executor);
     compare(expected.y, y, tolerance(c.dtype, c.terms * (p.n + 1)), "forward", where);
 }
 
@@ -249,31 +117,17 @@ void test_backward(const Product& p, const Expected& expected, const kron::Execu
     if (wanted & 8) compare(expected.dbias, dbias, tolerance(c.dtype, c.tokens), "dbias", where);
 }
 
-// Calls run() at every compiled level of this machine.
-template <class Run>
-void at_every_level(Run run) {
-    for (int level = 0; level <= static_cast<int>(kron::detected_isa()); ++level) {
-        if (!kron::isa_compiled(static_cast<kron::Isa>(level))) continue;
-        kron::set_isa_cap(static_cast<kron::Isa>(level));
-        run();
-    }
-    kron::set_isa_cap(kron::Isa::amx);
-}
-
 void run_case(const Case& c, int wanted = 15) {
     const Product p(c);
     const Expected expected(p);
-    at_every_level([&] {
-        for (const kron::Executor& executor : {kSerial, kThreads}) {
-            char where[200];
-            std::snprintf(where, sizeof where,
-                          "%s, %d threads, T=%ld S=%ld A=%ldx%ld B=%ldx%ld dtype=%d act=%d gap=%ld%s%s",
-                          kron::isa_name(kron::active_isa()), executor.threads, long(c.tokens), long(c.terms),
-                          long(c.m1), long(c.n1), long(c.m2), long(c.n2), int(c.dtype), int(c.activation), long(c.gap),
-                          c.bias ? " bias" : "", c.transposed ? " transposed" : "");
-            test_forward(p, expected, kron::kron_mm_forward, executor, where);
-            test_backward(p, expected, executor, where, wanted);
-        }
+    at_every_level([&](const kron::Executor& executor, const char* level) {
+        char where[200];
+        std::snprintf(
+            where, sizeof where, "%s, %d threads, T=%ld S=%ld A=%ldx%ld B=%ldx%ld dtype=%d act=%d gap=%ld%s%s", level,
+            executor.threads, long(c.tokens), long(c.terms), long(c.m1), long(c.n1), long(c.m2), long(c.n2),
+            int(c.dtype), int(c.activation), long(c.gap), c.bias ? " bias" : "", c.transposed ? " transposed" : "");
+        test_forward(p, expected, kron::kron_mm_forward, executor, where);
+        test_backward(p, expected, executor, where, wanted);
     });
     if (c.dtype == DType::bf16 && c.tokens > 0) {
         char where[200];
@@ -304,11 +158,10 @@ void test_activation(Activation kind, DType dtype, bool commuted) {
                             : dtype == DType::f16 ? 0x1p-10
                                                   : 0x1p-7;
     const double absolute = dtype == DType::f16 ? 0x1p-24 : 1e-15;
-    const auto run = [&](ForwardFunction forward, const char* level) {
+    const auto run = [&](ForwardFunction forward, const kron::Executor& executor, const char* level) {
         const Buffer y(kTokens * kOut, dtype);
-        forward(
-            {p.shape(), p.x.get(), p.n, p.factor(p.a, c.m1, c.n1), p.factor(p.b, c.m2, c.n2), nullptr, kind, y.get()},
-            kThreads);
+        const kron::Projection only{p.factor(p.a, c.m1, c.n1), p.factor(p.b, c.m2, c.n2), nullptr, nullptr, 0, y.get()};
+        forward({p.shape(), p.x.get(), p.n, 1, &only, kind, kron::NormArgs{}}, executor);
         int64_t wrong = -1;
         for (int64_t i = 0; i < y.count && wrong < 0; ++i) {
             const double expected = activate(kind, p.X(i / kOut, 0)), got = y.at(i);
@@ -327,8 +180,9 @@ void test_activation(Activation kind, DType dtype, bool commuted) {
             std::printf("   of %g: got %g, expected %g\n", x, y.at(wrong), activate(kind, x));
         }
     };
-    at_every_level([&] { run(kron::kron_mm_forward, kron::isa_name(kron::active_isa())); });
-    if (dtype == DType::bf16) run(amx_emulated_forward, "emulated AMX");
+    at_every_level(
+        [&](const kron::Executor& executor, const char* level) { run(kron::kron_mm_forward, executor, level); });
+    if (dtype == DType::bf16) run(amx_emulated_forward, kThreads, "emulated AMX");
 }
 
 void fixed_part() {
@@ -370,6 +224,7 @@ int main(int argc, char** argv) {
                   static_cast<DType>(pick(0, 3)), pick(0, 1) == 1, pick(0, 1) == 1, static_cast<Activation>(pick(0, 4)),
                   pick(0, 2)},
                  int(pick(0, 15)));
+    test_blocks(rounds, only_random);
     std::printf("%d checks at levels portable..%s\n", checks, kron::isa_name(kron::detected_isa()));
     std::printf("%d passed, %d failed\n", checks - failures, failures);
     return failures != 0;

@@ -1,4 +1,4 @@
-"""The command line: ``kron-kernels env``, ``compress`` and ``bench``."""
+"""The command line: ``kron-kernels env``, ``compress``, ``export`` and ``bench``."""
 
 from .main import main
 

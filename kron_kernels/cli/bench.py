@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..timing import Timing, describe_machine, gemm_peak_gflops
+from ..timing import PEAK, Timing, describe_machine, gemm_peak
 from ..timing.compare import Result, compare
-from ..timing.layers import CASES, STOCK, LayerProblem
+from ..timing.layers import CASES, STOCK, LayerCase, LayerProblem
 from .output import Progress, add_json_flag, format_table, print_json
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from ..timing.encoder import EncoderResult
+
+    Encoders = Callable[..., dict[str, nn.Module]]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -40,6 +45,7 @@ def add_parser(commands: Any) -> None:
     model.add_argument("--batch", type=_counts, default=[1, 8], help="batch sizes, by comma (1,8)")
     model.add_argument("--sequence", type=int, default=128, help="tokens a sequence (128)")
     model.add_argument("--layers", type=int, default=12, help="layers of the encoder (12)")
+    model.add_argument("--profile", action="store_true", help="show the time of each part of the encoder")
     model.set_defaults(run=run_model)
 
     for subject, seconds in ((layers, 0.3), (model, 2.0)):
@@ -56,17 +62,18 @@ def run_layers(arguments: argparse.Namespace) -> int:
     cases = [CASES[name] for name in arguments.case or CASES]
     jobs = [(case, tokens) for case in cases for tokens in arguments.tokens]
     progress, rows, wrong = Progress(), [], False
-    peak = gemm_peak_gflops(dtype)
+    peak = gemm_peak(dtype)
     for done, (case, tokens) in enumerate(jobs):
         progress(done, len(jobs), f"{case.name}, {tokens} tokens")
-        results = compare(LayerProblem(case, tokens, dtype, arguments.backward), STOCK, seconds=arguments.seconds)
+        problem = LayerProblem(case, tokens, dtype, arguments.backward)
+        results = compare(problem, STOCK, seconds=arguments.seconds, beside=[peak.variant], over=[PEAK])
         # Forward and backward together do the forward's work three times: y, dx, and both factors' gradients.
-        gflop = 2 * case.macs * tokens * (3 if arguments.backward else 1) / 1e9
-        rows += [_layer_row(case.name, str(case), tokens, case.saving, gflop / peak, result) for result in results]
+        flop = 2 * case.macs * tokens * (3 if arguments.backward else 1)
+        rows += [_layer_row(case, tokens, flop / peak.flop, result) for result in results]
         wrong |= any(result.status == "wrong" for result in results)
     progress(len(jobs), len(jobs), "done")
     title = f"{arguments.dtype}, {'forward + backward' if arguments.backward else 'forward'}"
-    _print(arguments.json, title, rows, {"gemm_peak_gflops": round(peak, 1)})
+    _print(arguments.json, title, rows, {"gemm_peak": peak.label})
     return 1 if wrong else 0
 
 
@@ -77,6 +84,8 @@ def run_model(arguments: argparse.Namespace) -> int:
 
     _set_threads(arguments.threads)
     presets = arguments.preset or ["K8", "K21"]
+    if arguments.profile:
+        return _run_profile(arguments, presets, encoders)
     progress, rows = Progress(), []
     total = len(arguments.batch) + 1
     progress(0, total, "making the models")
@@ -87,24 +96,53 @@ def run_model(arguments: argparse.Namespace) -> int:
         rows += [_model_row(batch, arguments.sequence, result) for result in results]
     title = f"BERT-base sizes, {arguments.layers} layers, random weights, {arguments.dtype}"
     _print(arguments.json, title, rows, {})
-    return 1 if any(row["status"] == "wrong" for row in rows) else 0
+    return 1 if any(row["status"] != "ok" for row in rows) else 0
 
 
-def _layer_row(
-    case: str, shapes: str, tokens: int, saving: float, peak_seconds: float, result: Result
-) -> dict[str, Any]:
+def _run_profile(arguments: argparse.Namespace, presets: list[str], encoders: Encoders) -> int:
+    """Where the time of each model goes, by part."""
+    from ..timing.encoder import random_ids
+    from ..timing.profile import profile_forward
+
+    progress, rows = Progress(), []
+    models = encoders(presets, DTYPES[arguments.dtype], num_hidden_layers=arguments.layers)
+    jobs = [(batch, name) for batch in arguments.batch for name in models]
+    for done, (batch, name) in enumerate(jobs):
+        progress(done, len(jobs), f"{name}, batch {batch} x {arguments.sequence} tokens")
+        ids = random_ids(models[name], batch, arguments.sequence)
+        profile = profile_forward(models[name], ids, seconds=arguments.seconds)
+        rows.append(
+            {
+                "model": name,
+                "batch": batch,
+                "sequence": arguments.sequence,
+                **{part: round(seconds * 1e3, 3) for part, seconds in profile.parts.items()},
+                "sum": round(sum(profile.parts.values()) * 1e3, 3),
+                "untraced": round(profile.untraced * 1e3, 3),
+                "gap": f"{profile.gap:+.1%}",
+            }
+        )
+    progress(len(jobs), len(jobs), "done")
+    title = f"BERT-base sizes, {arguments.layers} layers, random weights, {arguments.dtype}; milliseconds by part"
+    note = "parts: medians of traced forwards; gap: their sum over the untraced median, which is the cost of tracing"
+    _print(arguments.json, title, rows, {}, note)
+    return 0
+
+
+def _layer_row(case: LayerCase, tokens: int, peak_calls: float, result: Result) -> dict[str, Any]:
+    """``peak_calls``: how many calls of the square product do as many operations as our kernel."""
     row = {
-        "case": case,
-        "factors": shapes,
+        "case": case.name,
+        "factors": str(case),
         "tokens": tokens,
         "variant": result.name,
-        "macs saved": f"{saving:.1f}x",
+        "macs saved": f"{case.saving:.1f}x",
         "status": result.status if not result.reason else f"{result.status}: {result.reason}",
         "error": result.error,
         **_times(result.timing),
     }
-    if result.timing and result.name == "kron_kernels":
-        row["of gemm peak"] = f"{peak_seconds / result.timing.seconds.q50:.0%}"
+    if result.over and result.name == "kron_kernels":
+        row["of gemm peak"] = f"{peak_calls * result.over[PEAK].q50:.0%}"
     return row
 
 
@@ -114,7 +152,7 @@ def _model_row(batch: int, sequence: int, result: EncoderResult) -> dict[str, An
         "parameters": result.parameters,
         "batch": batch,
         "sequence": sequence,
-        "status": "ok" if result.timing else "wrong",
+        "status": "ok" if result.timing else f"wrong: {result.reason}",
         "error": result.error,
         **_times(result.timing),
     }
@@ -131,13 +169,18 @@ def _times(timing: Timing | None) -> dict[str, Any]:
     }
 
 
-def _print(as_json: bool, title: str, rows: list[dict[str, Any]], extra: dict[str, Any]) -> None:
+SPEEDUP_NOTE = "speed-up: median over dense in the same round, with its 10 % and 90 % quantiles"
+
+
+def _print(
+    as_json: bool, title: str, rows: list[dict[str, Any]], extra: dict[str, Any], note: str = SPEEDUP_NOTE
+) -> None:
     machine = describe_machine()
     if as_json:
         print_json({"title": title, "machine": machine, **extra, "rows": rows})
         return
     print(f"{title}; {machine['cpu']}, {machine['isa']}, {machine['threads']} threads, torch {machine['torch']}")
-    print("speed-up: median over dense in the same round, with its 10 % and 90 % quantiles\n")
+    print(f"{note}\n")
     headers = list(dict.fromkeys(key for row in rows for key in row))
     print(format_table(headers, [[_cell(row.get(header)) for header in headers] for row in rows]))
 

@@ -11,7 +11,7 @@ import torch
 from .. import _backends, reference
 from ..functional import kron_matmul
 from ..timing import describe_machine
-from ..timing.layers import TOLERANCE, relative_error
+from ..timing.problem import TOLERANCE, relative_error
 from .output import add_json_flag, format_table, print_json
 
 # One large and one tiny factor either way round, a balanced pair, and a sum of terms with odd sizes.

@@ -9,6 +9,7 @@ from .bert import (
     KronBertModel,
     KronBertPreTrainedModel,
 )
+from .bert_layers import fuse_
 
 __all__ = [
     "KronBertConfig",
@@ -18,4 +19,5 @@ __all__ = [
     "KronBertForSequenceClassification",
     "KronBertModel",
     "KronBertPreTrainedModel",
+    "fuse_",
 ]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import errno
 from collections.abc import Mapping
+from json import JSONDecodeError
+from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
@@ -32,6 +35,7 @@ from ..calibrate import Calibration
 from ..convert import ConversionReport, Progress, kronify_, tie_decoders_
 from ..nn import Int8Factored, KronDecoder, KronEmbedding, KronLinear
 from ..presets import KronConfig, as_kron_config, preset
+from .bert_layers import FusedBertEmbeddings, FusedBertLayer, fuse_
 
 _WORD_WEIGHT = "bert.embeddings.word_embeddings.weight"
 
@@ -40,6 +44,8 @@ _WORD_WEIGHT = "bert.embeddings.word_embeddings.weight"
 class KronBertConfig(BertConfig):
     """A BertConfig with ``kron``: a KronConfig, its dict or a preset's name. It is kept as the dict.
 
+    ``padding_free`` lets batches with padding be computed on their real tokens alone, where that is faster; padding
+    positions of the last hidden state are zero then (docs/inference.md).
     Raises ValueError for an unknown preset, one that does not divide the model's sizes, and any other dict; TypeError
     for anything else.
     """
@@ -47,6 +53,7 @@ class KronBertConfig(BertConfig):
     model_type = "kron_bert"
 
     kron: Any = "K8"
+    padding_free: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
         if isinstance(self.kron, str):
@@ -66,6 +73,7 @@ class KronBertPreTrainedModel(BertPreTrainedModel):
 
     config: KronBertConfig
     config_class = KronBertConfig
+    _no_split_modules = [FusedBertEmbeddings.__name__, FusedBertLayer.__name__]  # noqa: RUF012 (transformers' way)
     bert: Any  # the encoder of a model with a head
     conversion_report: ConversionReport
 
@@ -76,6 +84,7 @@ class KronBertPreTrainedModel(BertPreTrainedModel):
             super().__init__(config, *args, **kwargs)
             if isinstance(self, BertModel):
                 kronify_(self, config.kron, fit=False)
+                fuse_(self)
             else:
                 self.bert = KronBertModel(config, add_pooling_layer=self.bert.pooler is not None)
                 # Declared ties: transformers makes the actual ones only after loading.
@@ -100,13 +109,16 @@ class KronBertPreTrainedModel(BertPreTrainedModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *model_args: Any, output_loading_info: bool = False, **kwargs: Any
     ) -> Any:
-        """As transformers' own, but a checkpoint that is damaged or lacks Kronecker factors raises OSError."""
+        """As transformers' own, but a checkpoint that is damaged, or not one of this model's shapes, raises OSError."""
+        path, reinitialise = pretrained_model_name_or_path, kwargs.pop("ignore_mismatched_sizes", False)
         try:
             loaded: Any = super().from_pretrained(
-                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+                path, *model_args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )
-        except SafetensorError as error:
-            raise OSError(f"{pretrained_model_name_or_path}: damaged checkpoint: {error}") from error
+        except Exception as error:
+            if not _tells_of_damage(error):
+                raise
+            raise OSError(f"{path}: damaged checkpoint: {str(error) or type(error).__name__}") from error
         model, info = loaded
         factors = {
             f"{name}.{factor}"
@@ -114,6 +126,12 @@ class KronBertPreTrainedModel(BertPreTrainedModel):
             if isinstance(module, (KronLinear, KronEmbedding))
             for factor in module.factor_names()
         }
+        if not reinitialise and (mismatched := sorted(info["mismatched_keys"])):
+            name, stored, expected = mismatched[0]
+            raise OSError(
+                f"{path}: expected the shapes of the configuration, {len(mismatched)} parameters have others, among "
+                f"them {name}: expected {tuple(expected)}, got {tuple(stored)}; is it a checkpoint of another preset?"
+            )
         if missing := sorted(factors.intersection(info["missing_keys"])):
             wanted = model.config.kron.get("weight_dtype")
             if wanted is None and any(key.endswith("_int8") for key in info["unexpected_keys"]):
@@ -127,7 +145,7 @@ class KronBertPreTrainedModel(BertPreTrainedModel):
                     "in floating point; load them without weight_dtype and call quantize_"
                 )
             raise OSError(
-                f"{pretrained_model_name_or_path}: expected Kronecker factors, {len(missing)} are missing, among them "
+                f"{path}: expected Kronecker factors, {len(missing)} are missing, among them "
                 f"{missing[0]}; {cls.__name__}.from_dense converts a dense model"
             )
         return (model, info) if output_loading_info else model
@@ -205,6 +223,16 @@ class KronBertPreTrainedModel(BertPreTrainedModel):
             self.set_output_embeddings(self._get_resized_lm_head(output, size, mean_resizing=mean_resizing))
         self.config.vocab_size = size
         return new
+
+
+def _tells_of_damage(error: Exception) -> bool:
+    """Whether loading failed for what is in a file: safetensors, a file of torch.save, or the index of several."""
+    return (
+        isinstance(error, (SafetensorError, EOFError, UnpicklingError, JSONDecodeError))
+        or "PytorchStreamReader" in str(error)
+        or (isinstance(error, OSError) and error.errno == errno.EINVAL)  # a file cut short, mapped into memory
+        or (isinstance(error, KeyError) and error.args == ("weight_map",))
+    )
 
 
 class KronBertModel(KronBertPreTrainedModel, BertModel):

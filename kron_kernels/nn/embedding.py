@@ -6,10 +6,10 @@ from functools import reduce
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..factorize import KronFactors, nearest_kronecker
 from ..functional import kron_matmul
+from ..reference import take_rows
 from .factored import KronFactored, empty_factors
 
 
@@ -55,7 +55,7 @@ class KronEmbedding(KronFactored):
 
     def gather(self, ids: Tensor) -> list[Tensor]:
         """The rows of A for token ids ``(...)``: of each term a tensor ``(..., embedding_dim / factor)``."""
-        return [F.embedding(ids, a) for a in self.a]
+        return [take_rows(a, ids, "ids") for a in self.a]
 
     def forward(self, ids: Tensor) -> Tensor:
         # (..., p, 1) * (1, k) -> (..., p * k)

@@ -52,7 +52,8 @@ class KronFactored(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """That of ``a`` and ``b`` as they read, and of products with them."""
-        return self.b.dtype
+        b = self._parameters.get("b")  # nn.Module's own way to an attribute costs as much as a small op
+        return (self.b if b is None else b).dtype
 
     def dense_weight(self) -> Tensor:
         """The weight (m1 * m2, n1 * n2), built in full; differentiable."""

@@ -12,9 +12,8 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ..functional import kron_matmul
+from ..reference import take_rows
 from .embedding import KronDecoder, KronEmbedding
 from .factored import KronFactored, Shapes
 from .linear import KronLinear
@@ -153,10 +152,6 @@ class Int8KronLinear(Int8Factored, KronLinear):
         a, b = self.a, self.b
         return a, b, self.bias, self._cache.get(a, b)
 
-    def forward(self, x: Tensor) -> Tensor:
-        a, b, bias, packed = self.operands()
-        return kron_matmul(x, a, b, bias, activation=self.activation, packed=packed)
-
 
 class Int8KronEmbedding(Int8Factored, KronEmbedding):
     """KronEmbedding with A in int8: a look-up gathers int8 rows and scales them, the table stays int8 in memory."""
@@ -164,7 +159,7 @@ class Int8KronEmbedding(Int8Factored, KronEmbedding):
     def gather(self, ids: Tensor) -> list[Tensor]:
         values, scale = self._buffers["a_int8"], self._buffers["a_scale"]
         return [
-            F.embedding(ids, rows).to(scales.dtype) * F.embedding(ids, scales.unsqueeze(-1))
+            take_rows(rows, ids, "ids").to(scales.dtype) * take_rows(scales.unsqueeze(-1), ids, "ids")
             for rows, scales in zip(values, scale, strict=True)  # type: ignore[arg-type]
         ]
 

@@ -61,8 +61,18 @@ class KronLinear(KronFactored):
             bound = 1 / math.sqrt(self.in_features)
             nn.init.uniform_(self.bias, -bound, bound)
 
+    def operands(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """``a``, ``b``, ``bias`` and the packed factors: what a function wants of this layer besides its input."""
+        parameters = self._parameters
+        a, b = parameters.get("a"), parameters.get("b")
+        if a is None or b is None:  # made by a parametrization, or set as plain tensors
+            return self.a, self.b, self.bias, None
+        # Straight from the dicts: nn.Module's own way to an attribute costs as much as a check of the cache.
+        return a, b, parameters.get("bias"), self._cache.get(a, b)
+
     def forward(self, x: Tensor) -> Tensor:
-        return kron_matmul(x, self.a, self.b, self.bias, activation=self.activation, packed=self.packed())
+        a, b, bias, packed = self.operands()
+        return kron_matmul(x, a, b, bias, activation=self.activation, packed=packed)
 
     @classmethod
     def from_linear(

@@ -11,12 +11,27 @@ from ..fused import pack_factors
 
 
 class _Entry(NamedTuple):
-    # Detached, they share memory and version counter with the parameters: an address cannot be given to another
-    # parameter while they live, and every in-place change shows in the counter.
     a: Tensor
     b: Tensor
-    versions: tuple[int, int]
+    # Detached, they share memory and version counter with the parameters: an address cannot be given to another
+    # parameter while they live, and every in-place change shows in the counter.
+    a_then: Tensor
+    b_then: Tensor
+    a_version: int
+    b_version: int
     packed: Tensor
+
+    def holds(self, a: Tensor, b: Tensor) -> bool:
+        """Whether these are the factors that were packed: the same memory, read the same way, and unchanged."""
+        return (
+            a is self.a
+            and b is self.b
+            and a._version == self.a_version
+            and b._version == self.b_version
+            and a.is_set_to(self.a_then)
+            and b.is_set_to(self.b_then)
+            and a.dtype is self.a_then.dtype
+        )
 
 
 class FactorCache:
@@ -32,20 +47,13 @@ class FactorCache:
 
     def get(self, a: Tensor, b: Tensor) -> Tensor | None:
         """The packed factors, None where nothing is to be gained: in training, under a compiler, off the CPU."""
-        if not a.is_cpu or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return None
-        if a.is_inference() or b.is_inference():  # no version counter: a change could not be told
+        if torch.is_grad_enabled() or not a.is_cpu or torch.compiler.is_compiling():
             return None
         entry = self._entry
-        if (
-            entry is None
-            or entry.versions != (a._version, b._version)
-            or entry.a.data_ptr() != a.data_ptr()
-            or entry.b.data_ptr() != b.data_ptr()
-            or entry.a.dtype is not a.dtype
-            or entry.a.shape != a.shape
-        ):
-            entry = _Entry(a.detach(), b.detach(), (a._version, b._version), pack_factors(a, b))
+        if entry is None or not entry.holds(a, b):
+            if a.is_inference() or b.is_inference():  # no version counter: a change could not be told
+                return None
+            entry = _Entry(a, b, a.detach(), b.detach(), a._version, b._version, pack_factors(a, b))
             self._entry = entry
         return entry.packed
 
@@ -53,8 +61,5 @@ class FactorCache:
         self._entry = None
 
     # A copy or a pickle of a module starts with nothing packed.
-    def __deepcopy__(self, memo: object) -> FactorCache:
-        return FactorCache()
-
     def __reduce__(self) -> tuple[type[FactorCache], tuple[()]]:
         return FactorCache, ()

@@ -4,14 +4,17 @@ Used by ``kron-kernels bench`` and by the benchmarks outside the package; nothin
 """
 
 from .interleaving import Quantiles, Timing, Variant, interleave
-from .machine import describe_machine, gemm_peak_gflops
+from .machine import PEAK, GemmPeak, describe_machine, gemm_peak, gemm_peak_gflops
 from .memory import peak_memory_growth
 
 __all__ = [
+    "PEAK",
+    "GemmPeak",
     "Quantiles",
     "Timing",
     "Variant",
     "describe_machine",
+    "gemm_peak",
     "gemm_peak_gflops",
     "interleave",
     "peak_memory_growth",

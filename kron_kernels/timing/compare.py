@@ -4,9 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
-from .interleaving import Timing, Variant, interleave
-from .layers import DENSE, TOLERANCE, Candidate, LayerProblem
+from .interleaving import Quantiles, Timing, Variant, interleave
+
+BASELINE = "dense"
+
+
+class Way(Protocol):
+    """A candidate: its name, and how long it rests before and after its turns."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def rest_seconds(self) -> float: ...
+
+
+WayT = TypeVar("WayT", bound=Way, contravariant=True)
+
+
+class Checked(Protocol[WayT]):
+    """A problem that can judge and run candidates, as ``timing.problem.Problem`` does."""
+
+    def refusal(self, candidate: WayT, /) -> str: ...
+
+    def tolerance(self, candidate: WayT, /) -> float: ...
+
+    def error(self, candidate: WayT, /) -> float: ...
+
+    def runner(self, candidate: WayT, /) -> Callable[[], object]: ...
 
 
 @dataclass(frozen=True)
@@ -15,6 +42,7 @@ class Result:
 
     ``status`` is "ok" (checked and timed), "wrong" (its error is above the tolerance: not timed), "failed" (it
     raised) or "skipped"; ``reason`` says more unless it is ok. ``error`` is the largest relative error against float64.
+    ``over`` holds, by the names asked for, how many times faster it was than those, round by round.
     """
 
     name: str
@@ -22,30 +50,35 @@ class Result:
     reason: str = ""
     error: float | None = None
     timing: Timing | None = None
+    over: dict[str, Quantiles] | None = None
 
 
 def compare(
-    problem: LayerProblem,
-    candidates: Sequence[Candidate],
+    problem: Checked[WayT],
+    candidates: Sequence[WayT],
     *,
     seconds: float = 0.3,
     starting: Callable[[str], None] = lambda name: None,
+    beside: Sequence[Variant] = (),
+    over: Sequence[str] = (),
 ) -> list[Result]:
     """Check every candidate against float64, then time those that are right, interleaved, over dense.
 
     Args:
         problem: what to compute.
-        candidates: ways to compute it; dense must be among them.
+        candidates: ways to compute it; "dense" must be among them.
         seconds: time to spend on each.
         starting: called with a candidate's name before it first runs: who died is known should the process die.
+        beside: what takes its turns in the same rounds though it computes something else, and is not checked.
+        over: names of candidates or of ``beside`` to compare every candidate with besides dense.
 
     Returns:
-        One :class:`Result` a candidate, in the order given. Should dense itself be wrong, nothing is timed.
+        One :class:`Result` a candidate, in the order given, then one for each of ``beside``. Should dense itself be
+        wrong, nothing is timed.
     """
-    tolerance = TOLERANCE[problem.dtype]
-    checked = [_check(problem, candidate, tolerance, starting) for candidate in candidates]
+    checked = [_check(problem, candidate, starting) for candidate in candidates]
     right = [candidate for candidate, result in zip(candidates, checked, strict=True) if result.status == "ok"]
-    if DENSE not in right:
+    if not any(candidate.name == BASELINE for candidate in right):
         return [
             Result(result.name, "failed", "no dense baseline to compare with", result.error)
             if result.status == "ok"
@@ -54,20 +87,33 @@ def compare(
         ]
     starting("timing")
     variants = [Variant(candidate.name, problem.runner(candidate), candidate.rest_seconds) for candidate in right]
-    timings = {timing.name: timing for timing in interleave(variants, DENSE.name, seconds=seconds)}
-    return [
-        Result(result.name, result.status, result.reason, result.error, timings.get(result.name)) for result in checked
-    ]
+    timings = {timing.name: timing for timing in interleave([*variants, *beside], BASELINE, seconds=seconds)}
+    others = {name: timings[name] for name in over if name in timings}
+    results = [*checked, *(Result(variant.name, "ok") for variant in beside)]
+    return [_timed(result, timings.get(result.name), others) for result in results]
 
 
-def _check(problem: LayerProblem, candidate: Candidate, tolerance: float, starting: Callable[[str], None]) -> Result:
-    if problem.backward and candidate.differentiates is None:
-        return Result(candidate.name, "skipped", "forward only")
+def _timed(result: Result, timing: Timing | None, others: dict[str, Timing]) -> Result:
+    if timing is None:
+        return result
+    over = {name: timing.speedup_over(other) for name, other in others.items()}
+    return Result(result.name, result.status, result.reason, result.error, timing, over)
+
+
+def _check(problem: Checked[WayT], candidate: WayT, starting: Callable[[str], None]) -> Result:
+    if refusal := problem.refusal(candidate):
+        return Result(candidate.name, "skipped", refusal)
     starting(candidate.name)
     try:
         error = problem.error(candidate)
     except Exception as failure:  # a peer may raise anything, and must not end the run
-        return Result(candidate.name, "failed", f"{type(failure).__name__}: {failure}".split("\n")[0][:200])
+        return Result(candidate.name, "failed", first_line(failure))
+    tolerance = problem.tolerance(candidate)
     if not error <= tolerance:
         return Result(candidate.name, "wrong", f"relative error {error:.1e} above {tolerance:.0e}", error)
     return Result(candidate.name, "ok", error=error)
+
+
+def first_line(failure: Exception) -> str:
+    """What an exception says, in one line short enough for a table."""
+    return f"{type(failure).__name__}: {failure}".split("\n")[0][:200]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,25 +16,71 @@ from ..counting import count_parameters
 from ..nn import KronEmbedding, KronLinear
 from ..presets import preset
 from ..reference import ACTIVATIONS
-from .interleaving import Timing, Variant, interleave
+from .compare import compare
+from .interleaving import Timing
+from .problem import relative_error
 
 # Largest ||h - h64|| / ||h64|| over the last hidden states: rounding gathered through all layers.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+# A float64 copy of a large batch takes longer than all the timing: so many of its sequences are checked.
+CHECKED_SEQUENCES = 4
+
+
+@dataclass(frozen=True)
+class EncoderWay:
+    """A way to run an encoder: ``run`` gives the hidden states of token ids ``(batch, sequence)``.
+
+    ``model`` is the module whose float64 copy says what is right, ``tolerance`` how far from it ``run`` may be.
+    """
+
+    name: str
+    model: nn.Module
+    run: Callable[[Tensor], Tensor]
+    tolerance: float
+    rest_seconds: float = 0.0
+
+
+class EncoderProblem:
+    """Token ids ``(batch, sequence)``, and the float64 hidden states of the models that were asked for them."""
+
+    def __init__(self, ids: Tensor) -> None:
+        self.ids = ids
+        self._checked = torch.linspace(0, len(ids) - 1, min(len(ids), CHECKED_SEQUENCES)).long()
+        self._want: dict[nn.Module, Tensor] = {}
+
+    def refusal(self, _way: EncoderWay) -> str:
+        return ""
+
+    def tolerance(self, way: EncoderWay) -> float:
+        return way.tolerance
+
+    def error(self, way: EncoderWay) -> float:
+        """Relative error against the model in float64, with dense layers in place of Kronecker layers.
+
+        Of a large batch, the first sequence, the last, and some between them are checked.
+        """
+        if way.model not in self._want:
+            self._want[way.model] = forward(reference_copy(way.model), self.ids[self._checked])
+        return relative_error(way.run(self.ids)[self._checked], self._want[way.model])
+
+    def runner(self, way: EncoderWay) -> Callable[[], object]:
+        return functools.partial(way.run, self.ids)
 
 
 @dataclass(frozen=True)
 class EncoderResult:
-    """One model at one input shape. ``timing`` is None where its output is wrong (``error`` above ``tolerance``)."""
+    """One model at one input shape. ``timing`` is None where it was not right; ``reason`` says why."""
 
     name: str
     parameters: int
-    error: float
+    error: float | None
     tolerance: float
     timing: Timing | None
+    reason: str = ""
 
 
 def encoders(presets: Sequence[str], dtype: torch.dtype, **sizes: int) -> dict[str, nn.Module]:
-    """``{"dense": ..., preset: ...}``: a BertModel of BERT-base's configuration and the same with Kronecker layers.
+    """``{"dense": ..., preset: ...}``: BertModels of BERT-base's configuration, the compressed ones fused.
 
     Args:
         presets: names for :func:`kron_kernels.presets.preset`.
@@ -43,12 +89,15 @@ def encoders(presets: Sequence[str], dtype: torch.dtype, **sizes: int) -> dict[s
     """
     from transformers import BertConfig, BertModel
 
+    from ..models import fuse_
+
     torch.manual_seed(0)
     config = BertConfig(**sizes)  # type: ignore[arg-type]
     models: dict[str, nn.Module] = {"dense": BertModel(config)}
     for name in presets:
         models[name] = BertModel(config)
         kronify_(models[name], preset(name, config.hidden_size, config.intermediate_size), fit=False)
+        fuse_(models[name])
     return {name: model.to(dtype).eval() for name, model in models.items()}
 
 
@@ -62,20 +111,24 @@ def compare_encoders(
         batch, sequence: shape of the random token ids.
         seconds: time to spend on each.
     """
-    dense = models["dense"]
-    vocabulary = dense.config.vocab_size  # type: ignore[union-attr]
-    ids = torch.randint(0, vocabulary, (batch, sequence), generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
-    errors = {name: encoder_error(model, ids) for name, model in models.items()}
-    tolerance = TOLERANCE[next(dense.parameters()).dtype]
-    right = {name: model for name, model in models.items() if errors[name] <= tolerance}
-    timings: dict[str, Timing] = {}
-    if "dense" in right:
-        variants = [Variant(name, functools.partial(forward, model, ids)) for name, model in right.items()]
-        timings = {timing.name: timing for timing in interleave(variants, "dense", seconds=seconds)}
+    problem = EncoderProblem(random_ids(models["dense"], batch, sequence))
+    ways = [plain_way(name, model) for name, model in models.items()]
+    results = compare(problem, ways, seconds=seconds)
     return [
-        EncoderResult(name, count_parameters(model), errors[name], tolerance, timings.get(name))
-        for name, model in models.items()
+        EncoderResult(way.name, count_parameters(way.model), result.error, way.tolerance, result.timing, result.reason)
+        for way, result in zip(ways, results, strict=True)
     ]
+
+
+def random_ids(model: nn.Module, batch: int, sequence: int) -> Tensor:
+    """Token ids ``(batch, sequence)`` of the model's vocabulary, the same ones every time."""
+    vocabulary = int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
+    return torch.randint(0, vocabulary, (batch, sequence), generator=torch.Generator().manual_seed(0))
+
+
+def plain_way(name: str, model: nn.Module) -> EncoderWay:
+    """The model as it is, held to the tolerance of its dtype."""
+    return EncoderWay(name, model, functools.partial(forward, model), TOLERANCE[next(model.parameters()).dtype])
 
 
 def forward(model: nn.Module, ids: Tensor) -> Tensor:
@@ -86,13 +139,14 @@ def forward(model: nn.Module, ids: Tensor) -> Tensor:
 
 def encoder_error(model: nn.Module, ids: Tensor) -> float:
     """Relative error of the model's last hidden states against the same model in float64 on the reference backend."""
-    got = forward(model, ids).double()
-    want = forward(reference_copy(model), ids)
-    return float((got - want).norm() / want.norm())
+    return EncoderProblem(ids).error(plain_way("model", model))
 
 
 def reference_copy(model: nn.Module) -> nn.Module:
-    """The model in float64, every Kronecker layer replaced by the dense layer it stands for."""
+    """The model in float64, every Kronecker layer replaced by the dense layer it stands for.
+
+    Without Kronecker layers nothing in it is fused: it computes as transformers does.
+    """
     twin = copy.deepcopy(model).double()
     for name, module in list(twin.named_modules()):
         if isinstance(module, KronEmbedding):

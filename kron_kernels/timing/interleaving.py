@@ -45,13 +45,21 @@ class Quantiles:
 
 @dataclass(frozen=True)
 class Timing:
-    """What one variant took: seconds a call, and how many times faster than the baseline of the same round."""
+    """What one variant took: seconds a call, and how many times faster than the baseline of the same round.
+
+    ``turns`` are the seconds a call of each round, in the order of the rounds.
+    """
 
     name: str
     seconds: Quantiles
     speedup: Quantiles
     rounds: int
     calls: int
+    turns: tuple[float, ...]
+
+    def speedup_over(self, other: Timing) -> Quantiles:
+        """How many times faster than another variant of the same run, round by round."""
+        return _speedup(other.turns, self.turns)
 
     def columns(self, unit: str) -> dict[str, float]:
         """The figures by name, as tables keep them; times in ``unit``, "us" or "ms"."""
@@ -110,12 +118,17 @@ def interleave(
         Timing(
             name=variant.name,
             seconds=Quantiles.of(mine),
-            speedup=Quantiles.of([theirs / ours for theirs, ours in zip(base, mine, strict=True)]),
+            speedup=_speedup(base, mine),
             rounds=rounds,
             calls=rounds * count,
+            turns=tuple(mine),
         )
         for variant, mine, count in zip(variants, turns, calls, strict=True)
     ]
+
+
+def _speedup(base: Sequence[float], mine: Sequence[float]) -> Quantiles:
+    return Quantiles.of([theirs / ours for theirs, ours in zip(base, mine, strict=True)])
 
 
 def _warm(variant: Variant, at_least: float) -> float:

@@ -5,9 +5,8 @@ Every way is checked against the float64 reference before it may be timed.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,9 +15,7 @@ from torch.nn import functional as F
 from .. import reference
 from ..factorize import order_cost
 from ..functional import kron_matmul
-
-# Largest ||y - y64|| / ||y64|| a way may show; the same bound holds for each gradient.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+from .problem import Candidate, Problem, random_normal
 
 
 @dataclass(frozen=True)
@@ -40,10 +37,14 @@ class LayerCase:
         return min(order_cost(*self.a, *self.b, 1))
 
     @property
+    def dense_macs(self) -> int:
+        """Multiply-adds a token of the dense layer."""
+        return self.shape[0] * self.shape[1]
+
+    @property
     def saving(self) -> float:
         """How many times fewer multiply-adds than the dense layer."""
-        m, n = self.shape
-        return m * n / self.macs
+        return self.dense_macs / self.macs
 
     def __str__(self) -> str:
         return f"{self.a[0]}x{self.a[1]} (x) {self.b[0]}x{self.b[1]}"
@@ -76,97 +77,37 @@ class Weights:
     weight: Tensor
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A way to compute the layer: ``function(x, *operands)`` with ``operands = prepare(weights, tokens)``.
-
-    ``differentiates`` says of each operand what it is ("a", "b", "bias", "weight"), in order; None: forward only.
-    """
-
-    name: str
-    function: Callable[..., Tensor]
-    prepare: Callable[[Weights, int], tuple[Tensor, ...]]
-    differentiates: tuple[str, ...] | None
-    rest_seconds: float = 0.0
-
-
 @dataclass
-class LayerProblem:
-    """Inputs of one measurement: ``x (tokens, n)`` and ``copies`` independent layers that take turns.
-
-    One copy keeps the weights in cache; twelve are what an encoder of twelve layers does to it.
-    """
+class LayerProblem(Problem):
+    """One layer on ``x (tokens, n)``, with ``copies`` independent sets of weights."""
 
     case: LayerCase
     tokens: int
     dtype: torch.dtype
     backward: bool = False
     copies: int = 1
-    x: Tensor = field(init=False)
-    grad: Tensor = field(init=False)
-    weights: list[Weights] = field(init=False)
 
     def __post_init__(self) -> None:
-        generator = torch.Generator().manual_seed(0)
+        normal = random_normal(self.dtype)
+        m, n = self.case.shape
+        self.x, self.grad = normal(self.tokens, n), normal(self.tokens, m)
+        self.weights = [random_weights(self.case, normal) for _ in range(self.copies)]
 
-        def normal(*shape: int, scale: float = 1.0) -> Tensor:
-            return (torch.randn(*shape, generator=generator) * scale).to(self.dtype)
-
-        (m1, n1), (m2, n2) = self.case.a, self.case.b
-        self.x, self.grad = normal(self.tokens, n1 * n2), normal(self.tokens, m1 * m2)
-        self.weights = []
-        for _ in range(self.copies):
-            a, b, bias = normal(m1, n1, scale=n1**-0.5), normal(m2, n2, scale=n2**-0.5), normal(m1 * m2)
-            self.weights.append(Weights(a, b, bias, torch.kron(a, b)))
-
-    def error(self, candidate: Candidate) -> float:
-        """Largest relative error ``||got - want|| / ||want||`` over the output and each gradient, against float64."""
-        weights = self.weights[0]
+    def reference(self) -> dict[str, Tensor]:
+        x, grad, weights = self.x.double(), self.grad.double(), self.weights[0]
         a, b = weights.a.double()[None], weights.b.double()[None]
-        want = {"y": reference.kron_mm(self.x.double(), a, b, weights.bias.double())}
-        operands = candidate.prepare(weights, self.tokens)
-        if not self.backward:
-            with torch.inference_mode():
-                got = {"y": candidate.function(self.x, *operands)}
-        else:
-            dx, da, db, dbias = reference.kron_mm_backward(self.grad.double(), self.x.double(), a, b)
-            want |= {"x": dx, "a": da[0], "b": db[0], "bias": dbias}
-            if "weight" in (candidate.differentiates or ()):
-                want["weight"] = self.grad.double().T @ self.x.double()
-            leaves = [tensor.detach().requires_grad_() for tensor in (self.x, *operands)]
-            y = candidate.function(*leaves)
-            names = ("y", "x", *(candidate.differentiates or ()))
-            got = dict(zip(names, (y.detach(), *torch.autograd.grad(y, leaves, self.grad)), strict=True))
-        errors = [relative_error(got[name], want[name]) for name in got if name in want]
-        # max() would let a NaN through.
-        return max(errors) if all(error == error for error in errors) else float("nan")
-
-    def runner(self, candidate: Candidate) -> Callable[[], object]:
-        """A function of no arguments that computes the layer once, with the next copy of the weights each time."""
-        turn = itertools.cycle([candidate.prepare(weights, self.tokens) for weights in self.weights])
-        function, x, grad = candidate.function, self.x, self.grad
-        if not self.backward:
-
-            def forward() -> Tensor:
-                with torch.inference_mode():
-                    return function(x, *next(turn))
-
-            return forward
-
-        leaves = itertools.cycle(
-            [[tensor.detach().requires_grad_() for tensor in (x, *next(turn))] for _ in range(len(self.weights))]
-        )
-
-        def forward_backward() -> tuple[Tensor, ...]:
-            inputs = next(leaves)
-            return torch.autograd.grad(function(*inputs), inputs, grad)
-
-        return forward_backward
+        want = {"y": reference.kron_mm(x, a, b, weights.bias.double())}
+        if self.backward:
+            dx, da, db, dbias = reference.kron_mm_backward(grad, x, a, b)
+            want |= {"x": dx, "a": da[0], "b": db[0], "bias": dbias, "weight": grad.T @ x}
+        return want
 
 
-def relative_error(got: Tensor, want: Tensor) -> float:
-    """``||got - want|| / ||want||`` in float64."""
-    return float((got.double() - want).norm() / want.norm())
+def random_weights(case: LayerCase, normal: Callable[..., Tensor]) -> Weights:
+    """Weights of one layer that keep unit variance."""
+    (m1, n1), (m2, n2) = case.a, case.b
+    a, b, bias = normal(m1, n1, scale=n1**-0.5), normal(m2, n2, scale=n2**-0.5), normal(m1 * m2)
+    return Weights(a, b, bias, torch.kron(a, b))
 
 
 def _factors(weights: Weights, _tokens: int) -> tuple[Tensor, ...]:

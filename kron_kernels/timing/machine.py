@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from .. import __version__, _backends
+from .interleaving import Variant
 
 
 def describe_machine() -> dict[str, str | int]:
@@ -41,6 +44,38 @@ def gemm_peak_gflops(dtype: torch.dtype, sizes: tuple[int, ...] = (1024, 1536, 2
             torch.mm(left, right, out=out)
             best = max(best, 2 * size**3 / (time.perf_counter() - start) / 1e9)
     return best
+
+
+@dataclass(frozen=True)
+class GemmPeak:
+    """A square ``torch.mm`` to run among other variants: their rates are shares of its rate in the same round.
+
+    Attributes:
+        variant: ``(size, size) @ (size, size)`` into a given output.
+        flop: operations of one call.
+        label: sizes and dtype, for tables.
+    """
+
+    variant: Variant
+    flop: int
+    label: str
+
+
+PEAK = "square torch.mm"
+
+
+@functools.cache
+def gemm_peak(dtype: torch.dtype, size: int = 1024) -> GemmPeak:
+    """The square product in ``dtype``; in float32 instead of bfloat16 where that is quicker.
+
+    Without matrix units for it, bfloat16 is best multiplied in float32, and the peak is then that of float32.
+    """
+    if dtype is torch.bfloat16:
+        dtype = max((dtype, torch.float32), key=lambda each: gemm_peak_gflops(each, (size,)))
+    left, right = (torch.randn(size, size).to(dtype) for _ in range(2))
+    out = torch.empty(size, size, dtype=dtype)
+    label = f"{size}x{size}, {str(dtype).removeprefix('torch.')}"
+    return GemmPeak(Variant(PEAK, lambda: torch.mm(left, right, out=out)), 2 * size**3, label)
 
 
 def _cpu_model() -> str:

@@ -26,20 +26,24 @@ def peak_memory_growth(run: Callable[[], object]) -> int | None:
     _trim()
     try:
         _CLEAR.write_text("5")  # "5" resets the peak to the present resident set
-        before = _kibibytes("VmRSS")
+        before = process_bytes("VmRSS")
         result = run()
-        peak = _kibibytes("VmHWM")
+        peak = process_bytes("VmHWM")
     except OSError:
         return None
     del result
-    return max(0, peak - before) * 1024
+    return max(0, peak - before)
 
 
-def _kibibytes(field: str) -> int:
+def process_bytes(field: str) -> int:
+    """A memory figure of this process in bytes, by its name in ``/proc/self/status``: "VmRSS", "VmHWM" (its peak).
+
+    Raises OSError where the system has no such figure.
+    """
     match = re.search(rf"^{field}:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)
     if match is None:
         raise OSError(f"{_STATUS} has no {field}")
-    return int(match.group(1))
+    return int(match.group(1)) * 1024
 
 
 def _trim() -> None:

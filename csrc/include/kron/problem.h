@@ -41,14 +41,77 @@ struct Executor {
     void (*run)(int64_t count, void (*task)(void* arg, int64_t index), void* arg);
 };
 
+// A layer norm of residual + y over each token's results. No residual: none.
+struct NormArgs {
+    const void* residual;  // (T, m1*m2), last dimension contiguous
+    int64_t residual_stride;
+    const void *weight, *bias;  // (m1*m2,) contiguous
+    double eps;
+};
+
+// One pair of factors applied to x, and where the result goes.
+struct Projection {
+    Factor a, b;
+    const void* bias;    // (m1*m2,) contiguous, or null
+    const void* packed;  // what kron_pack made of a and b, or null
+    int64_t packed_bytes;
+    void* y;  // (T, m1*m2) contiguous
+};
+
+constexpr int64_t kMostProjections = 8;
+
+// Products of one x with `count` pairs of factors, at most kMostProjections, all of one shape.
 struct ForwardArgs {
     Shape shape;
     const void* x;  // (T, n1*n2), last dimension contiguous
     int64_t x_stride;
-    Factor a, b;
-    const void* bias;  // (m1*m2,) contiguous, or null
+    int64_t count;
+    const Projection* projections;
     Activation activation;
-    void* y;  // (T, m1*m2) contiguous
+    NormArgs norm;
+};
+
+// y = W2 activation(W1 x + bias1) + bias2, then the norm. The first pair's m1*m2 is the second's n1*n2.
+struct FfnArgs {
+    Shape first, second;  // of equal tokens and dtype
+    const void* x;        // (T, n1*n2 of the first), last dimension contiguous
+    int64_t x_stride;
+    Projection w1, w2;  // y of w1 is not used
+    Activation activation;
+    NormArgs norm;
+};
+
+// Gradients of an FfnArgs without norm. An output that is null is not computed.
+struct FfnBackwardArgs {
+    Shape first, second;
+    const void* grad;  // dL/dy (T, m1*m2 of the second), last dimension contiguous
+    int64_t grad_stride;
+    const void* x;
+    int64_t x_stride;
+    Factor a1, b1, a2, b2;
+    const void* bias1;
+    Activation activation;
+    void *dx, *da1, *db1, *dbias1, *da2, *db2, *dbias2;  // contiguous
+};
+
+// A table of indices and the rows they choose, added to an embedding; weight null: none.
+struct AddedRows {
+    const int64_t* ids;  // (T,)
+    const void* weight;  // (rows, p*k) contiguous
+    int64_t rows;
+};
+
+// y[t] = sum_s A_s[ids[t]] (x) B_s + added rows, then the norm (whose residual is not used). ids are checked by the
+// caller.
+struct EmbeddingArgs {
+    int64_t tokens, terms, rows, p, k;
+    DType dtype;
+    const int64_t* ids;
+    Factor a, b;  // (S, rows, p), (S, 1, k)
+    AddedRows added[2];
+    const void *norm_weight, *norm_bias;  // (p*k,) contiguous, or both null
+    double eps;
+    void* y;  // (T, p*k) contiguous
 };
 
 // Gradients of y = (sum_s A_s (x) B_s) x + bias. An output that is null is not computed.
@@ -78,6 +141,18 @@ bool isa_compiled(Isa isa);
 // Shapes and pointers must already be checked by the caller. Throws std::bad_alloc when scratch cannot be had.
 void kron_mm_forward(const ForwardArgs& args, const Executor& executor);
 void kron_mm_backward(const BackwardArgs& args, const Executor& executor);
+void kron_ffn_forward(const FfnArgs& args, const Executor& executor);
+void kron_ffn_backward(const FfnBackwardArgs& args, const Executor& executor);
+void kron_embedding(const EmbeddingArgs& args, const Executor& executor);
+
+// Whether the block runs as one kernel; otherwise as two products.
+bool kron_ffn_is_fused(const Shape& first, const Shape& second);
+
+// The factors in the layout of the level in use: `out` holds kron_packed_bytes(shape). A call that gets bytes of
+// another layout, shape or of factors that no longer have these values packs for itself. Values are compared by
+// samples: one that has changed in few elements only is the caller's to notice.
+int64_t kron_packed_bytes(const Shape& shape);
+void kron_pack(const Shape& shape, const Factor& a, const Factor& b, void* out, const Executor& executor);
 
 // Bytes of scratch the last call on this thread asked for, all worker threads together (introspection and tests).
 int64_t last_scratch_bytes();

@@ -1,0 +1,190 @@
+"""The kernels of whole blocks at every instruction-set level, judged by the error rule of the shared table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import block_cases
+import cases
+from kron_kernels import _backends, _fused_ops, _ops, reference
+from kron_kernels._ops import ACTIVATION_CODES
+
+pytestmark = pytest.mark.skipif(not _backends.available()["cpu"].available, reason=_backends.available()["cpu"].reason)
+
+SLOW_TO_JUDGE = (torch.float64, torch.float16)  # right, and not tuned: fewer cases
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def run_ffn(o: block_cases.Ffn, case: block_cases.FfnCase, packed: bool = False) -> Tensor:
+    norm: tuple[Any, ...] = o.norm if case.norm else (None, None, None, 0.0)
+    packs = (_fused_ops.kron_pack(o.a1, o.b1), _fused_ops.kron_pack(o.a2, o.b2)) if packed else (None, None)
+    return _fused_ops.kron_ffn(*o.layers, ACTIVATION_CODES[case.activation], *norm, *packs)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=short)
+@pytest.mark.parametrize("case", block_cases.FFN_CASES, ids=lambda case: case.id)
+def test_ffn(case: block_cases.FfnCase, dtype: torch.dtype, packed: bool, isa: str) -> None:
+    if dtype in SLOW_TO_JUDGE and case.tokens not in (1, 33):
+        pytest.skip("the tuned dtypes run every case")
+    o, same_dtype, oracle = block_cases.ffn_case(case, dtype)
+    y = run_ffn(o, case, packed)
+    assert y.dtype is dtype
+    assert y.is_contiguous()
+    cases.assert_accurate(y, same_dtype, oracle)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=short)
+@pytest.mark.parametrize(
+    "case",
+    [case for case in block_cases.FFN_CASES if not case.norm and case.tokens not in (1, 2)],
+    ids=lambda case: case.id,
+)
+def test_ffn_backward(case: block_cases.FfnCase, dtype: torch.dtype, isa: str) -> None:
+    o = block_cases.make_ffn(case, dtype)
+    same_dtype, oracles = block_cases.ffn_gradients(case, dtype)
+    actual = _fused_ops.kron_ffn_backward(o.grad, *o.layers[:6], ACTIVATION_CODES[case.activation], 0b1111111)
+    for name, gradient, torch_gradient, oracle in zip(
+        _fused_ops.FFN_GRADIENTS, actual, same_dtype, oracles, strict=True
+    ):
+        cases.assert_accurate(gradient, torch_gradient, oracle, name)
+
+
+def test_ffn_backward_in_several_blocks_of_tokens(isa: str) -> None:
+    """Enough tokens that the intermediate does not fit one block; one thread of them in bfloat16."""
+    for dtype, tokens in ((torch.float32, 9000), (torch.bfloat16, 12000)):
+        case = block_cases.FfnCase("one-row", tokens)
+        o = block_cases.make_ffn(case, dtype)
+        o = block_cases.Ffn(**{**vars(o), "grad": o.grad / 30})
+        exact = block_cases.double(o)
+        same_dtype = reference.kron_ffn_backward(o.grad, *o.layers[:6], "gelu")
+        oracles = reference.kron_ffn_backward(exact.grad, *exact.layers[:6], "gelu")
+        actual = _fused_ops.kron_ffn_backward(o.grad, *o.layers[:6], 1, 0b1111111)
+        for name, *gradients in zip(_fused_ops.FFN_GRADIENTS, actual, same_dtype, oracles, strict=True):
+            cases.assert_accurate(*gradients, name)
+
+
+@pytest.mark.parametrize("needs", [0b0000001, 0b0001010, 0b1110000, 0b0000100, 0])
+def test_ffn_backward_computes_what_is_asked(needs: int) -> None:
+    o = block_cases.make_ffn(block_cases.FfnCase("k8", 33), torch.float32)
+    everything = _fused_ops.kron_ffn_backward(o.grad, *o.layers[:6], 1, 0b1111111)
+    some = _fused_ops.kron_ffn_backward(o.grad, *o.layers[:6], 1, needs)
+    for bit, (gradient, full) in enumerate(zip(some, everything, strict=True)):
+        if needs >> bit & 1:
+            torch.testing.assert_close(gradient, full)
+        else:
+            assert gradient.shape == (0,)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=short)
+@pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.id)
+def test_add_and_norm(case: cases.Case, dtype: torch.dtype, packed: bool, isa: str) -> None:
+    if dtype in SLOW_TO_JUDGE and (packed or case.layout != "contiguous"):
+        pytest.skip("the tuned dtypes run every case")
+    o = cases.make(case, dtype)
+    if o.grad.shape[1] < 3:
+        pytest.skip("a norm of one or two values is a sign: it has no error to judge")
+    norm = (*block_cases.norm_operands(o.grad, dtype), block_cases.EPS)
+    same_dtype = reference.kron_mm_norm(o.x, o.a, o.b, o.bias, *norm)
+    d = o.double()
+    oracle = reference.kron_mm_norm(d.x, d.a, d.b, d.bias, *(tensor.double() for tensor in norm[:3]), norm[3])
+    pack = _fused_ops.kron_pack(o.a, o.b) if packed else None
+    y = _fused_ops.kron_mm_norm(o.x, o.a, o.b, o.bias, *norm, pack)
+    cases.assert_accurate(y, same_dtype, oracle)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
+@pytest.mark.parametrize("case", [case for case in cases.CASES if case.tokens], ids=lambda case: case.id)
+def test_joint_projections_are_the_single_ones(case: cases.Case, dtype: torch.dtype, packed: bool, isa: str) -> None:
+    """The same bits as one product at a time, for as many as a call takes and one more."""
+    operands = [cases.make(case, dtype, seed) for seed in range(9)]
+    x = operands[0].x
+    a, b = [o.a for o in operands], [o.b for o in operands]
+    biases = [o.bias for o in operands] if case.bias else []
+    packs = [_fused_ops.kron_pack(*pair) for pair in zip(a, b, strict=True)] if packed else []
+    together = _fused_ops.kron_qkv(x, a, b, biases, packs)
+    for index, y in enumerate(together):
+        alone = _ops.kron_mm(
+            x, a[index], b[index], biases[index] if biases else None, 0, packs[index] if packs else None
+        )
+        torch.testing.assert_close(y, alone, rtol=1e-2 if dtype is torch.bfloat16 else 1e-5, atol=1e-4)
+        exact = reference.kron_mm(x, a[index], b[index], biases[index] if biases else None)
+        d = cases.Operands(x, a[index], b[index], biases[index] if biases else None, operands[index].grad)
+        cases.assert_accurate(y, exact, cases.forward_oracle(d))
+
+
+EMBEDDINGS = [
+    (1, 12, 8, True),
+    (2, 12, 16, True),
+    (3, 5, 3, False),
+    (1, 64, 12, True),
+    (1, 7, 1, True),
+    (2, 9, 40, False),
+]
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=short)
+@pytest.mark.parametrize(("terms", "p", "k", "whole"), EMBEDDINGS)
+def test_embedding(terms: int, p: int, k: int, whole: bool, dtype: torch.dtype, isa: str) -> None:
+    """``whole``: with position and type rows and a norm."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
+
+    m = p * k
+    ids = torch.randint(0, 50, (3, 21), generator=generator)
+    a, b = normal(terms, 50, p), normal(terms, 1, k)
+    positions, types, weight, bias = normal(30, m), normal(2, m), normal(m), normal(m)
+    rest: tuple[Any, ...] = (None,) * 6
+    if whole:
+        type_ids = torch.randint(0, 2, (3, 21), generator=generator, dtype=torch.int32)
+        rest = (torch.arange(21), positions, type_ids, types, weight, bias)
+    exact = [tensor.double() if tensor is not None and tensor.is_floating_point() else tensor for tensor in rest]
+    oracle = reference.kron_embedding(ids, a.double(), b.double(), *exact, block_cases.EPS)
+    same_dtype = reference.kron_embedding(ids, a, b, *rest, block_cases.EPS)
+    y = _fused_ops.kron_embedding(ids, a, b, *rest, block_cases.EPS)
+    assert y.shape == (3, 21, m)
+    cases.assert_accurate(y, same_dtype, oracle)
+    columns = _fused_ops.kron_embedding(ids.T.contiguous().T, a.mT.contiguous().mT, b, *rest, block_cases.EPS)
+    assert torch.equal(columns, y)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu"])
+def test_activation_within_four_ulp(activation: str, isa: str) -> None:
+    """Every kernel with tables (AVX-512) over their range; the others' formulas stay below eight."""
+    tail = {"gelu": 5.6, "gelu_tanh": 5.2, "silu": 17.5}[activation]
+    x = torch.linspace(-tail, tail + 3, 200_001)[:, None]
+    one = torch.ones(1, 1, 1)
+    y = _ops.kron_mm(x, one, one, None, ACTIVATION_CODES[activation]).double()
+    exact = {
+        "gelu": lambda x: 0.5 * x * torch.erfc(-x / 2**0.5),
+        "gelu_tanh": lambda x: x * torch.sigmoid(1.5957691216057308 * (x + 0.044715 * x**3)),
+        "silu": lambda x: x * torch.sigmoid(x),
+    }[activation](x.double())
+    ulp = torch.exp2(exact.abs().clamp_min(1e-30).log2().floor() - 23)
+    assert ((y - exact).abs() / ulp).max() <= (4 if isa in ("avx512", "amx") else 8)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("shape", ["k8", "k21", "balanced", "tiny-right", "odd"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_and_infinity_stay_in_their_token(shape: str, value: float, dtype: torch.dtype, isa: str) -> None:
+    o = block_cases.make_ffn(block_cases.FfnCase(shape, 33), dtype)
+    x = o.x.clone()
+    x[7, 3] = value
+    y = _fused_ops.kron_ffn(x, *o.layers[1:], 1, None, None, None, 0.0)
+    plain = _fused_ops.kron_ffn(*o.layers, 1, None, None, None, 0.0)
+    others = torch.arange(33) != 7
+    assert torch.equal(y[others], plain[others])
+    exact = reference.kron_ffn(x.double(), *(tensor.double() for tensor in o.layers[1:]), "gelu")
+    assert torch.equal(y[7].isfinite(), exact[7].isfinite())
