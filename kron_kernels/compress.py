@@ -24,6 +24,7 @@ from .convert import ConversionReport
 from .counting import linear_flops
 from .nn import KronLinear
 from .presets import KronConfig, preset
+from .quantize import QuantizationReport, quantize_
 
 Progress = Callable[[int, int, str], None]
 
@@ -57,11 +58,15 @@ class CompressReport:
     linear_flops_before: int
     linear_flops_after: int
     seconds: float
+    quantization: QuantizationReport | None
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able dict."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {"version": 1, "kron_kernels": __version__, **fields, "conversion": self.conversion.to_dict()}
+        converted = {"conversion": self.conversion.to_dict()}
+        if self.quantization is not None:
+            converted["quantization"] = self.quantization.to_dict()
+        return {"version": 1, "kron_kernels": __version__, **fields, **converted}
 
 
 def compress(
@@ -72,6 +77,7 @@ def compress(
     calibrate_text: str | os.PathLike[str] | None = None,
     calibrate_lines: int = 256,
     terms: int | None = None,
+    weight_dtype: str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> CompressReport:
@@ -85,6 +91,9 @@ def compress(
         calibrate_text: text file, a sentence a line, for the data-aware fit; None fits the weights alone.
         calibrate_lines: how many of its lines to use.
         terms: Kronecker products to sum in each linear layer; None keeps the config's.
+        weight_dtype: "int8" stores large factors as int8 (see ``quantize_``); None leaves that to the config. The
+            report then holds the agreement of the outputs with those of the factors before, on the lines of the text
+            or, without one, on random token ids.
         overwrite: replace an existing ``out_dir``.
         progress: called as ``progress(done, total, what)``.
 
@@ -97,23 +106,28 @@ def compress(
     target = Path(out_dir)
     _check_target(target, overwrite, model_dir)
     dense = load_dense(model_dir)
-    kron = _config(config, dense, terms)
+    kron = _config(config, dense, terms, weight_dtype)
     flops_before = linear_flops(dense, MAX_LENGTH, kron)
-    calibration, lines = None, 0
+    calibration, sentences = None, []
     if calibrate_text is not None:
         sentences = read_lines(calibrate_text, calibrate_lines)
-        calibration, lines = calibrate_on(dense, model_dir, sentences, kron, progress), len(sentences)
-    model = ARCHITECTURES[type(dense).__name__].from_dense(dense, kron, calibration=calibration, progress=progress)
+        calibration = calibrate_on(dense, model_dir, sentences, kron, progress)
+    floating = dataclasses.replace(kron, weight_dtype=None)
+    model = ARCHITECTURES[type(dense).__name__].from_dense(dense, floating, calibration=calibration, progress=progress)
+    quantization = None
+    if kron.weight_dtype is not None:
+        quantization = quantize_(model, _batches(model, model_dir, sentences))
     report = CompressReport(
         source=str(model_dir),
         target=str(target),
         architecture=type(model).__name__,
-        conversion=model.conversion_report,
-        calibration_lines=lines,
+        conversion=dataclasses.replace(model.conversion_report, config=kron),
+        calibration_lines=len(sentences),
         calibration_tokens=max(calibration.tokens.values()) if calibration else 0,
         linear_flops_before=flops_before,
         linear_flops_after=linear_flops(model, MAX_LENGTH, kron),
         seconds=time.perf_counter() - start,
+        quantization=quantization,
     )
     _save(model, report, model_dir, target)
     return report
@@ -186,14 +200,22 @@ def calibrate_on(
     progress: Progress | None = None,
 ) -> Calibration:
     """Input moments, on these sentences, of the linear layers of ``model`` that ``config`` will replace."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_dir, local_files_only=Path(tokenizer_dir).is_dir())
     names = [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and config.role_of(name) in config.rules and not config.skips(name)
     ]
-    longest = min(MAX_LENGTH, int(model.config.max_position_embeddings))  # type: ignore[union-attr, arg-type]
-    return calibrate(model, tokenize(tokenizer, sentences, longest), names, progress)
+    return calibrate(model, _batches(model, tokenizer_dir, sentences), names, progress)
+
+
+def _batches(model: Any, tokenizer_dir: str | os.PathLike[str], sentences: list[str]) -> list[dict[str, torch.Tensor]]:
+    """The sentences, tokenized; random token ids (8, 64) where there are none."""
+    if not sentences:
+        length = min(64, model.config.max_position_embeddings)
+        generator = torch.Generator().manual_seed(0)
+        return [{"input_ids": torch.randint(model.config.vocab_size, (8, length), generator=generator)}]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_dir, local_files_only=Path(tokenizer_dir).is_dir())
+    return tokenize(tokenizer, sentences, min(MAX_LENGTH, model.config.max_position_embeddings))
 
 
 def output_errors(dense: nn.Module, model: nn.Module, moments: Calibration) -> dict[str, float]:
@@ -217,9 +239,11 @@ def output_errors(dense: nn.Module, model: nn.Module, moments: Calibration) -> d
     return errors
 
 
-def _config(config: str | KronConfig, dense: Any, terms: int | None) -> KronConfig:
+def _config(config: str | KronConfig, dense: Any, terms: int | None, weight_dtype: str | None) -> KronConfig:
     sizes = (dense.config.hidden_size, dense.config.intermediate_size)
     kron = preset(config, *sizes) if isinstance(config, str) else config
+    if weight_dtype is not None:
+        kron = dataclasses.replace(kron, weight_dtype=weight_dtype)
     if terms is None:
         return kron
     # More terms of an embedding would only cost: its error is what the distillation takes care of first.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 from .calibrate import Calibration
 from .counting import count_parameters
 from .nn import KronDecoder, KronEmbedding, KronLinear, Shape, Shapes, fit_embedding, fit_linear
+from .nn.int8 import to_int8_
 from .presets import KronConfig, as_kron_config
 
 Progress = Callable[[int, int, str], None]
@@ -72,6 +73,7 @@ def kronify_(
     *,
     calibration: Calibration | None = None,
     fit: bool = True,
+    weight_dtype: str | None = None,
     progress: Progress | None = None,
 ) -> ConversionReport:
     """Replace the layers that ``config`` names by their nearest Kronecker products, in place.
@@ -88,6 +90,8 @@ def kronify_(
         calibration: the second moments and means of the layers' inputs (see ``calibrate``). The fit then minimises
             the error of each layer's output, its mean error taken up by the bias (see ``fit_linear``).
         fit: False leaves the new factors freshly drawn: the structure only, for a state dict to be loaded into.
+        weight_dtype: "int8" stores large factors as int8, as ``quantize_`` does after the conversion; None leaves that
+            to the config. The errors reported are those of the fit.
         progress: called as ``progress(done, total, name)`` after each layer.
 
     Raises:
@@ -95,12 +99,16 @@ def kronify_(
             its weight, a shape that does not divide, a layer without calibration, a model converted before.
     """
     config = as_kron_config(config)
+    if weight_dtype is not None:
+        config = replace(config, weight_dtype=weight_dtype)
     targets = _plan(model, config, calibration if fit else None, fit)
     params_before = count_parameters(model)
     replacements: list[nn.Module] = []
     layers = []
     for done, target in enumerate(targets, 1):
         module, relative_error, weighted_error = _fitted(target, calibration) if fit else (_fresh(target), None, None)
+        if config.weight_dtype is not None:
+            to_int8_(module)
         replacements.append(module)
         layers.append(
             LayerReport(
@@ -139,27 +147,32 @@ def tied_decoders(model: nn.Module, embedding: nn.Module) -> list[str]:
 
 
 def tie_decoders_(model: nn.Module, decoders: list[str], embedding: KronEmbedding) -> None:
-    """Replace the named linear layers by decoders on the embedding's factors, and tell transformers of the ties."""
+    """Replace the named output layers by decoders on the embedding's factors, and tell transformers of the ties."""
+    factors: tuple[str, ...] = ()
     for name in decoders:
-        decoder: Any = model.get_submodule(name)
-        model.set_submodule(name, embedding.tied_decoder(decoder.bias))
+        dense: Any = model.get_submodule(name)
+        decoder = embedding.tied_decoder(dense.bias)
+        factors = decoder.factor_names()
+        model.set_submodule(name, decoder)
     for prefix, module in model.named_modules():
         tied = getattr(module, "_tied_weights_keys", None)
         if not isinstance(tied, Mapping):
             continue
         # transformers reads these keys as regular expressions: without its end, "b" would match "bias" too.
-        module._tied_weights_keys = _factor_ties(tied, prefix, decoders, end="$")
-        module.all_tied_weights_keys = _factor_ties(module.all_tied_weights_keys, prefix, decoders, end="")
+        module._tied_weights_keys = _factor_ties(tied, prefix, decoders, factors, end="$")
+        module.all_tied_weights_keys = _factor_ties(module.all_tied_weights_keys, prefix, decoders, factors, end="")
 
 
-def _factor_ties(tied: Mapping[str, str], prefix: str, decoders: list[str], end: str) -> dict[str, str]:
-    """Ties of a decoder's weight to an embedding's become ties of their two factors."""
+def _factor_ties(
+    tied: Mapping[str, str], prefix: str, decoders: list[str], factors: tuple[str, ...], end: str
+) -> dict[str, str]:
+    """Ties of a decoder's weight, or of factors it had, to an embedding's become ties of these factors."""
     ties = {}
     for target, source in tied.items():
-        layer = target.removesuffix(".weight")
-        if layer != target and (f"{prefix}.{layer}" if prefix else layer) in decoders:
-            for factor in "ab":
-                ties[f"{layer}.{factor}{end}"] = f"{source.removesuffix('.weight')}.{factor}"
+        layer, _, tied_tensor = target.removesuffix("$").rpartition(".")
+        if tied_tensor in ("weight", "a", "b") and (f"{prefix}.{layer}" if prefix else layer) in decoders:
+            for factor in factors:
+                ties[f"{layer}.{factor}{end}"] = f"{source.rpartition('.')[0]}.{factor}"
         else:
             ties[target] = source
     return ties

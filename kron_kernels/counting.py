@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from .factorize import order_cost
@@ -12,8 +13,12 @@ _LINEAR_ROLES = ("attention", "ffn_in", "ffn_out")
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Parameters of ``model``, shared ones once; works on the meta device."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Parameters of ``model``, shared ones once; works on the meta device.
+
+    The values of int8 factors count, though torch knows them as buffers; their scales do not.
+    """
+    values = [buffer for buffer in model.buffers() if buffer.dtype is torch.int8]
+    return sum(tensor.numel() for tensor in (*model.parameters(), *values))
 
 
 def layer_flops(layer: nn.Linear | KronLinear) -> int:

@@ -10,7 +10,9 @@ from typing import Any
 
 from .nn import Shape, Shapes
 
-VERSION = 1
+# 2 is written for a config with weight_dtype, 1 for one without: earlier versions of this package read those.
+VERSIONS = (1, 2)
+WEIGHT_DTYPES = (None, "int8")
 
 # Module names of BERT and its kin (RoBERTa, ELECTRA, ...) and of MPNet. Poolers and heads match none of them.
 DEFAULT_PATTERNS: dict[str, tuple[str, ...]] = {
@@ -82,18 +84,22 @@ class KronConfig:
 
     ``patterns`` maps a role to regular expressions searched in the full module name; extend it for other
     architectures. ``skip`` lists expressions of modules that stay dense whatever their role. A role without a rule
-    stays dense. Raises ValueError for a rule whose role has no pattern and for a broken expression.
+    stays dense. ``weight_dtype`` "int8" stores large factors as int8 (see ``quantize_``), None in the model's dtype.
+    Raises ValueError for a rule whose role has no pattern, a broken expression and another weight_dtype.
     """
 
     rules: Mapping[str, ShapeRule]
     name: str = "custom"
     patterns: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: dict(DEFAULT_PATTERNS))
     skip: tuple[str, ...] = ()
+    weight_dtype: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rules", dict(self.rules))
         object.__setattr__(self, "patterns", {role: tuple(regexes) for role, regexes in self.patterns.items()})
         object.__setattr__(self, "skip", tuple(self.skip))
+        if self.weight_dtype not in WEIGHT_DTYPES:
+            raise ValueError(f"weight_dtype: expected None or 'int8', got {self.weight_dtype!r}")
         if not self.rules:
             raise ValueError("rules: expected at least one role, got none")
         for role in self.rules:
@@ -117,25 +123,28 @@ class KronConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able dict, with the version of its format."""
+        stored = {} if self.weight_dtype is None else {"weight_dtype": self.weight_dtype}
         return {
-            "version": VERSION,
+            "version": VERSIONS[len(stored)],
             "name": self.name,
             "rules": {role: rule.to_dict() for role, rule in self.rules.items()},
             "patterns": {role: list(regexes) for role, regexes in self.patterns.items()},
             "skip": list(self.skip),
+            **stored,
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> KronConfig:
         """The inverse of ``to_dict``; ValueError for another version, for missing and for unknown keys."""
-        if data.get("version") != VERSION:
-            raise ValueError(f"version: expected {VERSION}, got {data.get('version')!r}")
-        _check_keys("config", data, {"version", "name", "rules", "patterns", "skip"})
+        if data.get("version") not in VERSIONS:
+            raise ValueError(f"version: expected 1 or 2, got {data.get('version')!r}")
+        optional = {"weight_dtype"} if data["version"] == 2 else set()
+        _check_keys("config", data, {"version", "name", "rules", "patterns", "skip", *optional})
         if not isinstance(data.get("rules"), Mapping):
             raise ValueError(f"rules: expected a mapping from role to rule, got {data.get('rules')!r}")
         for role, rule in data["rules"].items():
             _check_keys(f"rules[{role!r}]", rule, {"a", "b", "terms"})
-        rest = {key: data[key] for key in ("name", "patterns", "skip") if key in data}
+        rest = {key: data[key] for key in ("name", "patterns", "skip", "weight_dtype") if key in data}
         return cls(rules={role: ShapeRule(**rule) for role, rule in data["rules"].items()}, **rest)
 
     def to_json(self) -> str:

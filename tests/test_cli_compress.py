@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -272,3 +273,30 @@ def test_tokenize_batches_like_lengths(bert: Path) -> None:
     assert [batch["input_ids"].shape[0] for batch in batches] == [32, 10]
     assert all(batch["input_ids"].shape[1] <= 8 for batch in batches)
     assert int(batches[0]["attention_mask"].sum()) == 2 * 4 + 30 * 8
+
+
+@pytest.mark.parametrize("calibrate", [False, True])
+def test_int8_factors(calibrate: bool, bert: Path, text: Path, tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "out"
+    arguments = ["compress", str(bert), str(out), "--preset", "K8", "--weight-dtype", "int8"]
+    assert main([*arguments, *(["--calibrate", str(text)] if calibrate else [])]) == 0
+    printed = capsys.readouterr().out
+    assert "int8 factors: " in printed
+    assert printed.rstrip().endswith("on the text" if calibrate else "on random token ids")
+    saved = json.loads((out / REPORT_NAME).read_text())
+    assert saved["conversion"]["config"]["weight_dtype"] == "int8"
+    assert saved["quantization"]["bytes_after"] < saved["quantization"]["bytes_before"]
+    assert 0.999 < saved["quantization"]["agreement"] < 1
+    loaded = transformers.AutoModel.from_pretrained(out)
+    assert loaded.encoder.layer[0].output.dense.b_int8.dtype is torch.int8
+    compress(bert, tmp_path / "plain", "K8", calibrate_text=text if calibrate else None)
+    assert (out / "model.safetensors").stat().st_size < (tmp_path / "plain" / "model.safetensors").stat().st_size
+
+
+def test_int8_by_a_config_and_another_weight_dtype(bert: Path, tmp_path: Path, capsys: Capture) -> None:
+    config = dataclasses.replace(preset("K8"), weight_dtype="int8")
+    assert compress(bert, tmp_path / "out", config).quantization is not None
+    bad = ["--preset", "K8", "--weight-dtype", "int4"]
+    assert "weight_dtype: expected None or 'int8', got 'int4'" in run_error(
+        [str(bert), str(tmp_path / "no"), *bad], capsys
+    )

@@ -222,7 +222,7 @@ def test_bad_configurations():
         KronBertConfig(kron="K21", hidden_size=200, intermediate_size=800)
     with pytest.raises(TypeError, match="config: expected a KronConfig, its dict or a preset's name, got int"):
         KronBertConfig(kron=8)
-    with pytest.raises(ValueError, match="version: expected 1, got 7"):
+    with pytest.raises(ValueError, match="version: expected 1 or 2, got 7"):
         KronBertConfig(kron={**preset("K8").to_dict(), "version": 7})
 
 

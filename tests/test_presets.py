@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -112,14 +113,16 @@ def changed(**changes):
 @pytest.mark.parametrize(
     ("data", "match"),
     [
-        (changed(version=2), "version: expected 1, got 2"),
-        ({"rules": {}}, "version: expected 1, got None"),
+        (changed(version=3), "version: expected 1 or 2, got 3"),
+        ({"rules": {}}, "version: expected 1 or 2, got None"),
         (changed(size=3), "config: unknown keys size; expected name, patterns, rules, skip, version"),
         (changed(rules={"attention": {"c": [2, 2]}}), r"rules\['attention'\]: unknown keys c; expected a, b, terms"),
         (changed(rules={"attention": [2, 2]}), r"rules\['attention'\]: expected a mapping, got \[2, 2\]"),
         (changed(rules=[]), r"rules: expected a mapping from role to rule, got \[\]"),
         (changed(rules={}), "rules: expected at least one role, got none"),
         (changed(rules={"mixer": {"a": [2, 2]}}), "rules: role 'mixer' has no patterns; known roles: attention"),
+        (changed(weight_dtype="int8"), "config: unknown keys weight_dtype"),
+        (changed(version=2, weight_dtype="int4"), "weight_dtype: expected None or 'int8', got 'int4'"),
         (changed(skip=["("]), r"patterns: '\(' is not a regular expression"),
         (changed(rules={"attention": {"a": [2, 0]}}), r"a: expected two positive integers, got \[2, 0\]"),
         (changed(rules={"attention": {"a": [2, 2], "terms": 0}}), "terms: expected an integer of at least 1, got 0"),
@@ -134,3 +137,13 @@ def test_bad_configurations(data, match):
 def test_another_type_is_refused():
     with pytest.raises(TypeError, match="config: expected a KronConfig, its dict or a preset's name, got int"):
         as_kron_config(8)
+
+
+def test_weight_dtype_is_written_in_version_2_only():
+    plain = preset("K8")
+    assert plain.to_dict()["version"] == 1
+    assert "weight_dtype" not in plain.to_dict()
+    int8 = replace(plain, weight_dtype="int8")
+    assert int8.to_dict() == {**plain.to_dict(), "version": 2, "weight_dtype": "int8"}
+    assert KronConfig.from_json(int8.to_json()) == int8
+    assert KronConfig.from_dict({**plain.to_dict(), "version": 2}) == plain

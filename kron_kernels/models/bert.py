@@ -33,7 +33,7 @@ from transformers import (
 
 from ..calibrate import Calibration
 from ..convert import ConversionReport, Progress, kronify_, tie_decoders_
-from ..nn import KronDecoder, KronEmbedding, KronLinear
+from ..nn import Int8Factored, KronDecoder, KronEmbedding, KronLinear
 from ..presets import KronConfig, as_kron_config, preset
 from .bert_layers import FusedBertEmbeddings, FusedBertLayer, fuse_
 
@@ -124,7 +124,7 @@ class KronBertPreTrainedModel(BertPreTrainedModel):
             f"{name}.{factor}"
             for name, module in model.named_modules()
             if isinstance(module, (KronLinear, KronEmbedding))
-            for factor in "ab"
+            for factor in module.factor_names()
         }
         if not reinitialise and (mismatched := sorted(info["mismatched_keys"])):
             name, stored, expected = mismatched[0]
@@ -133,6 +133,17 @@ class KronBertPreTrainedModel(BertPreTrainedModel):
                 f"them {name}: expected {tuple(expected)}, got {tuple(stored)}; is it a checkpoint of another preset?"
             )
         if missing := sorted(factors.intersection(info["missing_keys"])):
+            wanted = model.config.kron.get("weight_dtype")
+            if wanted is None and any(key.endswith("_int8") for key in info["unexpected_keys"]):
+                raise OSError(
+                    f"{pretrained_model_name_or_path}: expected factors in floating point, as the configuration says, "
+                    "got int8 ones"
+                )
+            if wanted == "int8" and any(name.removesuffix("_int8") in info["unexpected_keys"] for name in missing):
+                raise OSError(
+                    f"{pretrained_model_name_or_path}: expected int8 factors, as the configuration says, got factors "
+                    "in floating point; load them without weight_dtype and call quantize_"
+                )
             raise OSError(
                 f"{path}: expected Kronecker factors, {len(missing)} are missing, among them "
                 f"{missing[0]}; {cls.__name__}.from_dense converts a dense model"
@@ -184,6 +195,10 @@ class KronBertPreTrainedModel(BertPreTrainedModel):
         bias of zero. ``pad_to_multiple_of`` rounds the size up. Returns the word embedding.
         """
         old = cast(KronEmbedding, self.get_input_embeddings())
+        if isinstance(old, Int8Factored):
+            raise ValueError(
+                "model: expected factors in floating point to resize, got int8 ones; resize before quantize_"
+            )
         size = old.num_embeddings if new_num_tokens is None else new_num_tokens
         if pad_to_multiple_of is not None:
             size = -(-size // pad_to_multiple_of) * pad_to_multiple_of

@@ -30,7 +30,7 @@ from transformers.pytorch_utils import apply_chunking_to_forward
 
 from .._observers import needs_autograd
 from ..fused import AddNorm, kron_embedding, kron_ffn, kron_matmul_norm, kron_qkv
-from ..nn import KronEmbedding, KronLinear
+from ..nn import Int8KronLinear, KronEmbedding, KronLinear
 from ..reference import index_error
 from .padding import Packing, remove_padding
 
@@ -53,7 +53,7 @@ def _unhooked(module: nn.Module) -> bool:
 
 
 def _factored(module: Any) -> bool:
-    return type(module) is KronLinear and module.activation is None and _unhooked(module)
+    return type(module) in (KronLinear, Int8KronLinear) and module.activation is None and _unhooked(module)
 
 
 def _norm_of(module: Any, factors: Any) -> tuple[Tensor, Tensor, float] | None:
@@ -62,7 +62,7 @@ def _norm_of(module: Any, factors: Any) -> tuple[Tensor, Tensor, float] | None:
         return None
     parameters = module._parameters  # nn.Module's own way to an attribute costs as much as a small op
     weight, bias = parameters.get("weight"), parameters.get("bias")
-    if weight is None or bias is None or weight.dtype is not factors._parameters["b"].dtype:
+    if weight is None or bias is None or weight.dtype is not factors.dtype:
         return None
     return weight, bias, module.eps
 

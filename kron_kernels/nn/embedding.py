@@ -44,7 +44,7 @@ class KronEmbedding(KronFactored):
 
     @property
     def num_embeddings(self) -> int:
-        return self.a.shape[1]
+        return self.shapes[0][0]
 
     def reset_parameters(self, std: float = 1.0) -> None:
         """Draw the factors so that the table's entries have standard deviation ``std`` (nn.Embedding's is 1)."""
@@ -53,9 +53,13 @@ class KronEmbedding(KronFactored):
             with torch.no_grad():
                 self.a[:, self.padding_idx].zero_()
 
+    def gather(self, ids: Tensor) -> list[Tensor]:
+        """The rows of A for token ids ``(...)``: of each term a tensor ``(..., embedding_dim / factor)``."""
+        return [take_rows(a, ids, "ids") for a in self.a]
+
     def forward(self, ids: Tensor) -> Tensor:
         # (..., p, 1) * (1, k) -> (..., p * k)
-        rows = (take_rows(a, ids, "ids").unsqueeze(-1) * b for a, b in zip(self.a, self.b, strict=True))
+        rows = (row.unsqueeze(-1) * b for row, b in zip(self.gather(ids), self.b, strict=True))
         out = reduce(torch.add, rows).flatten(-2)
         if self.padding_idx is None or not torch.is_grad_enabled():
             return out

@@ -49,9 +49,19 @@ class KronFactored(nn.Module):
         (_, m1, n1), (_, m2, n2) = self.a.shape, self.b.shape
         return (m1, n1), (m2, n2)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of ``a`` and ``b`` as they read, and of products with them."""
+        b = self._parameters.get("b")  # nn.Module's own way to an attribute costs as much as a small op
+        return (self.b if b is None else b).dtype
+
     def dense_weight(self) -> Tensor:
         """The weight (m1 * m2, n1 * n2), built in full; differentiable."""
         return kron_weight(self.a, self.b)
+
+    def factor_names(self) -> tuple[str, ...]:
+        """What the factors are stored in, by its names in the state dict."""
+        return ("a", "b")
 
     def init_factors(self, std: float) -> None:
         # An entry of W sums S products of two independent entries: its variance is S * var(a) * var(b). Both factors
@@ -67,5 +77,5 @@ class KronFactored(nn.Module):
 
     def factor_repr(self) -> str:
         (m1, n1), (m2, n2) = self.shapes
-        compression = m1 * m2 * n1 * n2 / (self.a.numel() + self.b.numel())
+        compression = m1 * m2 * n1 * n2 / (self.terms * (m1 * n1 + m2 * n2))
         return f"factors={m1}x{n1} (x) {m2}x{n2}, terms={self.terms}, compression={compression:.2f}x"

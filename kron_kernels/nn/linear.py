@@ -96,7 +96,7 @@ class KronLinear(KronFactored):
             self.out_features,
             bias=self.bias is not None,
             device=self.a.device,
-            dtype=self.a.dtype,
+            dtype=self.dtype,
         )
         with torch.no_grad():
             linear.weight.copy_(self.dense_weight())
