@@ -1,6 +1,7 @@
 // The right factor's GEMM on AMX: rows and panels in bf16, sums in fp32. Same interface as VectorGemm (factors.h).
 #pragma once
 
+#include "amx_mix.h"
 #include "amx_tiles.h"
 #include "gemm.h"
 
@@ -9,7 +10,7 @@ namespace KRON_ISA {
 
 struct AmxGemm {
     typedef bf16 Row;
-    static constexpr bool kConvertsRows = true;
+    static constexpr bool kTileMix = true;
     static constexpr int64_t kRowBlock = 16;  // results and rows come in whole tiles of this many rows
     static constexpr int64_t kLanes = 32;     // two tiles side by side
     static constexpr int kPanelVectors = static_cast<int>(kLanes / Simd<float>::W);
@@ -45,14 +46,10 @@ struct AmxGemm {
         }
     }
 
-    static void convert(const float* in, int64_t in_step, int64_t rows, int64_t n, bf16* out, int64_t out_step) {
-        constexpr int W = Simd<float>::W;
-        for (int64_t r = 0; r < rows; ++r) {
-            int64_t k = 0;
-            for (; k + W <= n; k += W) store<float, bf16>(out + r * out_step + k, load<float>(in + r * in_step + k));
-            for (; k < depth(n); ++k) out[r * out_step + k] = k < n ? to_bf16(in[r * in_step + k]) : bf16{0};
-        }
+    static MixActMix<float, bf16> pick_mix(const FfnPlan& p, Activation activation) {
+        return pick_mix_on_tiles(p, activation);
     }
+    static void mix_lefts(const Middle<float>& middle, bf16* left1, bf16* left2) { tile_lefts(middle, left1, left2); }
 
     // out (rows rounded up to kRowBlock, 32) = [out +] R (same rows, depth) panel.
     static void multiply(int64_t rows, int64_t n, const bf16* R, int64_t step, const bf16* panel, int64_t, int,

@@ -125,7 +125,7 @@ static void dot_panel(int64_t rows, int64_t depth, const Row* R, int64_t step, c
 template <class C>
 struct VectorGemm {
     typedef C Row;
-    static constexpr bool kConvertsRows = false;
+    static constexpr bool kTileMix = false;
     static constexpr int64_t kRowBlock = 1;
     static constexpr int kPanelVectors = 0;  // the plan chooses
     static int64_t depth(int64_t n) { return n; }

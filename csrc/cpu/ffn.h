@@ -207,7 +207,12 @@ static void ffn_forward(const FfnArgs& args, const Executor& executor) {
     f.direct_x = !p.commuted && args.x_stride == p.n1 * p.n2 && __is_same(E, Row) && p.n2 == G::depth(p.n2);
     f.direct_y = same && !p.commuted && p.p2 % Simd<C>::W == 0;
     f.mix = pick_mix_act_mix<C, Row>(p, args.activation);
-    f.middle = Middle<C>{p.m1, p.n1, p.p1, nullptr, nullptr, nullptr, padded<C>(p.m2), act_for(args.activation)};
+    bool on_tiles = false;
+    if constexpr (G::kTileMix) {
+        if (!f.mix) f.mix = G::pick_mix(p, args.activation), on_tiles = f.mix;
+    }
+    f.middle = Middle<C>{p.m1,    p.n1,   p.p1, nullptr, nullptr, nullptr, padded<C>(p.m2), act_for(args.activation),
+                         nullptr, nullptr};
     const int64_t outputs = p.p1 * p.p2;
     f.out = Output<C, E>{static_cast<E*>(args.w2.y), p.commuted, p.p1, p.p2, nullptr, Act{}};
 
@@ -220,7 +225,7 @@ static void ffn_forward(const FfnArgs& args, const Executor& executor) {
     f.right1.panels = prepacked(args.w1, args.first, f.right1, p.commuted);
     f.right2.panels = prepacked(args.w2, args.second, f.right2, p.commuted);
     C *left1 = nullptr, *left2 = nullptr, *bias1 = nullptr, *bias2 = nullptr;
-    Row *panels1 = nullptr, *panels2 = nullptr;
+    Row *panels1 = nullptr, *panels2 = nullptr, *tile_left1 = nullptr, *tile_left2 = nullptr;
     const auto carve = [&](Carver& c) {
         left1 = c.take<C>(p.terms1 * p.m1 * p.n1);
         left2 = c.take<C>(p.terms2 * p.p1 * p.m1);
@@ -229,6 +234,7 @@ static void ffn_forward(const FfnArgs& args, const Executor& executor) {
         if (!f.right1.panels) panels1 = c.take<Row>(f.right1.size());
         if (!f.right2.panels) panels2 = c.take<Row>(f.right2.size());
         if (p.panel_groups > 1) f.shared_m = c.take<Row>(f.m_size());
+        if (on_tiles) tile_left1 = c.take<Row>(p.m1 * kTileMixInputs), tile_left2 = c.take<Row>(p.m1 * kTileMixOutputs);
     };
     Carver count(nullptr), tile_count(nullptr);
     carve(count);
@@ -241,6 +247,10 @@ static void ffn_forward(const FfnArgs& args, const Executor& executor) {
     compact_left<C, E>(p.commuted ? args.w2.b : args.w2.a, p.terms2, p.p1, p.m1, false, left2);
     oriented_bias<C, E>(static_cast<const E*>(args.w1.bias), p.commuted, p.m1, p.m2, bias1, f.middle.bias_step);
     f.middle.left1 = left1, f.middle.left2 = left2, f.middle.bias = bias1;
+    if constexpr (G::kTileMix) {
+        if (on_tiles) G::mix_lefts(f.middle, tile_left1, tile_left2);
+        f.middle.tile_left1 = tile_left1, f.middle.tile_left2 = tile_left2;
+    }
     f.out.bias = bias_of<C, E>(args.w2.bias, outputs, bias2);
     if (panels1) f.right1.pack_all(panels1, executor);
     if (panels2) f.right2.pack_all(panels2, executor);

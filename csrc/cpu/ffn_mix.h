@@ -7,6 +7,9 @@
 namespace kron {
 namespace KRON_ISA {
 
+// The largest left factors of a middle on tiles: (m1, n1) and (p1, m1).
+constexpr int64_t kTileMixInputs = 32, kTileMixHidden = 128, kTileMixOutputs = 16;
+
 template <class C>
 struct Middle {
     int64_t m1, n1, p1;
@@ -15,6 +18,7 @@ struct Middle {
     const C* bias;   // (m1, bias_step), zero padded
     int64_t bias_step;
     Act act;
+    const void *tile_left1, *tile_left2;  // both left factors as a GEMM on tiles wants them, or null
 };
 
 // z rows (t, n1), m rows (t, p1), `lanes` a whole number of vectors; bias from lane `lane` on.

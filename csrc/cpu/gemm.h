@@ -136,8 +136,9 @@ struct RowBlocks {
     int rows(int64_t block) const { return static_cast<int>(block < larger ? size + 1 : size); }
 };
 
-// Longest sum of one accumulator. Shorter sums, added up, err less. Without fused multiply-adds every step rounds twice;
-// and for few rows, as for one vector, a library's product is made of short sums: ours should not err more than twice.
+// Longest sum of one accumulator. Shorter sums, added up, err less. Without fused multiply-adds every step rounds
+// twice; and for few rows, as for one vector, a library's product is made of short sums: ours should not err more than
+// twice.
 constexpr int64_t kShortSum = 64, kFewRows = 64;
 KRON_INLINE int64_t longest_sum([[maybe_unused]] int64_t rows) {
 #if defined(__FMA__) || defined(__aarch64__)

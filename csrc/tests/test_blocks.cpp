@@ -298,9 +298,10 @@ void fixed_blocks() {
     // Two rows a token (in registers), four, one; a balanced pair (in L1); tiny right factors (commuted); odd sizes; a
     // pair that does not chain. m1, n1, m2, n2 of the first, m1, m2 of the second, whether the second's grid is turned
     // round.
-    const int64_t shapes[][7] = {{8, 2, 48, 32, 2, 48, 0},  {8, 4, 32, 24, 4, 40, 0}, {4, 1, 40, 24, 1, 24, 0},
-                                 {24, 8, 24, 16, 8, 16, 0}, {48, 24, 4, 2, 24, 2, 0}, {5, 3, 7, 2, 2, 9, 0},
-                                 {7, 2, 33, 17, 2, 19, 0},  {6, 2, 10, 12, 2, 12, 1}};
+    const int64_t shapes[][7] = {{8, 2, 48, 32, 2, 48, 0},    {8, 4, 32, 24, 4, 40, 0},  {4, 1, 40, 24, 1, 24, 0},
+                                 {24, 8, 24, 16, 8, 16, 0},   {48, 24, 4, 2, 24, 2, 0},  {5, 3, 7, 2, 2, 9, 0},
+                                 {64, 16, 48, 48, 16, 48, 0}, {32, 5, 20, 9, 11, 24, 0}, {7, 2, 33, 17, 2, 19, 0},
+                                 {6, 2, 10, 12, 2, 12, 1}};
     for (const auto& s : shapes)
         for (const DType dtype : {DType::f32, DType::bf16, DType::f64, DType::f16})
             for (const int64_t tokens : {0, 1, 9, 67}) {
