@@ -11,9 +11,11 @@ namespace KRON_ISA {
 // Row pair k of a panel: lane l holds the bf16 of low[l], then that of high[l].
 KRON_INLINE Vi bf16_pairs(Vf low, Vf high) {
 #if defined(__AVX512BF16__)
-    const __m512i lows = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)low));
-    const __m512i highs = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)high));
-    return (Vi)_mm512_or_si512(lows, _mm512_slli_epi32(highs, 16));
+    typedef uint16_t Half __attribute__((vector_size(32)));
+    typedef uint32_t Whole __attribute__((vector_size(64)));
+    const Whole lows = __builtin_convertvector((Half)_mm512_cvtneps_pbh((__m512)low), Whole);
+    const Whole highs = __builtin_convertvector((Half)_mm512_cvtneps_pbh((__m512)high), Whole);
+    return (Vi)(lows | highs << 16);
 #else
     Vi pairs;
     for (int l = 0; l < Simd<float>::W; ++l)
@@ -55,49 +57,69 @@ static bool activate_pairs(const Act& act, int64_t m1, const float* h, int32_t* 
     return false;
 }
 
+// A few blocks of 16 columns go through each step together: a step alone would wait for its own stores.
+constexpr int kMixBlocks = 3;
+struct MixBlock {
+    alignas(64) int32_t in[kTileMixInputs / 2 * 16];
+    float h[kTileMixHidden * 16];
+    int32_t pairs[kTileMixHidden / 2 * 16];
+    float out[kTileMixOutputs * 16];
+};
+
 // See MixActMix (ffn_mix.h). Tiles 0, 1: sums; 4, 5: rows of a left factor; 6: columns.
 template <Activation kKind>
 static void mix_on_tiles(const Middle<float>& mid, int64_t tokens, const float* z, int64_t z_step, int64_t lane,
                          int64_t lanes, bf16* m, int64_t m_step) {
     constexpr int W = Simd<float>::W;
-    alignas(64) int32_t in[kTileMixInputs / 2 * 16] = {}, pairs[kTileMixHidden / 2 * 16];
-    alignas(64) float h[kTileMixHidden * 16], out[kTileMixOutputs * 16];
+    MixBlock blocks[kMixBlocks];
+    for (MixBlock& block : blocks) memset(block.in, 0, sizeof block.in);
     const bf16 *left1 = static_cast<const bf16*>(mid.tile_left1), *left2 = static_cast<const bf16*>(mid.tile_left2);
     const int64_t bias_bytes = mid.bias_step * 4, left2_bytes = mid.m1 * 2;
-    for (int64_t t = 0; t < tokens; ++t)
-        for (int64_t c = 0; c < lanes; c += 16) {
-            const float* rows = z + t * mid.n1 * z_step + c;
+    const int64_t across = (lanes + 15) / 16, all = tokens * across;
+    for (int64_t from = 0; from < all; from += kMixBlocks) {
+        const int here = static_cast<int>(all - from < kMixBlocks ? all - from : kMixBlocks);
+        for (int u = 0; u < here; ++u) {
+            const float* rows = z + (from + u) / across * mid.n1 * z_step + (from + u) % across * 16;
             for (int64_t j = 0; j < mid.n1; j += 2)
                 for (int64_t l = 0; l < 16; l += W) {
                     const Vf low = load<float>(rows + j * z_step + l);
                     const Vi pair = bf16_pairs(low, j + 1 < mid.n1 ? load<float>(rows + (j + 1) * z_step + l) : Vf{});
-                    memcpy(in + j / 2 * 16 + l, &pair, sizeof pair);
+                    memcpy(blocks[u].in + j / 2 * 16 + l, &pair, sizeof pair);
                 }
-            tile_load<6>(in, 64);
-            const float* bias = mid.bias + lane + c;
-            for (int64_t i = 0; i < mid.m1; i += 32) {
-                tile_load<0>(bias + i * mid.bias_step, bias_bytes);
-                tile_load<1>(bias + (i + 16) * mid.bias_step, bias_bytes);
-                tile_load<4>(left1 + i * kTileMixInputs, kTileMixInputs * 2);
-                tile_load<5>(left1 + (i + 16) * kTileMixInputs, kTileMixInputs * 2);
+        }
+        for (int64_t i = 0; i < mid.m1; i += 32) {
+            tile_load<4>(left1 + i * kTileMixInputs, kTileMixInputs * 2);
+            tile_load<5>(left1 + (i + 16) * kTileMixInputs, kTileMixInputs * 2);
+            for (int u = 0; u < here; ++u) {
+                const float* bias = mid.bias + i * mid.bias_step + lane + (from + u) % across * 16;
+                tile_load<6>(blocks[u].in, 64);
+                tile_load<0>(bias, bias_bytes);
+                tile_load<1>(bias + 16 * mid.bias_step, bias_bytes);
                 tile_dot<0, 4, 6>();
                 tile_dot<1, 5, 6>();
-                tile_store<0>(h + i * 16, 64);
-                tile_store<1>(h + (i + 16) * 16, 64);
+                tile_store<0>(blocks[u].h + i * 16, 64);
+                tile_store<1>(blocks[u].h + (i + 16) * 16, 64);
             }
-            if (activate_pairs<kKind, false>(mid.act, mid.m1, h, pairs))
-                activate_pairs<kKind, true>(mid.act, mid.m1, h, pairs);
+        }
+        for (int u = 0; u < here; ++u)
+            if (activate_pairs<kKind, false>(mid.act, mid.m1, blocks[u].h, blocks[u].pairs))
+                activate_pairs<kKind, true>(mid.act, mid.m1, blocks[u].h, blocks[u].pairs);
+        for (int u = 0; u < here; ++u) {
             tile_zero<0>();
             for (int64_t i = 0; i < mid.m1; i += 32) {
                 tile_load<4>(left2 + i, left2_bytes);
-                tile_load<6>(pairs + i / 2 * 16, 64);
+                tile_load<6>(blocks[u].pairs + i / 2 * 16, 64);
                 tile_dot<0, 4, 6>();
             }
-            tile_store<0>(out, 64);
+            tile_store<0>(blocks[u].out, 64);
+        }
+        for (int u = 0; u < here; ++u) {
+            bf16* to = m + (from + u) / across * mid.p1 * m_step + (from + u) % across * 16;
             for (int64_t k = 0; k < mid.p1; ++k)
                 for (int64_t l = 0; l < 16; l += W)
-                    store<float, bf16>(m + (t * mid.p1 + k) * m_step + c + l, load<float>(out + k * 16 + l));
+                    store<float, bf16>(to + k * m_step + l, load<float>(blocks[u].out + k * 16 + l));
         }
+    }
 }
 
 // Null where the left factors do not fit, or are too small to be worth it.

@@ -211,8 +211,9 @@ static void ffn_forward(const FfnArgs& args, const Executor& executor) {
     if constexpr (G::kTileMix) {
         if (!f.mix) f.mix = G::pick_mix(p, args.activation), on_tiles = f.mix;
     }
-    f.middle = Middle<C>{p.m1,    p.n1,   p.p1, nullptr, nullptr, nullptr, padded<C>(p.m2), act_for(args.activation),
-                         nullptr, nullptr};
+    const int64_t bias_step = (p.m2 + 15) / 16 * 16;  // whole vectors, and whole tiles
+    f.middle =
+        Middle<C>{p.m1, p.n1, p.p1, nullptr, nullptr, nullptr, bias_step, act_for(args.activation), nullptr, nullptr};
     const int64_t outputs = p.p1 * p.p2;
     f.out = Output<C, E>{static_cast<E*>(args.w2.y), p.commuted, p.p1, p.p2, nullptr, Act{}};
 
