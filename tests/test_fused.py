@@ -146,10 +146,12 @@ def test_compiles_whole_and_once_for_all_batches() -> None:
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(block, fullgraph=True, dynamic=True, backend=counter)
     with torch.no_grad():
+        compiled(o.x, o.residual)
+        compiled_once = counter.frame_count
         for tokens in (3, 5, 9):
             o2 = small(torch.float32, tokens)
             torch.testing.assert_close(compiled(o2.x, o2.residual), block(o2.x, o2.residual))
-    assert counter.frame_count == 1
+    assert counter.frame_count == compiled_once
     x = o.x.clone().requires_grad_()
     trained = torch.compile(lambda x: kron_ffn(x, *o.layers[1:]), fullgraph=True, backend="aot_eager")
     (grad,) = torch.autograd.grad(trained(x).sum(), x)

@@ -230,10 +230,10 @@ def test_wrong_models(folder: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]
 
 
-def test_a_missing_compiler_is_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_is_named(folder: Path, tmp_path: Path) -> None:
     from torch._inductor import config
 
-    monkeypatch.setattr(config.cpp, "cxx", ("absent-compiler",))
-    with pytest.raises(RuntimeError, match=r"No working C\+\+ compiler found .*absent-compiler"):
+    absent = config.patch({"cpp.cxx": ("absent-compiler",)})
+    with absent, pytest.raises(RuntimeError, match=r"No working C\+\+ compiler found .*absent-compiler"):
         export_model(folder, tmp_path / "model.pt2", "aoti")
     assert not list(tmp_path.iterdir())
