@@ -161,7 +161,7 @@ def test_embedding(terms: int, p: int, k: int, whole: bool, dtype: torch.dtype, 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu"])
 def test_activation_within_four_ulp(activation: str, isa: str) -> None:
-    """The kernels with tables (AVX-512), over their range. The others' formulas lose the last bits of large exponents."""
+    """The kernels with tables (AVX-512), over their range; the formulas of the others lose bits of large exponents."""
     tail = {"gelu": 5.6, "gelu_tanh": 5.2, "silu": 17.5}[activation]
     x = torch.linspace(-tail, tail + 3, 200_001)[:, None]
     one = torch.ones(1, 1, 1)
