@@ -2,8 +2,9 @@
 
 python -m bench.process_memory     dense, K8 and K21, 128 tokens, a fresh process for each
 
-The allocator is left as a user has it. ``imported_mib`` is the process with Python, torch and transformers alone;
-``model_mib`` is what loading and running the model add to it at the peak.
+The compressed models are loaded from their checkpoints by transformers, and as packages by torch alone ("K8, package").
+The allocator is left as a user has it. ``imported_mib`` is the process with its imports alone; ``model_mib`` is what
+loading and running the model add to it at the peak.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from kron_kernels.cli.output import Progress
 KEY = ("dtype", "batch", "sequence", "layers", "model")
 COLUMNS = ("status", "reason", "peak_mib", "imported_mib", "model_mib", "checkpoint_mib")
 CALLS = 3
+PACKAGE = ", package"
 QUIET = {"TQDM_DISABLE": "1"}
 
 
@@ -28,7 +30,8 @@ def main() -> None:
     current = stamp(arguments.threads)
     budget = Budget(arguments.budget)
     file = ResultFile(arguments.out / "process.csv", KEY, COLUMNS)
-    jobs = list(itertools.product(arguments.dtype, arguments.batch, ["dense", *arguments.preset]))
+    models = ["dense", *(preset + form for preset in arguments.preset for form in ("", PACKAGE))]
+    jobs = list(itertools.product(arguments.dtype, arguments.batch, models))
     progress = Progress(every_seconds=0)
     for done, (dtype, batch, model) in enumerate(jobs):
         if budget.spent():
@@ -46,12 +49,17 @@ def measure_process(key: Row, arguments: argparse.Namespace) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         dtype = str(DTYPES[key["dtype"]]).removeprefix("torch.")
         job = {**key, "dtype": dtype, "folder": folder, "threads": arguments.threads, "calls": CALLS}
+        job["model"] = key["model"].removesuffix(PACKAGE)
+        job["package"] = f"{folder}/model.pt2"
+        packaged = key["model"].endswith(PACKAGE)
         try:
             list(child("bench.process_worker", {**job, "kind": "save", "sizes": arguments.sizes}, QUIET))
-            (found,) = child("bench.process_worker", {**job, "kind": "run"}, QUIET)
+            if packaged:
+                list(child("bench.process_worker", {**job, "kind": "export"}, QUIET))
+            (found,) = child("bench.process_worker", {**job, "kind": "run package" if packaged else "run"}, QUIET)
         except Crash as crash:
             return {"status": "crashed", "reason": str(crash)}
-        size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+        size = sum(path.stat().st_size for path in Path(folder).glob("*.pt2" if packaged else "*.safetensors"))
     return {
         "status": "ok",
         "peak_mib": found["peak"] / 2**20,

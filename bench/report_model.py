@@ -177,7 +177,8 @@ def process_parts(rows: list[Row]) -> list[str]:
     )
     return [
         "**Memory of a process** that loads the checkpoint and runs it, MiB. Imports are Python, torch and "
-        "transformers, which weigh the same whatever the model.",
+        "transformers, which weigh the same whatever the model. A *package* is the model exported by "
+        "`kron-kernels export --format aoti`, in a process without transformers.",
         markdown(headers, lines),
     ]
 

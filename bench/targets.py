@@ -123,4 +123,6 @@ def encoder_reach(row: Mapping[str, str], over_compiled: bool = False) -> float 
 
 def process_reach(row: Mapping[str, str]) -> float | None:
     """The share of dense's peak memory to stay within, of a row of process.csv; None where none was set."""
-    return _PROCESS_MEMORY.get(row["model"]) if (row["layers"], row["sequence"]) == (LAYERS, "128") else None
+    if (row["layers"], row["sequence"]) != (LAYERS, "128"):
+        return None
+    return _PROCESS_MEMORY.get(row["model"].removesuffix(", package"))

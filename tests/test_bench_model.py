@@ -203,7 +203,17 @@ def test_process_that_dies_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(process_memory, "child", lambda module, job, environment: iter(_die(job)))
     process_memory.main()
     rows = {row["model"]: (row["status"], row["reason"]) for row in read_rows(tmp_path / "process.csv")}
-    assert rows == {"dense": ("ok", ""), "K99": ("crashed", "exit code 1")}
+    crashed = ("crashed", "exit code 1")
+    assert rows == {"dense": ("ok", ""), "K99": crashed, "K99, package": crashed}
+
+
+def test_a_package_is_exported_and_run_in_processes_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs: list[dict[str, Any]] = []
+    monkeypatch.setattr(process_memory, "child", lambda module, job, environment: (jobs.append(job), _die(job))[1])
+    key = {"dtype": "bf16", "batch": 1, "sequence": 8, "layers": 1, "model": "K8, package"}
+    row = process_memory.measure_process(key, argparse.Namespace(threads=1, sizes={}))
+    assert row["status"] == "ok"
+    assert [(job["kind"], job["model"]) for job in jobs] == [("save", "K8"), ("export", "K8"), ("run package", "K8")]
 
 
 def _die(job: dict[str, Any]) -> Iterator[dict[str, Any]]:

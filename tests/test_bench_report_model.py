@@ -84,7 +84,7 @@ def test_encoder_reach_follows_input_dtype_and_processor() -> None:
     assert encoder_reach(text_row(dtype="bf16", isa="avx512")) is None
     assert encoder_reach(text_row(layers=2)) is None
     assert encoder_reach(text_row(batch=4)) is None
-    assert process_reach(text_row()) == 0.45
+    assert process_reach(text_row()) == process_reach(text_row(model="K8, package")) == 0.45
     assert process_reach(text_row(sequence=16)) is None
 
 
