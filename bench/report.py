@@ -61,7 +61,10 @@ def fill(readme: str, results: str) -> str:
 def render(results: Path) -> str:
     """Everything that the result files say, as Markdown."""
     files = {name: read_rows(results / f"{name}.csv") for name in FILES}
-    machines = list(dict.fromkeys(machine_of(row) for name in FILES for row in files[name]))
+    everything = [row for name in FILES for row in files[name]]
+    # Measured last, shown first.
+    newest = sorted(everything, key=lambda row: row["date"], reverse=True)
+    machines = list(dict.fromkeys(machine_of(row) for row in newest))
     if not machines:
         return f"\n{NONE_YET}\n\n"
     parts = [

@@ -91,6 +91,13 @@ def test_tables_show_what_was_met_and_what_falls_short(results: Path) -> None:
     assert "Some CPU, 2 cores, kernels at avx2" in text
 
 
+def test_the_machine_measured_last_comes_first(results: Path) -> None:
+    file = ResultFile(results / "layers.csv", (*POINT_KEY, "variant"), COLUMNS)
+    file.add([{**row("balanced", 1, "kron_kernels", 6.0), "cpu": "New CPU", "date": "2999-01-01"}])
+    text = render(results)
+    assert 0 < text.index("### New CPU") < text.index("### Some CPU")
+
+
 def test_fill_replaces_only_what_is_between_the_markers() -> None:
     readme = f"before\n{BEGIN}\nold\n{END}\nafter\n"
     filled = fill(readme, "\nnew\n\n")
