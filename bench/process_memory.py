@@ -2,7 +2,8 @@
 
 python -m bench.process_memory     dense, K8 and K21, 128 tokens, a fresh process for each
 
-The compressed models are loaded from their checkpoints by transformers, and as packages by torch alone ("K8, package").
+The compressed models are loaded from their checkpoints by transformers, as exported packages by torch alone ("K8,
+package"), and from their checkpoints by ``load_package``, without transformers too ("K8, folder").
 The allocator is left as a user has it. ``imported_mib`` is the process with its imports alone; ``model_mib`` is what
 loading and running the model add to it at the peak.
 """
@@ -21,7 +22,8 @@ from kron_kernels.cli.output import Progress
 KEY = ("dtype", "batch", "sequence", "layers", "model")
 COLUMNS = ("status", "reason", "peak_mib", "imported_mib", "model_mib", "checkpoint_mib")
 CALLS = 3
-PACKAGE = ", package"
+# Loaded by kron_kernels.serving.load_package: what "kron-kernels export" made, or the checkpoint itself.
+PACKAGE, FOLDER = ", package", ", folder"
 QUIET = {"TQDM_DISABLE": "1"}
 
 
@@ -30,7 +32,7 @@ def main() -> None:
     current = stamp(arguments.threads)
     budget = Budget(arguments.budget)
     file = ResultFile(arguments.out / "process.csv", KEY, COLUMNS)
-    models = ["dense", *(preset + form for preset in arguments.preset for form in ("", PACKAGE))]
+    models = ["dense", *(preset + form for preset in arguments.preset for form in ("", PACKAGE, FOLDER))]
     jobs = list(itertools.product(arguments.dtype, arguments.batch, models))
     progress = Progress(every_seconds=0)
     for done, (dtype, batch, model) in enumerate(jobs):
@@ -49,14 +51,14 @@ def measure_process(key: Row, arguments: argparse.Namespace) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         dtype = str(DTYPES[key["dtype"]]).removeprefix("torch.")
         job = {**key, "dtype": dtype, "folder": folder, "threads": arguments.threads, "calls": CALLS}
-        job["model"] = key["model"].removesuffix(PACKAGE)
-        job["package"] = f"{folder}/model.pt2"
-        packaged = key["model"].endswith(PACKAGE)
+        job["model"] = key["model"].removesuffix(PACKAGE).removesuffix(FOLDER)
+        packaged, plain = key["model"].endswith(PACKAGE), key["model"] == job["model"]
+        job["package"] = f"{folder}/model.pt2" if packaged else folder
         try:
             list(child("bench.process_worker", {**job, "kind": "save", "sizes": arguments.sizes}, QUIET))
             if packaged:
                 list(child("bench.process_worker", {**job, "kind": "export"}, QUIET))
-            (found,) = child("bench.process_worker", {**job, "kind": "run package" if packaged else "run"}, QUIET)
+            (found,) = child("bench.process_worker", {**job, "kind": "run" if plain else "run package"}, QUIET)
         except Crash as crash:
             return {"status": "crashed", "reason": str(crash)}
         size = sum(path.stat().st_size for path in Path(folder).glob("*.pt2" if packaged else "*.safetensors"))

@@ -178,7 +178,8 @@ def process_parts(rows: list[Row]) -> list[str]:
     return [
         "**Memory of a process** that loads the checkpoint and runs it, MiB. Imports are Python, torch and "
         "transformers, which weigh the same whatever the model. A *package* is the model exported by "
-        "`kron-kernels export --format aoti`, in a process without transformers.",
+        "`kron-kernels export --format aoti`, in a process without transformers; a *folder* is the checkpoint itself, "
+        "run by `load_package`, without transformers too.",
         markdown(headers, lines),
     ]
 

@@ -125,4 +125,4 @@ def process_reach(row: Mapping[str, str]) -> float | None:
     """The share of dense's peak memory to stay within, of a row of process.csv; None where none was set."""
     if (row["layers"], row["sequence"]) != (LAYERS, "128"):
         return None
-    return _PROCESS_MEMORY.get(row["model"].removesuffix(", package"))
+    return _PROCESS_MEMORY.get(row["model"].removesuffix(", package").removesuffix(", folder"))

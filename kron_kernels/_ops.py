@@ -20,6 +20,14 @@ from . import reference
 
 # The codes of kron::Activation in csrc/include/kron/problem.h.
 ACTIVATION_CODES: dict[str | None, int] = {None: 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "silu": 4}
+# What transformers calls them. "gelu_new" and "gelu_pytorch_tanh" are one function, spelt out and torch's own.
+HUGGING_FACE_ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "silu": "silu",
+}
 _ACTIVATION_NAMES = {code: name for name, code in ACTIVATION_CODES.items()}
 
 # "flexible_layout": the kernels read any strides, so that a compiler need not copy its operands for them.

@@ -204,7 +204,7 @@ def test_process_that_dies_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     process_memory.main()
     rows = {row["model"]: (row["status"], row["reason"]) for row in read_rows(tmp_path / "process.csv")}
     crashed = ("crashed", "exit code 1")
-    assert rows == {"dense": ("ok", ""), "K99": crashed, "K99, package": crashed}
+    assert rows == {"dense": ("ok", ""), "K99": crashed, "K99, package": crashed, "K99, folder": crashed}
 
 
 def test_a_package_is_exported_and_run_in_processes_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

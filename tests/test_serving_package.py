@@ -178,7 +178,7 @@ def test_other_archives_are_refused(exported: Path, tmp_path: Path) -> None:
 
 
 def test_no_file_and_no_package(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"package: expected a file, got .*absent.pt2"):
+    with pytest.raises(FileNotFoundError, match=r"package: expected a file or a model folder, got .*absent.pt2"):
         load_package(tmp_path / "absent.pt2")
     (tmp_path / "model.bin").write_text("")
     with pytest.raises(ValueError, match=r"package: expected a file ending in .pt2 or .onnx, got .*model.bin"):

@@ -29,6 +29,7 @@ from transformers.models.bert.modeling_bert import (
 from transformers.pytorch_utils import apply_chunking_to_forward
 
 from .._observers import needs_autograd
+from .._ops import HUGGING_FACE_ACTIVATIONS
 from ..fused import AddNorm, kron_embedding, kron_ffn, kron_matmul_norm, kron_qkv
 from ..nn import Int8KronLinear, KronEmbedding, KronLinear
 from ..reference import index_error
@@ -36,9 +37,8 @@ from .padding import Packing, remove_padding
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
-# transformers' activations by class. "gelu_new" and "gelu_pytorch_tanh" are one function, spelt out and torch's own.
-_NAMES = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "silu": "silu"}
-_ACTIVATIONS = {type(ACT2FN[theirs]): ours for theirs, ours in _NAMES.items()}
+# transformers' activations by class.
+_ACTIVATIONS = {type(ACT2FN[theirs]): ours for theirs, ours in HUGGING_FACE_ACTIVATIONS.items()}
 
 
 def _unhooked(module: nn.Module) -> bool:

@@ -122,18 +122,25 @@ class Package:
 def load_package(path: str | os.PathLike[str]) -> Package:
     """Load what ``export_model`` or ``kron-kernels export`` wrote, of any format, to run on the CPU.
 
+    The folder of a KronBertModel, as ``kron-kernels compress`` writes it, runs as it is: through the ops, without an
+    export. It must have every layer factored, in floating point.
+
     An AOTInductor package is machine code: load only files whose origin you trust.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: no such file or folder.
         OSError: a file that is damaged, truncated or not such a package.
-        ValueError: a suffix other than ``.pt2`` and ``.onnx``.
+        ValueError: a suffix other than ``.pt2`` and ``.onnx``; a folder of another model.
         RuntimeError: a package compiled for another torch or a processor with more instructions than this one; an
             optional package that is missing.
     """
     path = Path(path)
+    if path.is_dir():
+        from .folder import load_folder
+
+        return load_folder(path)
     if not path.is_file():
-        raise FileNotFoundError(f"package: expected a file, got {path}")
+        raise FileNotFoundError(f"package: expected a file or a model folder, got {path}")
     if path.suffix == ".pt2":
         return _load_archive(path)
     if path.suffix == ".onnx":
