@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from kron_kernels.models import KronBertConfig, KronBertModel
 from kron_kernels.serving import load_package
-from serving_models import KRON, SIZES, save_dense, save_kron
+from serving_models import KRON, SIZES, documented, save_dense, save_kron
 
 
 @pytest.fixture
@@ -47,6 +47,15 @@ def test_outputs_are_the_models(folder: Path, padded: bool, dtype: torch.dtype) 
     close = {"rtol": 1e-4, "atol": 1e-5} if dtype is torch.float32 else {"rtol": 0.05, "atol": 0.1}
     torch.testing.assert_close(outputs["last_hidden_state"][real], expected.last_hidden_state[real], **close)
     torch.testing.assert_close(outputs["pooler_output"], expected.pooler_output, **close)
+
+
+def test_the_page_serves_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_kron(tmp_path / "small")
+    monkeypatch.chdir(tmp_path)
+    given = inputs()
+    names = {"ids": given["input_ids"], "mask": given["attention_mask"]}
+    exec(documented("The folder itself"), names)
+    assert names["hidden"].shape == (4, 13, 48)
 
 
 @pytest.mark.parametrize("activation", ["gelu_new", "relu"])
