@@ -14,6 +14,7 @@ from transformers.activations import ACT2FN
 
 from cases import assert_accurate
 from kron_kernels import reference
+from kron_kernels._ops import HUGGING_FACE_ACTIVATIONS
 from kron_kernels.convert import kronify_
 from kron_kernels.models import (
     KronBertConfig,
@@ -227,10 +228,10 @@ def test_feed_forward_in_chunks(calls):
     assert_same(model)
 
 
-@pytest.mark.parametrize("name", bert_layers._NAMES)
+@pytest.mark.parametrize("name", HUGGING_FACE_ACTIVATIONS)
 def test_activations_map_to_the_same_function(name):
     x = torch.linspace(-9, 9, 1001, dtype=torch.float64)
-    ours = reference.ACTIVATIONS[bert_layers._NAMES[name]](x)
+    ours = reference.ACTIVATIONS[HUGGING_FACE_ACTIVATIONS[name]](x)
     torch.testing.assert_close(ours, ACT2FN[name](x), rtol=1e-12, atol=1e-14)
     assert_same(make(hidden_act=name))
 
