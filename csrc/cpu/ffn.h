@@ -26,18 +26,13 @@ struct Ffn {
     bool direct_x, direct_y;
     Row* shared_m;  // M of all tokens, where the panels are shared out
 
-    static int64_t row_blocks(int64_t rows) { return (rows + G::kRowBlock - 1) / G::kRowBlock * G::kRowBlock; }
-    static int64_t row_width(int64_t n) {
-        const int64_t whole = padded<C>(n), read = G::depth(n);
-        return row_step<Row>(whole > read ? whole : read);
-    }
-    int64_t x_step() const { return row_width(plan.n2); }
+    int64_t x_step() const { return row_step<Row>(row_values<C, G>(plan.n2)); }
     int64_t z_step() const { return right1.width(); }
-    int64_t m_step() const { return row_width(plan.m2); }
+    int64_t m_step() const { return row_step<Row>(row_values<C, G>(plan.m2)); }
     int64_t result_step() const { return direct_y ? plan.p2 : row_step<C>(right2.outputs_padded()); }
-    int64_t z_term() const { return row_blocks(plan.tile_tokens * plan.n1) * z_step(); }
+    int64_t z_term() const { return row_blocks<G>(plan.tile_tokens * plan.n1) * z_step(); }
     // M: a block of rows for every term of the second pair.
-    int64_t m_term() const { return row_blocks(plan.tile_tokens * plan.p1) * m_step(); }
+    int64_t m_term() const { return row_blocks<G>(plan.tile_tokens * plan.p1) * m_step(); }
     int64_t m_size() const { return plan.terms2 * m_term(); }
 
     struct Tile {
@@ -46,14 +41,14 @@ struct Ffn {
     };
     Tile carve(Carver& c) const {
         Tile tile{};
-        tile.x = c.take<Row>(row_blocks(plan.tile_tokens * plan.n1) * x_step());
+        tile.x = c.take<Row>(row_blocks<G>(plan.tile_tokens * plan.n1) * x_step());
         tile.z = c.take<C>(plan.terms1 * z_term());
         if (!mix) {
             tile.h = c.take<C>(h_tokens() * plan.m1 * z_step());
             if (!kSameRow) tile.mixed = c.take<C>(h_tokens() * plan.p1 * z_step());
         }
         if (plan.panel_groups == 1) tile.m = c.take<Row>(m_size());
-        if (!direct_y) tile.result = c.take<C>(row_blocks(plan.tile_tokens * plan.p1) * result_step());
+        if (!direct_y) tile.result = c.take<C>(row_blocks<G>(plan.tile_tokens * plan.p1) * result_step());
         if (norm.residual) tile.norm_row = c.take<C>(padded<C>(out.size()));
         return tile;
     }
@@ -217,14 +212,8 @@ static void ffn_forward(const FfnArgs& args, const Executor& executor) {
     const int64_t outputs = p.p1 * p.p2;
     f.out = Output<C, E>{static_cast<E*>(args.w2.y), p.commuted, p.p1, p.p2, nullptr, Act{}};
 
-    const auto prepacked = [](const Projection& w, const Shape& shape, const RightFactor<C, E, G>& right,
-                              bool commuted) {
-        return static_cast<const Row*>(packed_panels(w, shape,
-                                                     layout_code(sizeof(Row), Simd<C>::W, right.vectors, commuted),
-                                                     right.size() * static_cast<int64_t>(sizeof(Row))));
-    };
-    f.right1.panels = prepacked(args.w1, args.first, f.right1, p.commuted);
-    f.right2.panels = prepacked(args.w2, args.second, f.right2, p.commuted);
+    f.right1.panels = f.right1.packed_by(args.w1, args.first, p.commuted);
+    f.right2.panels = f.right2.packed_by(args.w2, args.second, p.commuted);
     C *left1 = nullptr, *left2 = nullptr, *bias1 = nullptr, *bias2 = nullptr;
     Row *panels1 = nullptr, *panels2 = nullptr, *tile_left1 = nullptr, *tile_left2 = nullptr;
     const auto carve = [&](Carver& c) {

@@ -14,10 +14,6 @@ namespace {
 
 constexpr int64_t kBlockBytes = 8 << 20;
 
-int64_t size_of(DType dtype) {
-    return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
-}
-
 char* at(const void* base, int64_t elements, DType dtype) {
     return static_cast<char*>(const_cast<void*>(base)) + elements * size_of(dtype);
 }

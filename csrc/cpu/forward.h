@@ -12,7 +12,6 @@
 
 #include "mix.h"
 #include "output.h"
-#include "packed.h"
 #include "right.h"
 #include "scratch.h"
 
@@ -41,12 +40,8 @@ struct Forward {
 
     int64_t left_size() const { return plan.terms * plan.m1 * plan.n1; }
     int64_t gemm_rows_a_token() const { return plan.right_first ? plan.n1 : plan.m1; }
-    static int64_t row_blocks(int64_t rows) { return (rows + G::kRowBlock - 1) / G::kRowBlock * G::kRowBlock; }
     // A row holds X once, or its product with every left factor side by side.
-    int64_t row_term() const {
-        const int64_t whole = padded<C>(plan.n2), read = G::depth(plan.n2);
-        return whole > read ? whole : read;
-    }
+    int64_t row_term() const { return row_values<C, G>(plan.n2); }
     int64_t rows_step() const { return row_step<Row>((plan.right_first ? 1 : count * plan.terms) * row_term()); }
     int64_t x_step() const { return row_step<C>(plan.n2); }
     int64_t middle_term() const { return right[0].outputs_padded(); }
@@ -59,7 +54,7 @@ struct Forward {
         Row *rows, *panel;
     };
     Tile carve(Carver& c) const {
-        const int64_t t = plan.tile_tokens, rows = row_blocks(t * gemm_rows_a_token());
+        const int64_t t = plan.tile_tokens, rows = row_blocks<G>(t * gemm_rows_a_token());
         Tile tile{};
         tile.rows = c.take<Row>(rows * rows_step());
         if (plan.right_first) {
@@ -68,7 +63,7 @@ struct Forward {
             tile.x = c.take<C>(t * plan.n1 * x_step());
             if (!kSameRow) tile.mixed = c.take<C>(t * plan.m1 * x_step());
         }
-        if (!direct_y && !mix_merge_y) tile.result = c.take<C>(row_blocks(t * plan.m1) * result_step());
+        if (!direct_y && !mix_merge_y) tile.result = c.take<C>(row_blocks<G>(t * plan.m1) * result_step());
         if (plan.pack_in_task) tile.panel = c.take<Row>(right[0].panel_size());
         if (norm.residual) tile.norm_row = c.take<C>(padded<C>(out[0].size()));
         return tile;
@@ -253,13 +248,12 @@ static void forward(const ForwardArgs& args, const Executor& executor) {
                     true,       args.count,  true};
     // The layout of the panels depends on nothing but the shape: see whether the caller has them all.
     f.plan = plan_forward(shape, machine);
-    const void* prepacked[kMostProjections];
+    const Row* prepacked[kMostProjections];
     for (int64_t p = 0; p < args.count; ++p) {
         const Projection& projection = args.projections[p];
         const RightFactor<C, E, G> right(f.plan.commuted ? projection.a : projection.b, shape.terms, f.plan.m2,
                                          f.plan.n2, f.plan.panel_vectors);
-        const int32_t layout = layout_code(sizeof(Row), Simd<C>::W, f.plan.panel_vectors, f.plan.commuted);
-        prepacked[p] = packed_panels(projection, shape, layout, right.size() * static_cast<int64_t>(sizeof(Row)));
+        prepacked[p] = right.packed_by(projection, shape, f.plan.commuted);
         machine.prepacked = machine.prepacked && prepacked[p];
         machine.can_dot = machine.can_dot && projection.b.stride_col == 1;
         machine.can_dot_commuted = machine.can_dot_commuted && projection.a.stride_col == 1;
@@ -302,7 +296,7 @@ static void forward(const ForwardArgs& args, const Executor& executor) {
         const C* bias = bias_of<C, E>(projection.bias, outputs, same ? nullptr : biases + i * padded<C>(outputs));
         f.out[i] = Output<C, E>{static_cast<E*>(projection.y), p.commuted, p.m1, p.m2, bias, act_for(args.activation)};
         if (machine.prepacked)
-            f.right[i].panels = static_cast<const Row*>(prepacked[i]);
+            f.right[i].panels = prepacked[i];
         else if (pack_before)
             f.right[i].pack_all(panels[i], executor);
     }
@@ -322,12 +316,9 @@ struct Packing {
         : plan(plan_forward(shape,
                             Machine{Simd<C>::W, kMaxRows[2], G::kRowBlock, G::kPanelVectors, 1, true, true, 1, true})),
           right(plan.commuted ? a : b, shape.terms, plan.m2, plan.n2, plan.panel_vectors) {}
-    int64_t bytes() const {
-        return static_cast<int64_t>(sizeof(PackedHead)) + right.size() * static_cast<int64_t>(sizeof(Row));
-    }
+    int64_t bytes() const { return static_cast<int64_t>(sizeof(PackedHead)) + right.bytes(); }
     void pack(const Shape& shape, const Factor& a, const Factor& b, void* out, const Executor& executor) {
-        const PackedHead head =
-            packed_head(shape, a, b, layout_code(sizeof(Row), Simd<C>::W, plan.panel_vectors, plan.commuted));
+        const PackedHead head = packed_head(shape, a, b, right.layout(plan.commuted));
         memcpy(out, &head, sizeof head);
         right.pack_all(reinterpret_cast<Row*>(static_cast<char*>(out) + sizeof head), executor);
     }

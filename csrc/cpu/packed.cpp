@@ -10,7 +10,7 @@ constexpr int64_t kSamples = 64;
 
 // 64 elements spread over a factor, or all of a small one. Reading more would cost as much as packing.
 uint64_t sample(const Factor& factor, int64_t terms, int64_t rows, int64_t cols, DType dtype, uint64_t hash) {
-    const int64_t size = dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+    const int64_t size = size_of(dtype);
     const int64_t count = terms * rows * cols, samples = count < kSamples ? count : kSamples;
     const char* data = static_cast<const char*>(factor.data);
     for (int64_t i = 0; i < samples; ++i) {

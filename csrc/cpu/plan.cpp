@@ -29,10 +29,6 @@ int64_t round_up(int64_t a, int64_t b) {
     return ceil_div(a, b) * b;
 }
 
-int64_t size_of(DType dtype) {
-    return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
-}
-
 bool is_shuffle_width(int64_t width) {
     return width == 1 || width == 2 || width == 4 || width == 8 || width == 16;
 }

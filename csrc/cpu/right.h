@@ -2,7 +2,9 @@
 #pragma once
 
 #include "factors.h"
+#include "packed.h"
 #include "plan.h"
+#include "stages.h"
 
 namespace kron {
 namespace KRON_ISA {
@@ -56,6 +58,13 @@ struct RightFactor {
         panels = out;
     }
 
+    int64_t bytes() const { return size() * static_cast<int64_t>(sizeof(Row)); }
+    int32_t layout(bool commuted) const { return layout_code(sizeof(Row), W, vectors, commuted); }
+    // The panels that the caller has packed, or null.
+    const Row* packed_by(const Projection& projection, const Shape& shape, bool commuted) const {
+        return static_cast<const Row*>(packed_panels(projection, shape, layout(commuted), bytes()));
+    }
+
     // out (rows, lanes of the panel) = R (rows, depth) factor_s^T + start. A task that packs for itself gives the
     // memory for it.
     void multiply(int64_t s, int64_t panel, int64_t rows, const Row* R, int64_t step, Row* own_panel, C* out,
@@ -72,6 +81,17 @@ struct RightFactor {
         G::multiply(rows, depth, R, step, packed, width(), vectors_here, out, out_step, start, ahead);
     }
 };
+
+// Rows that a GEMM of whole blocks touches, and values of a row of `n` that it or whole vectors do.
+template <class G>
+static int64_t row_blocks(int64_t rows) {
+    return (rows + G::kRowBlock - 1) / G::kRowBlock * G::kRowBlock;
+}
+template <class C, class G>
+static int64_t row_values(int64_t n) {
+    const int64_t whole = padded<C>(n), read = G::depth(n);
+    return whole > read ? whole : read;
+}
 
 // A GEMM may read its rows in whole blocks of k: what lies between the `n` values of a row and the end of its last
 // block becomes zero. (Whatever staging put there: times the panel's zeros, a NaN would still be one.)

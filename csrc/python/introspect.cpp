@@ -42,10 +42,6 @@ kron::DType dtype_of(const std::string& name) {
     throw std::invalid_argument("dtype: expected float32, float64, bfloat16 or float16, got '" + name + "'");
 }
 
-py::ssize_t item_size(kron::DType dtype) {
-    return dtype == kron::DType::f64 ? 8 : dtype == kron::DType::f32 ? 4 : 2;
-}
-
 void require(bool condition, const char* message) {
     if (!condition) throw std::invalid_argument(message);
 }
@@ -55,7 +51,7 @@ kron::Shape shape_of(const std::string& dtype, const py::array& x, const py::arr
     const kron::Shape s{x.shape(0), a.shape(0), a.shape(1), a.shape(2), b.shape(1), b.shape(2), dtype_of(dtype)};
     require(b.shape(0) == s.terms && x.shape(1) == s.n1 * s.n2, "expected factors of equal terms and x (T, n1 * n2)");
     for (const py::array* array : {&x, &a, &b}) {
-        require(array->itemsize() == item_size(s.dtype), "expected items of the size of dtype");
+        require(array->itemsize() == kron::size_of(s.dtype), "expected items of the size of dtype");
     }
     return s;
 }
@@ -72,8 +68,9 @@ kron::Factor factor(const py::array& stack) {
 
 void* output(std::optional<py::array>& array, const kron::Shape& s, int64_t items) {
     if (!array) return nullptr;
-    require((array->flags() & py::array::c_style) && array->itemsize() == item_size(s.dtype) && array->size() == items,
-            "expected a contiguous output of the size of the result");
+    require(
+        (array->flags() & py::array::c_style) && array->itemsize() == kron::size_of(s.dtype) && array->size() == items,
+        "expected a contiguous output of the size of the result");
     return array->mutable_data();
 }
 

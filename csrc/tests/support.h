@@ -35,10 +35,6 @@ inline int64_t pick(int64_t low, int64_t high) {
     return low + static_cast<int64_t>((uniform() + 1) / 2 * double(high - low + 1));
 }
 
-inline size_t size_of(DType d) {
-    return d == DType::f64 ? 8 : d == DType::f32 ? 4 : 2;
-}
-
 inline double read(const void* p, int64_t i, DType d) {
     switch (d) {
         case DType::f32:
@@ -80,7 +76,7 @@ inline void write(void* p, int64_t i, DType d, double v) {
 // NaN.
 struct Buffer {
     Buffer(int64_t count, DType dtype)
-        : count(count), dtype(dtype), data(static_cast<char*>(std::malloc(size_t(count) * size_of(dtype) + 1))) {
+        : count(count), dtype(dtype), data(static_cast<char*>(std::malloc(size_t(count * kron::size_of(dtype)) + 1))) {
         for (int64_t i = 0; i < count; ++i) write(get(), i, dtype, std::nan(""));
     }
     ~Buffer() { std::free(data); }

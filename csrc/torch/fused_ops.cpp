@@ -23,11 +23,7 @@ class Norm {
 
   private:
     static Rows checked_residual(const Tensor& x, int64_t m, const Tensor& residual) {
-        const auto size = residual.sizes(), x_size = x.sizes();
-        if (size.size() != x_size.size() || size[size.size() - 1] != m ||
-            !std::equal(x_size.begin(), x_size.end() - 1, size.begin()))
-            fail_shape("residual", "the shape of x, " + shape_text(x) + ", with last dimension " + text(m), residual);
-        check_dtype("residual", residual, dtype_code(x));
+        check_like("residual", residual, x, m, "");
         return rows_of(residual);
     }
     static double checked_eps(double eps) {
@@ -125,12 +121,7 @@ Gradients kron_ffn_backward(const Tensor& grad_any, const Tensor& x_any, const T
     args.second = checked_second(args.first, x_any, a2, b2);
     args.activation = checked_activation(activation);
     const kron::Shape &f = args.first, &s = args.second;
-    const auto grad_size = grad_any.sizes(), x_size = x_any.sizes();
-    if (grad_size.size() != x_size.size() || grad_size[x_size.size() - 1] != s.m1 * s.m2 ||
-        !std::equal(x_size.begin(), x_size.end() - 1, grad_size.begin()))
-        fail_shape("grad", "the shape of x, " + shape_text(x_any) + ", with last dimension " + text(s.m1 * s.m2),
-                   grad_any);
-    check_dtype("grad", grad_any, dtype_code(x_any));
+    check_like("grad", grad_any, x_any, s.m1 * s.m2, "");
     if (bias1) {
         bias1 = checked_vector("bias1", "(m1 * m2,)", *bias1, f.m1 * f.m2, x_any);
         args.bias1 = bias1->const_data_ptr();

@@ -179,6 +179,17 @@ inline kron::Executor torch_executor() {
     return {static_cast<int>(torch::stable::get_num_threads()), run_on_torch_threads};
 }
 
+// The shape of x, but for the last dimension, which is `last`; and x's dtype.
+inline void check_like(const char* argument, const Tensor& tensor, const Tensor& x, int64_t last,
+                       const char* last_name) {
+    const auto size = tensor.sizes(), x_size = x.sizes();
+    if (size.size() != x_size.size() || size[x_size.size() - 1] != last ||
+        !std::equal(x_size.begin(), x_size.end() - 1, size.begin()))
+        fail_shape(argument, "the shape of x, " + shape_text(x) + ", with last dimension " + last_name + text(last),
+                   tensor);
+    check_dtype(argument, tensor, dtype_code(x));
+}
+
 // A vector (size,) of x's dtype, contiguous.
 inline Tensor checked_vector(const char* argument, const char* expected, const Tensor& vector, int64_t size,
                              const Tensor& like) {

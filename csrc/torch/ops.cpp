@@ -33,13 +33,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kron_mm_backward(const Tensor& grad_a
     args.shape = checked_shape(x_any, a, b, false);
     const kron::Shape& s = args.shape;
     const int64_t m = s.m1 * s.m2;
-    const auto grad_size = grad_any.sizes(), x_size = x_any.sizes();
-    if (grad_size.size() != x_size.size() || grad_size[x_size.size() - 1] != m ||
-        !std::equal(x_size.begin(), x_size.end() - 1, grad_size.begin())) {
-        fail_shape("grad", "the shape of x, " + shape_text(x_any) + ", with last dimension m1 * m2 = " + text(m),
-                   grad_any);
-    }
-    check_dtype("grad", grad_any, dtype_code(x_any));
+    check_like("grad", grad_any, x_any, m, "m1 * m2 = ");
 
     const auto output = [&](bool need, std::initializer_list<int64_t> sizes) {
         const int64_t none = 0;

@@ -10,6 +10,10 @@
 namespace kron {
 
 enum class DType : int32_t { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
+// Bytes of an element.
+inline int64_t size_of(DType dtype) {
+    return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+}
 enum class Activation : int32_t { none = 0, gelu = 1, gelu_tanh = 2, relu = 3, silu = 4 };
 // Ordered: a level includes the ones before it that the processor family has.
 enum class Isa : int32_t { portable = 0, neon = 1, avx2 = 2, avx512 = 3, amx = 4 };
