@@ -58,9 +58,9 @@ def test_ffn_backward(case: block_cases.FfnCase, dtype: torch.dtype, isa: str) -
 
 
 def test_ffn_backward_in_several_blocks_of_tokens(isa: str) -> None:
-    """Enough tokens that the intermediate does not fit one block; one thread of them in bfloat16."""
-    for dtype, tokens in ((torch.float32, 9000), (torch.bfloat16, 12000)):
-        case = block_cases.FfnCase("one-row", tokens)
+    """1500 rows of 3072 values: three blocks of 8 MB in float32, two in bfloat16."""
+    for dtype in (torch.float32, torch.bfloat16):
+        case = block_cases.FfnCase("balanced", 1500)
         o = block_cases.make_ffn(case, dtype)
         o = block_cases.Ffn(**{**vars(o), "grad": o.grad / 30})
         exact = block_cases.double(o)
