@@ -1,0 +1,22 @@
+"""Data of both stages of distillation: tasks and their files, pre-training text, question answering, metrics.
+
+Needs the libraries of the extra ``distill`` (datasets, torchmetrics).
+"""
+
+from .files import encode, load_task, resolved
+from .tasks import TASKS, Task, custom_task, get_task
+from .text import MaskingCollator, PaddingCollator, load_text, pack
+
+__all__ = [
+    "TASKS",
+    "MaskingCollator",
+    "PaddingCollator",
+    "Task",
+    "custom_task",
+    "encode",
+    "get_task",
+    "load_task",
+    "load_text",
+    "pack",
+    "resolved",
+]
