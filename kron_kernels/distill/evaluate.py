@@ -1,0 +1,201 @@
+"""The score of a model, dense BERT or KronBert, on a task's data."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from .data import PaddingCollator, Task, compute_metrics, encode, get_task, load_task, resolved
+from .data.files import Source
+from .data.squad import best_answers, qa_features
+
+MAX_LENGTH = {"classification": 128, "regression": 128, "qa": 384}
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Scores of a model on a task: ``metrics`` in percent, ``main`` the name of the one that is ``score``."""
+
+    task: str
+    split: str
+    metrics: dict[str, float]
+    main: str
+    score: float
+    examples: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able dict."""
+        return dataclasses.asdict(self)
+
+
+def evaluate(
+    model: str | os.PathLike[str] | nn.Module,
+    task: str | Task,
+    source: Source,
+    split: str = "validation",
+    *,
+    batch_size: int = 32,
+    max_length: int | None = None,
+    device: str | torch.device | None = None,
+    tokenizer: Any = None,
+    progress: Progress | None = None,
+) -> EvaluationResult:
+    """Score a model on a split of a task's data, in batches of like length, without gradients.
+
+    Args:
+        model: a folder or hub name of a BERT or KronBert with the task's head, or such a model. Where the names of its
+            classes are the task's in another order, its predictions are put in the task's; where they are others, the
+            order is taken to be the same.
+        task: a task or its name; one without names of classes takes the model's, if those are not just numbered.
+        source: the data, as for ``load_task``.
+        split: "validation", "validation_mismatched" (MNLI), "train", or "test" with labels.
+        batch_size: examples, or windows of a context, at a time.
+        max_length: the most tokens of an input; by default 128, or 384 for question answering, or the model's
+            positions if fewer.
+        device: where to run; by default where the model is, and for a folder "cuda" if there is one.
+        tokenizer: the model's tokenizer, needed where ``model`` is no folder or name.
+        progress: called as ``progress(done, total, what)``.
+
+    ``seconds`` is the time of the model's passes, tokenization and loading left out.
+    Raises ValueError for a model whose head is not the task's, arguments out of range and data that are not as
+    expected; OSError for a model or data that are not to be had.
+    """
+    task = get_task(task)
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    if tokenizer is None:
+        if isinstance(model, nn.Module):
+            raise ValueError("tokenizer: expected the tokenizer of the model, got None")
+        tokenizer = _tokenizer(model)
+    loaded = model if isinstance(model, nn.Module) else load_model(model, task)
+    if device is None and not isinstance(model, nn.Module):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    network: Any = loaded if device is None else loaded.to(device)
+    names = _class_names(network)
+    if task.kind == "classification" and not task.labels and names:
+        task = dataclasses.replace(task, labels=names)
+    data = load_task(source, task, [split])
+    task, rows = resolved(task, data), data[split]
+    length = _max_length(network, task, max_length)
+    if task.kind != "qa" and "label" not in rows.column_names:
+        raise ValueError(f"split: expected data with labels, got {split} without")
+    if task.kind != "qa" and network.config.num_labels != task.num_labels:
+        raise ValueError(
+            f"model: expected a head of {task.num_labels} outputs for {task.name}, got {network.config.num_labels}"
+        )
+    if task.kind == "qa":
+        stride = min(128, length // 3)
+        features = qa_features(
+            rows, tokenizer, length, stride, max_question_length=min(64, length // 3), training=False
+        )
+        inputs = features.remove_columns(["example", "offsets"])
+    else:
+        features = inputs = encode(rows, tokenizer, task, length)
+    start = time.perf_counter()
+    outputs = predict(network, inputs, tokenizer, batch_size, progress)
+    seconds = time.perf_counter() - start
+    if task.kind == "qa":
+        starts, ends = [output[0] for output in outputs], [output[1] for output in outputs]
+        predictions: Any = best_answers(rows, features, starts, ends, no_answer=task.no_answer)
+        references: Any = rows
+    else:
+        predictions, references = torch.stack([output[0] for output in outputs]), features["labels"][:]
+        if task.kind == "classification":
+            predictions = predictions[:, _order(names, task.labels)]
+    metrics = compute_metrics(task, predictions, references)
+    return EvaluationResult(task.name, split, metrics, task.main, metrics[task.main], len(rows), seconds)
+
+
+@torch.no_grad()
+def predict(
+    model: Any, features: Any, tokenizer: Any, batch_size: int = 32, progress: Progress | None = None
+) -> list[tuple[Tensor, ...]]:
+    """The logits of each row of ``features``, float32 on the CPU: (classes,), or start and end (length,) each.
+
+    Rows of like length go through the model together, in evaluation mode and without gradients; the results are in
+    the order of the rows. ``features`` are those of ``encode`` or ``qa_features``.
+    """
+    lengths = features["length"][:]
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    unneeded = [name for name in ("labels", "start_positions", "end_positions") if name in features.column_names]
+    loader = DataLoader(features.remove_columns(unneeded), batch_sampler=batches, collate_fn=PaddingCollator(tokenizer))
+    outputs: list[tuple[Tensor, ...]] = [()] * len(lengths)
+    training, device = model.training, next(model.parameters()).device
+    model.eval()
+    try:
+        for done, (indices, batch) in enumerate(zip(batches, loader, strict=True), 1):
+            result = model(**{name: values.to(device) for name, values in batch.items()})
+            logits = (result["logits"],) if "logits" in result else (result["start_logits"], result["end_logits"])
+            for index, *row in zip(indices, *(part.float().cpu() for part in logits), strict=True):
+                outputs[index] = tuple(row)
+            if progress is not None:
+                progress(done, len(batches), "batches")
+    finally:
+        model.train(training)
+    return outputs
+
+
+def load_model(model: str | os.PathLike[str], task: str | Task) -> Any:
+    """A BERT or KronBert with the task's head, from a folder or the hub.
+
+    Raises OSError for one that is not to be had or damaged, ValueError for one whose head is missing.
+    """
+    auto = (
+        transformers.AutoModelForQuestionAnswering
+        if get_task(task).kind == "qa"
+        else transformers.AutoModelForSequenceClassification
+    )
+    path = Path(model)
+    if path.exists() and not (path / "config.json").is_file():
+        raise FileNotFoundError(f"model: expected a folder with config.json, got {path}")
+    try:
+        loaded, info = auto.from_pretrained(model, local_files_only=path.is_dir(), output_loading_info=True)
+    except (OSError, ValueError) as error:
+        raise OSError(f"model: {model} cannot be loaded from a folder or the hub: {error}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"model: expected a checkpoint of {type(loaded).__name__}, got {model} without {len(missing)} weights, "
+            f"among them {missing[0]}"
+        )
+    return loaded
+
+
+def _tokenizer(model: str | os.PathLike[str]) -> Any:
+    try:
+        return transformers.AutoTokenizer.from_pretrained(model, local_files_only=Path(model).is_dir())
+    except (OSError, ValueError) as error:
+        raise OSError(f"tokenizer: none to be had from {model}: {error}") from error
+
+
+def _class_names(model: Any) -> tuple[str, ...]:
+    """The names of the model's classes, in the order of its outputs; none where they are just numbered."""
+    names = [str(model.config.id2label[index]) for index in sorted(model.config.id2label)]
+    return () if all(name == f"LABEL_{index}" for index, name in enumerate(names)) else tuple(names)
+
+
+def _order(names: tuple[str, ...], labels: tuple[str, ...]) -> list[int]:
+    """The model's output for each label: by name, case apart, or as they come where the names are others."""
+    model, task = [name.lower() for name in names], [label.lower() for label in labels]
+    return [model.index(label) for label in task] if sorted(model) == sorted(task) else list(range(len(labels)))
+
+
+def _max_length(model: Any, task: Task, wanted: int | None) -> int:
+    positions = model.config.max_position_embeddings
+    if wanted is None:
+        return min(MAX_LENGTH[task.kind], positions)
+    if wanted > positions:
+        raise ValueError(f"max_length: expected at most the model's {positions} positions, got {wanted}")
+    return wanted
