@@ -78,8 +78,8 @@ def sentence_pairs(corpus: Corpus, room: int, seed: int) -> Iterator[tuple[NDArr
 
     A run of whole sentences that fills the room is cut at random. Otherwise than in its continuation, B comes from
     another document and is as long as the continuation would have been, so that lengths tell nothing; that
-    continuation is used next. A single sentence that is left over takes a B from elsewhere, and a later pair that would
-    have done so is a continuation instead. Segments that are too long lose the start of A and the end of B.
+    continuation is used next. A single sentence that is left over takes a B from elsewhere, and later pairs make up for
+    it. Segments that are too long lose the start of A and the end of B.
     """
     random = np.random.default_rng(seed)
     starts = corpus.sentences
@@ -96,8 +96,9 @@ def sentence_pairs(corpus: Corpus, room: int, seed: int) -> Iterator[tuple[NDArr
             else:
                 cut = int(random.integers(first + 1, last))
                 wanted = int(starts[last] - starts[cut])
-                if not follows and forced:
-                    follows, forced = True, forced - 1
+                # Two more pairs, neither a continuation, would have had one on average.
+                if not follows and forced >= 2:
+                    follows, forced = True, forced - 2
             a = corpus.tokens[starts[first] : starts[cut]]
             b = corpus.tokens[starts[cut] : starts[last]] if follows else _elsewhere(corpus, document, wanted, random)
             a_length, b_length = _shares(len(a), len(b), room)

@@ -133,6 +133,8 @@ def _rows(
         first, header = [(number, header)] if number else [], list(headerless)
     else:
         first = []
+    if len(set(header)) < len(header):
+        raise ValueError(f"{path}, line {number}: expected distinct names of columns, got {', '.join(header)}")
     skipped = 0
     for found in (first, rows):
         for number, row in found:

@@ -248,7 +248,8 @@ def class_names(values: Sequence[object]) -> tuple[str, ...]:
 
 def _integral(value: object) -> str:
     """A label as text; 1.0, True and 1 are all "1"."""
-    return str(int(value)) if isinstance(value, (int, float)) and value == int(value) else str(value)
+    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    return str(int(value)) if whole else str(value)  # type: ignore[call-overload]
 
 
 def _is_integer(text: str) -> bool:

@@ -61,7 +61,8 @@ def load_text(
             rows = load_hub("text", hub_name("text", each), split=split)
             if text_column not in rows.column_names:
                 raise ValueError(f"{each}: expected a column {text_column!r}, got {', '.join(rows.column_names)}")
-            parts.append(rows.select_columns([text_column]).rename_column(text_column, "text"))
+            rows = rows.select_columns([text_column])
+            parts.append(rows if text_column == "text" else rows.rename_column(text_column, "text"))
     if documents:
         parts.insert(0, datasets.Dataset.from_dict({"text": documents}))
     if not any(map(len, parts)):
