@@ -12,8 +12,7 @@ def needs_extra(extra: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] == "kron_kernels":
+        library = (error.name or "").partition(".")[0]
+        if library in ("", "kron_kernels"):
             raise
-        raise RuntimeError(
-            f"the library {error.name!r} is not installed: pip install 'kron_kernels[{extra}]'"
-        ) from error
+        raise RuntimeError(f"the library {library!r} is not installed: pip install 'kron_kernels[{extra}]'") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics.functional import accuracy, matthews_corrcoef, pearson_corrcoef, spearman_corrcoef
@@ -35,7 +36,7 @@ def compute_metrics(task: str | Task, predictions: Any, references: Any) -> dict
         answers = cast("Mapping[str, str]", predictions)
         scores = squad_scores(answers, cast("Iterable[Mapping[str, Any]]", references))
         return {name: scores[name] for name in task.metrics}
-    guesses, truth = torch.as_tensor(predictions).cpu(), torch.as_tensor(references).cpu()
+    guesses, truth = _tensor(predictions), _tensor(references)
     if len(guesses) != len(truth) or not len(truth):
         raise ValueError(
             f"predictions: expected as many as references, and at least one, got {len(guesses)} for {len(truth)}"
@@ -49,6 +50,11 @@ def compute_metrics(task: str | Task, predictions: Any, references: Any) -> dict
     if guesses.shape not in (truth.shape, (*truth.shape, 1)):
         raise ValueError(f"predictions: expected shape ({len(truth)},), got {tuple(guesses.shape)}")
     return {name: 100 * _correlation(name, guesses.reshape(-1).double(), truth.double()) for name in task.metrics}
+
+
+def _tensor(values: Any) -> Tensor:
+    """Values on the CPU; numbers of Python as float64, which torch would round to float32."""
+    return values.detach().cpu() if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
 
 
 def _classes(task: Task, values: Tensor, name: str = "predictions") -> Tensor:
