@@ -200,6 +200,8 @@ def test_bad_input_is_one_clear_line(dense: Path, data: Path, tmp_path: Path, ca
     assert "task: expected custom along with flags of its columns, got sst2" in run_error(
         [model, *sst2, "--text", "sentence"], capsys
     )
+    nowhere = str(tmp_path / "absent" / "result.json")
+    assert "out: expected a file in a folder that exists, got" in run_error([model, *sst2, "--out", nowhere], capsys)
     assert "tokenizer: none to be had from" in run_error([str(tmp_path), *sst2], capsys)
     (tmp_path / "test.tsv").write_text("index\tsentence\n0\tthe cat\n")
     unlabelled = ["--task", "sst2", "--data", str(tmp_path), "--split", "test"]
@@ -207,6 +209,12 @@ def test_bad_input_is_one_clear_line(dense: Path, data: Path, tmp_path: Path, ca
     (tmp_path / "dev.tsv").write_text("premise\thypothesis\tlabel\nthe\tcat\t0\n")
     mnli = ["--task", "mnli", "--data", str(tmp_path)]
     assert "model: expected a head of 3 outputs for mnli, got 2" in run_error([model, *mnli], capsys)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
+def test_device_that_is_not_there(dense: Path, data: Path) -> None:
+    with pytest.raises(ValueError, match="device: expected one that is there, got 'cuda:1' without CUDA"):
+        evaluate(dense, "sst2", data, device="cuda:1")
 
 
 def test_models_that_cannot_be_scored(dense: Path, data: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -166,11 +166,15 @@ def test_squad_release(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"question 2 \(id 2\): answers: expected at least one for squad, got none"):
         load_task(path, "squad")
     damaged = copy.deepcopy(SQUAD)
-    for start in (5, -1, 100):
+    for start in (1, 7, -3, 100):
         damaged["data"][0]["paragraphs"][0]["qas"][0]["answers"][0]["answer_start"] = start
         write(tmp_path, json.dumps(damaged), "dev-v2.0.json")
         with pytest.raises(ValueError, match=rf"\(id 1\): answers: expected 'cat' at character {start} of the context"):
             load_task(path, "squad_v2")
+    for start in (2, 3, 5, 6):
+        damaged["data"][0]["paragraphs"][0]["qas"][0]["answers"][0]["answer_start"] = start
+        write(tmp_path, json.dumps(damaged), "dev-v2.0.json")
+        assert load_task(path, "squad_v2")["validation"]["answers"][0]["answer_start"] == [4]
     rows.to_json(tmp_path / "rows.jsonl")
     assert load_task(tmp_path / "rows.jsonl", "squad_v2")["validation"][:] == rows[:]
     write(tmp_path, '{"data": [{"title": "no paragraphs"}]}', "dev-v2.0.json")
@@ -295,6 +299,19 @@ def test_hub_data_sets_are_asked_for_by_configuration(monkeypatch: pytest.Monkey
     assert data["test"].column_names == ["text", "text_pair"]
     load_task("someone/data:part", "mnli")
     assert asked == [("nyu-mll/glue", "mnli", None), ("someone/data", "part", None)]
+
+
+def test_classes_of_the_hub_go_by_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(first: str, *_: Any, **__: Any) -> Any:
+        features = {"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=first.split("-"))}
+        rows = datasets.Dataset.from_dict({"sentence": ["a"], "label": [0]}, features=datasets.Features(features))
+        return datasets.DatasetDict({"train": rows, "validation": rows})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert load_task("positive-negative", "sst2")["train"]["label"][:] == [1]
+    assert load_task("neg-pos", "sst2")["train"]["label"][:] == [0]
+    with pytest.raises(ValueError, match="spam-ham/train: expected at least two classes, got 'spam' alone"):
+        load_task("spam-ham", custom_task(text="sentence"))
 
 
 @pytest.fixture(scope="module")

@@ -162,7 +162,9 @@ def test_sequences_across_documents(tokenizer: Any) -> None:
 
 def test_many_batches_of_documents_keep_their_order(tokenizer: Any) -> None:
     texts = [f"{WORDS[index % 14]} {WORDS[index // 14 % 14]}" for index in range(600)]
-    rows = pack(documents(*texts), tokenizer, 8)
+    seen: list[tuple[int, int, str]] = []
+    rows = pack(documents(*texts), tokenizer, 8, progress=lambda *step: seen.append(step))
+    assert seen == [(256, 600, "documents"), (512, 600, "documents"), (600, 600, "documents")]
     assert [" ".join(words[1:-1]) for words in words_of(rows, tokenizer)] == texts
 
 

@@ -60,6 +60,8 @@ def task_of(arguments: argparse.Namespace) -> Task:
 
 def run(arguments: argparse.Namespace) -> int:
     """Score, and print what it came to."""
+    if arguments.out is not None and not arguments.out.parent.is_dir():
+        raise FileNotFoundError(f"out: expected a file in a folder that exists, got {arguments.out}")
     # transformers, datasets and torchmetrics take seconds to import: only the command that needs them pays.
     with needs_extra("distill"):
         import datasets

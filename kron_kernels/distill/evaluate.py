@@ -79,9 +79,11 @@ def evaluate(
         if isinstance(model, nn.Module):
             raise ValueError("tokenizer: expected the tokenizer of the model, got None")
         tokenizer = _tokenizer(model)
-    loaded = model if isinstance(model, nn.Module) else load_model(model, task)
     if device is None and not isinstance(model, nn.Module):
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: expected one that is there, got {str(device)!r} without CUDA")
+    loaded = model if isinstance(model, nn.Module) else load_model(model, task)
     network: Any = loaded if device is None else loaded.to(device)
     names = _class_names(network)
     if task.kind == "classification" and not task.labels and names:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+Progress = Callable[[int, int, str], None]
 _BATCH = 256
 # A rough rule: a full stop, perhaps a closing quote or bracket, white space, a capital. "Dr. No" is split, too.
 _SENTENCE_END = re.compile(r"""(?:(?<=[.!?])|(?<=[.!?]["')]))\s+(?=["'(]*\s?[A-Z])""")
@@ -44,7 +45,9 @@ def sentences(text: str) -> list[str]:
     return [piece for line in lines(text) for piece in _SENTENCE_END.split(line.strip())]
 
 
-def tokenize_corpus(documents: Any, tokenizer: Any, pieces: Callable[[str], list[str]]) -> Corpus:
+def tokenize_corpus(
+    documents: Any, tokenizer: Any, pieces: Callable[[str], list[str]], progress: Progress | None = None
+) -> Corpus:
     """The tokens of a Dataset with a column ``text``, a document a row, without special tokens.
 
     ``pieces`` splits a document into what counts as sentences.
@@ -52,6 +55,8 @@ def tokenize_corpus(documents: Any, tokenizer: Any, pieces: Callable[[str], list
     tokens, sentence_starts, document_starts = array("i"), array("q", [0]), array("q", [0])
     for start in range(0, len(documents), _BATCH):
         texts = [pieces(text) for text in documents[start : start + _BATCH]["text"]]
+        if progress is not None:
+            progress(start + len(texts), len(documents), "documents")
         flat = [piece for text in texts for piece in text]
         if not flat:
             continue

@@ -150,9 +150,21 @@ def _hub(source: str, task: Task) -> dict[str, Path | Table]:
     glue = source in ("glue", "nyu-mll/glue")
     loaded = load_hub("source", "nyu-mll/glue" if glue else source, task.name if glue else None)
     return {
-        split.removesuffix("_matched"): Table(f"{source}/{split}", rows.to_dict(), range(1, len(rows) + 1), "row")
+        split.removesuffix("_matched"): Table(
+            f"{source}/{split}", _named_classes(rows, task), range(1, len(rows) + 1), "row"
+        )
         for split, rows in loaded.items()
     }
+
+
+def _named_classes(rows: datasets.Dataset, task: Task) -> dict[str, list[Any]]:
+    """Columns with the names of classes in place of indices, where the task has no other names for them."""
+    columns = rows.to_dict()
+    for name in task.label:
+        names = getattr(rows.features.get(name), "names", ())
+        if names and (not task.labels or set(names) == set(task.labels)):
+            columns[name] = [names[index] if index in range(len(names)) else index for index in columns[name]]
+    return columns
 
 
 def _found_names(tables: Sequence[Table], task: Task) -> tuple[str, ...]:
@@ -201,10 +213,10 @@ def _questions(table: Table, task: Task) -> datasets.Dataset:
         name: strings(table, column(table, (name,), name), name) for name in ("id", "context", "question")
     }
     columns["title"] = table.columns.get("title", [""] * len(table.lines))
-    columns["answers"] = column(table, task.label, "answers")
+    columns["answers"] = list(column(table, task.label, "answers"))
     for row, (context, answers) in enumerate(zip(columns["context"], columns["answers"], strict=True)):
         try:
-            _check_answers(task, context, answers)
+            columns["answers"][row] = _checked_answers(task, context, answers)
         except ValueError as error:
             raise ValueError(f"{table.where(row)} (id {columns['id'][row]}): {error}") from None
     string = datasets.Value("string")
@@ -216,7 +228,8 @@ def _questions(table: Table, task: Task) -> datasets.Dataset:
     )
 
 
-def _check_answers(task: Task, context: str, answers: Any) -> None:
+def _checked_answers(task: Task, context: str, answers: Any) -> dict[str, list[Any]]:
+    """The answers, each where its text is: some annotations are a character or two off."""
     try:
         pairs = list(zip(answers["text"], answers["answer_start"], strict=True))
         if not all(isinstance(text, str) and isinstance(start, int) for text, start in pairs):
@@ -225,9 +238,17 @@ def _check_answers(task: Task, context: str, answers: Any) -> None:
         raise ValueError(f"answers: expected lists text and answer_start of one length, got {answers!r}") from None
     if not pairs and not task.no_answer:
         raise ValueError(f"answers: expected at least one for {task.name}, got none")
+    starts = []
     for text, start in pairs:
-        if start < 0 or context[start : start + len(text)] != text:
+        found = next((start + shift for shift in (0, -1, 1, -2, 2) if _is_at(context, text, start + shift)), None)
+        if found is None:
             raise ValueError(
                 f"answers: expected {text!r} at character {start} of the context, "
                 f"got {context[max(start, 0) : max(start, 0) + len(text)]!r}"
             )
+        starts.append(found)
+    return {"text": [text for text, _ in pairs], "answer_start": starts}
+
+
+def _is_at(context: str, text: str, start: int) -> bool:
+    return start >= 0 and context.startswith(text, start)

@@ -15,7 +15,7 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
-from .corpus import Corpus, lines, sentence_pairs, sentences, tokenize_corpus
+from .corpus import Corpus, Progress, lines, sentence_pairs, sentences, tokenize_corpus
 from .sources import hub_name, load_hub
 from .tables import column, read_jsonl, read_lines, read_parquet, strings, suffix
 
@@ -78,6 +78,7 @@ def pack(
     next_sentence: bool = False,
     across_documents: bool = False,
     seed: int = 0,
+    progress: Progress | None = None,
 ) -> datasets.Dataset:
     """Sequences of at most ``seq_len`` tokens, special tokens included, from documents of :func:`load_text`.
 
@@ -95,6 +96,7 @@ def pack(
         next_sentence: make pairs of segments; the corpus needs two documents and one of several sentences.
         across_documents: run on into the next document after a [SEP], so that only the very last sequence is shorter.
         seed: of the pairs.
+        progress: called as ``progress(done, total, what)`` while the documents are tokenized.
 
     Raises ValueError for arguments that do not fit the text or one another.
     """
@@ -104,7 +106,7 @@ def pack(
         raise ValueError("across_documents: expected False for pairs of segments (next_sentence), got True")
     if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None:
         raise ValueError(f"tokenizer: expected one with [CLS] and [SEP], got {type(tokenizer).__name__} without")
-    corpus = tokenize_corpus(documents, tokenizer, sentences if next_sentence else lines)
+    corpus = tokenize_corpus(documents, tokenizer, sentences if next_sentence else lines, progress)
     if not len(corpus.tokens):
         raise ValueError(f"documents: expected text, got {len(documents)} documents without any")
     cls, sep = (np.array([token], np.int32) for token in (tokenizer.cls_token_id, tokenizer.sep_token_id))
