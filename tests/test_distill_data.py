@@ -171,6 +171,11 @@ def test_squad_release(tmp_path: Path) -> None:
         write(tmp_path, json.dumps(damaged), "dev-v2.0.json")
         with pytest.raises(ValueError, match=rf"\(id 1\): answers: expected 'cat' at character {start} of the context"):
             load_task(path, "squad_v2")
+    damaged["data"][0]["paragraphs"][0]["qas"][0]["answers"] = [{"text": "mat.", "answer_start": -4}]
+    write(tmp_path, json.dumps(damaged), "dev-v2.0.json")
+    with pytest.raises(ValueError, match=r"answers: expected 'mat.' at character -4 of the context"):
+        load_task(path, "squad_v2")
+    damaged["data"][0]["paragraphs"][0]["qas"][0]["answers"] = [{"text": "cat", "answer_start": 0}]
     for start in (2, 3, 5, 6):
         damaged["data"][0]["paragraphs"][0]["qas"][0]["answers"][0]["answer_start"] = start
         write(tmp_path, json.dumps(damaged), "dev-v2.0.json")
@@ -332,8 +337,11 @@ def test_encode(tokenizer: Any, tmp_path: Path) -> None:
     assert rows["token_type_ids"][1] == [0, 0, 0, 1, 1]
     assert rows["attention_mask"][1] == [1] * 5
     assert rows["labels"][:] == [0, 1]
-    assert not data["validation"].cache_files
-    assert not rows.cache_files
+    data.save_to_disk(tmp_path / "saved")
+    before = sorted(tmp_path.rglob("*"))
+    stored = datasets.load_from_disk(tmp_path / "saved")["validation"]
+    assert encode(stored, tokenizer, "rte", max_length=6)[:] == rows[:]
+    assert sorted(tmp_path.rglob("*")) == before
     with pytest.raises(ValueError, match="max_length: expected at least 5, got 4"):
         encode(data, tokenizer, "rte", max_length=4)
     with pytest.raises(ValueError, match="task: expected classification or regression, got question answering"):
@@ -367,6 +375,7 @@ def test_custom_task_metrics() -> None:
     assert custom_task(kind="regression").main == "spearman"
     assert custom_task().metrics == ("accuracy",)
     assert custom_task(metrics=["f1", "accuracy"]).main == "f1"
+    assert custom_task(kind="regression", metrics=["pearson"]).main == "pearson"
     assert custom_task(metrics=["f1", "accuracy"], main="accuracy").main == "accuracy"
 
 

@@ -169,6 +169,8 @@ def test_spans_that_are_none(tokenizer: Any) -> None:
     assert best_answers(rows, features, starts, ends, max_answer_length=1) == {"q0": WORDS[2]}
     assert best_answers(rows, features, starts, ends, max_answer_length=30) == {"q0": " ".join(WORDS[:3])}
     assert best_answers(rows, features, starts, ends, n_best=1) == {"q0": ""}
+    starts[0, 6] = 7.0  # the greatest of the context, if not of the question
+    assert best_answers(rows, features, starts, ends, n_best=1) == {"q0": WORDS[2]}
 
 
 @pytest.mark.parametrize(("null", "threshold", "wanted"), [(3.0, 0.0, "cat"), (5.0, 0.0, ""), (5.0, 3.0, "cat")])

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 Progress = Callable[[int, int, str], None]
 _BATCH = 256
+_DRAWS = 10  # of another document, for one that is long enough
 # A rough rule: a full stop, perhaps a closing quote or bracket, white space, a capital. "Dr. No" is split, too.
 _SENTENCE_END = re.compile(r"""(?:(?<=[.!?])|(?<=[.!?]["')]))\s+(?=["'(]*\s?[A-Z])""")
 
@@ -81,10 +82,10 @@ def tokenize_corpus(
 def sentence_pairs(corpus: Corpus, room: int, seed: int) -> Iterator[tuple[NDArray[np.int32], NDArray[np.int32], bool]]:
     """Segments A and B, of ``room`` tokens at most together, and whether B follows A: half of the time (Devlin et al.).
 
-    A run of whole sentences that fills the room is cut at random. Otherwise than in its continuation, B comes from
-    another document and is as long as the continuation would have been, so that lengths tell nothing; that
-    continuation is used next. A single sentence that is left over takes a B from elsewhere, and later pairs make up for
-    it. Segments that are too long lose the start of A and the end of B.
+    A run of whole sentences that fills the room, or of two, is cut at random. Where B does not follow, it comes from
+    another document and is as long as the continuation would have been, if one can be found, so that lengths tell
+    nothing; that continuation is used next. A single sentence that is left over takes a B from elsewhere, at most as
+    long as itself, and later pairs make up for it. Segments that are too long lose the start of A and the end of B.
     """
     random = np.random.default_rng(seed)
     starts = corpus.sentences
@@ -92,11 +93,12 @@ def sentence_pairs(corpus: Corpus, room: int, seed: int) -> Iterator[tuple[NDArr
     for document in range(len(corpus.documents) - 1):
         first, end = map(int, corpus.documents[document : document + 2])
         while first < end:
-            # As many sentences as begin within the room.
-            last = max(first + 1, min(end, int(np.searchsorted(starts, starts[first] + room))))
+            # As many sentences as begin within the room, and two at least.
+            last = min(end, max(first + 2, int(np.searchsorted(starts, starts[first] + room))))
             follows = last - first > 1 and bool(random.random() < 0.5)
             if last - first == 1:
-                cut, wanted = last, max(room - int(starts[last] - starts[first]), room // 2)
+                cut, length = last, int(starts[last] - starts[first])
+                wanted = min(length, max(room - length, room // 2))
                 forced += 1
             else:
                 cut = int(random.integers(first + 1, last))
@@ -112,12 +114,20 @@ def sentence_pairs(corpus: Corpus, room: int, seed: int) -> Iterator[tuple[NDArr
 
 
 def _elsewhere(corpus: Corpus, document: int, wanted: int, random: np.random.Generator) -> NDArray[np.int32]:
-    """At most ``wanted`` tokens of another document, from the start of one of its sentences."""
-    other = int(random.integers(len(corpus.documents) - 2))
-    other += other >= document
-    first, end = corpus.documents[other : other + 2]
-    start = corpus.sentences[random.integers(first, end)]
-    return corpus.tokens[start : min(start + wanted, corpus.sentences[end])]
+    """``wanted`` tokens from the start of a sentence in another document; fewer if those drawn are all shorter."""
+    starts, documents = corpus.sentences, corpus.documents
+    own = documents[document + 1] - documents[document]
+    for _ in range(_DRAWS):
+        sentence = int(random.integers(documents[-1] - own))
+        sentence += own if sentence >= documents[document] else 0
+        other = int(np.searchsorted(documents, sentence, side="right")) - 1
+        first, end = documents[other : other + 2]
+        if starts[end] - starts[first] >= wanted:
+            break
+    # Back from the end of the document, if too near to it.
+    latest = int(np.searchsorted(starts[first:end], starts[end] - wanted, side="right")) - 1
+    start = starts[min(sentence, first + max(latest, 0))]
+    return corpus.tokens[start : min(start + wanted, starts[end])]
 
 
 def _shares(a: int, b: int, room: int) -> tuple[int, int]:
