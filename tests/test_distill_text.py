@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -17,7 +18,7 @@ datasets = pytest.importorskip("datasets", reason="the extra 'distill' is not in
 pytest.importorskip("torchmetrics", reason="the extra 'distill' is not installed")
 
 from kron_kernels.distill.data import MaskingCollator, PaddingCollator, load_text, pack  # noqa: E402
-from kron_kernels.distill.data.corpus import sentences  # noqa: E402
+from kron_kernels.distill.data.corpus import Corpus, sentence_pairs, sentences  # noqa: E402
 
 WIKITEXT = """\
  = First Title =
@@ -200,6 +201,19 @@ def test_every_sentence_is_used_once_as_a_or_its_continuation(tokenizer: Any) ->
         a, b = segments(row, tokenizer)
         first += a + (b if row["next_sentence_label"] == 0 else [])
     assert " ".join(first).startswith(" ".join(text))
+
+
+def test_b_is_as_long_as_the_continuation_from_wherever_it_comes() -> None:
+    # Two documents of 30 sentences, each a token that is its own place.
+    corpus = Corpus(np.arange(60, dtype=np.int32), np.arange(61), np.array([0, 30, 60]))
+    for seed in range(20):
+        for a, b, follows in sentence_pairs(corpus, 20, seed):
+            first, cut = int(a[0]), int(a[-1]) + 1
+            end = 30 if first < 30 else 60
+            last = min(end, first + 20)
+            assert len(b) == (last - cut if last - first > 1 else 1)
+            assert np.array_equal(b, np.arange(b[0], b[0] + len(b)))
+            assert (b[0] == cut) if follows else (b[-1] < 30) != (first < 30)
 
 
 def test_lengths_tell_nothing_about_the_label(tokenizer: Any) -> None:
