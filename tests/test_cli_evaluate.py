@@ -19,7 +19,7 @@ from test_cli_compress import WORDS, save_bert
 pytest.importorskip("datasets", reason="the extra 'distill' is not installed")
 pytest.importorskip("torchmetrics", reason="the extra 'distill' is not installed")
 
-from kron_kernels.distill.data import compute_metrics, get_task
+from kron_kernels.distill.data import compute_metrics, get_task, load_task
 from kron_kernels.distill.evaluate import evaluate, predict
 
 Capture = pytest.CaptureFixture[str]
@@ -90,6 +90,10 @@ def test_a_model_in_memory_is_left_as_it_was(dense: Path, data: Path) -> None:
     assert result.metrics == evaluate(dense, "sst2", data).metrics
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
+    loaded = load_task(data, "sst2", ["validation"])
+    assert evaluate(model, "sst2", loaded, tokenizer=tokenizer).metrics == result.metrics
+    with pytest.raises(ValueError, match="split: expected one of validation, got 'train'"):
+        evaluate(model, "sst2", loaded, "train", tokenizer=tokenizer)
     with pytest.raises(ValueError, match="tokenizer: expected the tokenizer of the model, got None"):
         evaluate(model, "sst2", data)
 

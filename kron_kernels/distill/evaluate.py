@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 import transformers
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ class EvaluationResult:
 def evaluate(
     model: str | os.PathLike[str] | nn.Module,
     task: str | Task,
-    source: Source,
+    source: Source | datasets.DatasetDict,
     split: str = "validation",
     *,
     batch_size: int = 32,
@@ -59,7 +60,7 @@ def evaluate(
             classes are the task's in another order, its predictions are put in the task's; where they are others, the
             order is taken to be the same.
         task: a task or its name; one without names of classes takes the model's, if those are not just numbered.
-        source: the data, as for ``load_task``.
+        source: the data, as for ``load_task``, or what that has given.
         split: "validation", "validation_mismatched" (MNLI), "train", or "test" with labels.
         batch_size: examples, or windows of a context, at a time.
         max_length: the most tokens of an input; by default 128, or 384 for question answering, or the model's
@@ -88,7 +89,9 @@ def evaluate(
     names = _class_names(network)
     if task.kind == "classification" and not task.labels and names:
         task = dataclasses.replace(task, labels=names)
-    data = load_task(source, task, [split])
+    data = source if isinstance(source, datasets.DatasetDict) else load_task(source, task, [split])
+    if split not in data:
+        raise ValueError(f"split: expected one of {', '.join(data)}, got {split!r}")
     task, rows = resolved(task, data), data[split]
     length = _max_length(network, task, max_length)
     if task.kind != "qa" and "label" not in rows.column_names:
