@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness import Row, read_rows
-from bench.plots_model import plot_latency, plot_profile, save
+from bench.plots_model import plot_latency, plot_profile
 from bench.report_layers import STOCK
 from bench.tables import machine_of
 from bench.targets import reach
+from kron_kernels._reporting import save
 from kron_kernels.timing import PEAK
 
 OURS, STOCK_COLOR, DENSE_COLOR, REACH = "#014f86", "#8d99ae", "#bc6c25", "#d62828"

@@ -8,6 +8,7 @@ from typing import Any
 from bench.encoder_candidates import COMPILED_DENSE, DISTIL, INT8_TORCH, INT8_TORCHAO, ORT
 from bench.harness import Row, read_rows
 from bench.tables import machine_of
+from kron_kernels._reporting import save, subplots
 
 # Line of a way in the latency plot: the models whose quickest is drawn, colour, style.
 LINES: dict[str, tuple[tuple[str, ...], str, str]] = {
@@ -110,32 +111,11 @@ def _of_last_machine(rows: list[Row]) -> list[Row]:
 
 
 def _subplots(panels: list[Any], columns: int = 3, size: tuple[float, float] = (3.0, 3.2)) -> tuple[Any, list[Any]]:
-    """A figure with a place for each panel."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    columns = min(columns, len(panels))
-    rows = -(-len(panels) // columns)
-    figsize = (size[0] * columns + 1.5, size[1] * rows)
-    figure, axes = pyplot.subplots(rows, columns, figsize=figsize, squeeze=False, layout="constrained")
-    for panel in axes.flat[len(panels) :]:
-        panel.set_visible(False)
-    return figure, list(axes.flat)
+    """A figure with a place for each panel and room for a legend."""
+    return subplots(len(panels), columns, size, extra_width=1.5)
 
 
 def _finish(figure: Any, rows: list[Row], path: Path) -> None:
     machine = machine_of(rows[-1])
     figure.suptitle(f"{machine[0]}, {machine[3]} threads", fontsize=9)
     save(figure, path)
-
-
-def save(figure: Any, path: Path) -> None:
-    """Write the figure, whole or not at all, and close it."""
-    from matplotlib import pyplot
-
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=120, format="png", metadata={"Software": None})
-    temporary.replace(path)
-    pyplot.close(figure)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from bench.harness import ROOT, Row
 from bench.targets import Verdict
+from kron_kernels._reporting import markdown
 
 MACHINE_KEY = ("cpu", "isa", "cores", "threads")
 
@@ -25,12 +26,6 @@ class Judged:
 
 def machine_of(row: Row) -> tuple[str, ...]:
     return tuple(row[column] for column in MACHINE_KEY)
-
-
-def markdown(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table."""
-    lines = [headers, ["---"] * len(headers), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def details(summary: str, text: str) -> str:
