@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from .. import __version__
-from . import bench, compress, env, evaluate, export
+from . import bench, compress, env, evaluate, export, report
 
 
 class _Parser(argparse.ArgumentParser):
@@ -25,8 +25,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line; each subcommand sets ``run``."""
     parser = _Parser(prog="kron-kernels", description="Kronecker-factored linear layers and encoders.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{env,compress,evaluate,export,bench}")
-    for module in (env, compress, evaluate, export, bench):
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{env,compress,evaluate,export,report,bench}")
+    for module in (env, compress, evaluate, export, report, bench):
         module.add_parser(commands)
     return parser
 
