@@ -26,7 +26,7 @@ import transformers  # noqa: E402
 from kron_kernels.distill import files, run_folder  # noqa: E402
 from kron_kernels.distill.callbacks import NonFiniteLossError, RunLogger, check_finite  # noqa: E402
 from kron_kernels.distill.curves import read_series, write_curves  # noqa: E402
-from kron_kernels.distill.files import check_space, write_text  # noqa: E402
+from kron_kernels.distill.files import check_space, new_folder, write_text  # noqa: E402
 from kron_kernels.distill.run_folder import RunFolder, checkpoint_step  # noqa: E402
 from kron_kernels.distill.run_result import RunResult  # noqa: E402
 
@@ -480,14 +480,38 @@ def test_killed_processes_leave_a_folder_to_go_on_with(tmp_path: Path, monkeypat
     assert reached > 1
 
 
-def test_text_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("where", ["sync", "replace"])
+def test_text_is_there_whole_or_not_at_all(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file"
     write_text(path, "old")
 
-    def killed(descriptor: Path) -> None:
+    def killed(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(files, "sync", killed)
+    monkeypatch.setattr(files if where == "sync" else os, where, killed)
     with pytest.raises(KeyboardInterrupt):
         write_text(path, "new")
     assert path.read_text() == "old"
+
+
+def test_folders_are_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "model"
+    with new_folder(path) as folder:
+        (folder / "weights").write_text("old")
+        assert not path.exists()
+
+    def broken_off() -> None:
+        with new_folder(path) as folder:
+            (folder / "weights").write_text("new")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        broken_off()
+    assert (path / "weights").read_text() == "old"
+    # What a killed process left does not get into the next.
+    (path.parent / ".model.tmp").mkdir()
+    (path.parent / ".model.tmp" / "rest").write_text("")
+    with new_folder(path) as folder:
+        (folder / "other").write_text("new")
+    assert [entry.name for entry in path.iterdir()] == ["other"]
+    assert [entry.name for entry in path.parent.iterdir()] == ["model"]

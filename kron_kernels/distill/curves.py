@@ -27,7 +27,7 @@ def write_curves(run: RunFolder) -> Path | None:
         name: points for name, points in series.items() if name.startswith("eval/") and not name.endswith(_COSTS)
     }
     panels = [({name.removeprefix("loss/"): points for name, points in losses.items()}, "loss")] if losses else []
-    panels += [({"": points}, name.removeprefix("eval/")) for name, points in metrics.items()]
+    panels += [({"": points}, name) for name, points in metrics.items()]
     return _draw(panels, run.path / "curves.png")
 
 
@@ -68,6 +68,7 @@ def _draw_panel(panel: Any, lines: Mapping[str, Points], title: str) -> None:
         panel.set_yscale("log")
     if any(lines):
         panel.legend(frameon=False, fontsize=7)
+    panel.xaxis.get_major_locator().set_params(integer=True)
     panel.set_title(title, fontsize=9)
     panel.set_xlabel("step", fontsize=9)
     panel.grid(True, linewidth=0.3)

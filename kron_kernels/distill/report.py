@@ -269,6 +269,7 @@ def _draw_table(headers: Sequence[str], rows: Sequence[Sequence[str]], path: Pat
         colLabels=headers,
         colWidths=[width / sum(widths) for width in widths],
         cellLoc="right",
+        colLoc="right",
         bbox=(0, 0, 1, 1),
     )
     table.auto_set_font_size(False)

@@ -118,6 +118,7 @@ class RunFolder:
 
     @property
     def model_path(self) -> Path:
+        """The final model; written in ``files.new_folder(run.model_path)`` it is there whole or not at all."""
         return self.path / "model"
 
     @property

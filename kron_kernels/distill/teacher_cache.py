@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .cache_layout import Entry, layout, total_bytes
-from .files import NoSpaceError, check_space, write_text
+from .files import NoSpaceError, check_space, new_folder, write_text
 
 VERSION = 1
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -115,19 +115,13 @@ class TeacherCache:
         elif path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise FileExistsError(f"cache: expected a new folder or a cache's, got {path}, which holds other things")
         check_space(path, size, "teacher cache")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            partial.mkdir()
+        with new_folder(path) as folder:
             for entry in entries:
-                with open(partial / f"{entry.name}.bin", "wb") as file:
+                with open(folder / f"{entry.name}.bin", "wb") as file:
                     file.truncate(total_bytes(table, [entry], dtype))
-            with open(partial / _FILLED, "wb") as file:
+            with open(folder / _FILLED, "wb") as file:
                 file.truncate(len(table))
-            write_text(partial / _HEADER, json.dumps(header, indent=2) + "\n")
-            os.replace(partial, path)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            write_text(folder / _HEADER, json.dumps(header, indent=2) + "\n")
         return cls(path, table, entries, dtype)
 
     @property
