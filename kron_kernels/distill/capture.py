@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, nn
 from transformers import BertModel
 
-from ..models.bert_layers import FusedBertSelfAttention
-
 FFN_PLACES = ("layer", "dense")
 
 
@@ -79,7 +77,7 @@ class Tape:
         if self._running:
             self._embedding = output
 
-    def _keep(self, **tensors: Tensor) -> None:
+    def _keep(self, name: str, tensor: Tensor) -> None:
         # Gradient checkpointing runs layers once more in the backward pass: that is not a forward of the model.
         if not self._running:
             return
@@ -88,11 +86,10 @@ class Tape:
                 "gradient checkpointing: expected use_reentrant=False while a model is captured, got the reentrant "
                 "form, which computes layers without a graph: no gradient would reach the student"
             )
-        for name, tensor in tensors.items():
-            self._lists[name].append(tensor)
+        self._lists[name].append(tensor)
 
     def _keeper(self, name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        return lambda module, args, output: self._keep(**{name: output})
+        return lambda module, args, output: self._keep(name, output)
 
 
 @contextmanager
@@ -102,9 +99,10 @@ def capture(
     """Gather what each forward of ``model`` computes inside, for as long as the context lasts.
 
     ``model`` is a BertModel of transformers, KronBert, or either with a head, with fused layers or without, also inside
-    DistributedDataParallel. Student and teacher are captured each by a context of its own. The fused ops stay in use,
-    with the exception below; sequences are computed with their padding (``fuse_`` leaves it out otherwise, in
-    inference), so that positions of student and teacher are the same. Non-reentrant gradient checkpointing works.
+    DistributedDataParallel. Student and teacher are captured each by a context of its own. Fused layers project
+    queries, keys and values one by one meanwhile and are as fused as ever in the rest, with the exception below.
+    Sequences are computed with their padding (``fuse_`` leaves it out otherwise, in inference), so that positions of
+    student and teacher are the same. Non-reentrant gradient checkpointing works.
 
     Args:
         model: what will run.
@@ -149,13 +147,10 @@ def capture(
         if embedding:
             hook(bert.embeddings, tape._embedded)
         for layer in bert.encoder.layer:
-            attention = layer.attention.self
-            if scores and isinstance(attention, FusedBertSelfAttention):
-                attention.on_projected = lambda query, key: tape._keep(queries=query, keys=key)
-                undo.callback(delattr, attention, "on_projected")
-            elif scores:
-                hook(attention.query, tape._keeper("queries"))
-                hook(attention.key, tape._keeper("keys"))
+            if scores:
+                # In training these layers take as long one by one as in the joint op, which hooks keep them from.
+                hook(layer.attention.self.query, tape._keeper("queries"))
+                hook(layer.attention.self.key, tape._keeper("keys"))
             if ffn:
                 hook(layer if ffn_at == "layer" else layer.output.dense, tape._keeper("ffn"))
         yield tape

@@ -8,7 +8,6 @@ would have to be called, a decoder, an active dropout.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -156,14 +155,9 @@ class FusedBertEmbeddings(BertEmbeddings):
 
 
 class FusedBertSelfAttention(BertSelfAttention):
-    """Queries, keys and values from one read of the input; attention itself as transformers is told to do it.
-
-    ``on_projected``, where a module has it set, is called with its queries and keys as they are projected, ``(batch,
-    length, hidden)``. Hooks on the layers that project them would see the same, but take them out of the joint op.
-    """
+    """Queries, keys and values from one read of the input; attention itself as transformers is told to do it."""
 
     takes_packing = True
-    on_projected: Callable[[Tensor, Tensor], None] | None = None
 
     def forward(
         self,
@@ -180,8 +174,6 @@ class FusedBertSelfAttention(BertSelfAttention):
         kwargs["dropout"] = self.dropout.p if self.training else 0.0
         kwargs["scaling"] = self.scaling
         projected = self._project(hidden_states)
-        if self.on_projected is not None:
-            self.on_projected(projected[0], projected[1])
         lead = hidden_states.shape[:-1]
         if packing is None:
             heads = (*lead, -1, self.attention_head_size)
