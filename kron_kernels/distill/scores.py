@@ -17,6 +17,11 @@ from .._observers import apply
 
 # Elements of the block of scores that attention_kl holds, 4 MB in float32: it stays in the cache of a core.
 BLOCK_ELEMENTS = 1 << 20
+# Up to how many head sizes a sequence goes through the scores of its layer. Multiply-adds of a head, backward included,
+# are 4 length² head_size that way and 10 length head_size² through Gram matrices: the same at 2.5. The products of Gram
+# matrices are smaller and run at a lower rate: measured, they took longer up to 3.3 (head size 64) and 4 (32).
+DIRECT_HEAD_SIZES = 3
+_ROWS = torch.contiguous_format
 
 
 def score_mse(
@@ -36,7 +41,7 @@ def score_mse(
     With ``dQ = Q - Q'`` and ``dK = K - K'``, teacher primed, the scores of a head differ by ``dQ K^T + Q' dK^T``. The
     squared norm of that is three inner products of Gram matrices ``(head_size, head_size)``, none larger than the
     result when student and teacher are near each other: nothing cancels, and no ``(length, length)`` matrix is made.
-    Sequences of at most three head sizes take fewer multiply-adds through the scores of the one layer, and go that way.
+    Sequences of at most three head sizes are quicker through the scores of the one layer, which are kept for backward.
 
     Args:
         student_query, student_key: ``(batch, length, heads * head_size)``, any floating dtype.
@@ -81,24 +86,28 @@ class _ScoreMse(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, query_t: Tensor, key_t: Tensor, padding: Tensor | None, heads: int
     ) -> Tensor:
-        length, head_size = query.shape[1], query.shape[2] // heads
+        batch, length, hidden = query.shape
+        head_size = hidden // heads
         ctx.heads, ctx.padding = heads, padding
-        # Multiply-adds of a head, backward included: 4 length² head_size through its scores, 12 length head_size² not.
-        ctx.direct = length <= 3 * head_size
-        with torch.autocast(query.device.type, enabled=False):
-            kept: tuple[Tensor, ...]
-            if ctx.direct:
-                q, k, q_t, k_t = _split(query, key, query_t, key_t, padding=padding, heads=heads)
-                difference = torch.matmul(q, k.mT).sub_(torch.matmul(q_t, k_t.mT))
-                total = _inner(difference, difference)
-                kept = (difference,)
-            else:
-                dq, q_t, k, dk = _differences(query, key, query_t, key_t, padding=padding, heads=heads)
-                dq_dq, dq_qt, qt_qt = dq.mT @ dq, dq.mT @ q_t, q_t.mT @ q_t
-                k_k, k_dk, dk_dk = k.mT @ k, k.mT @ dk, dk.mT @ dk
-                total = _inner(dq_dq, k_k) + 2 * _inner(dq_qt, k_dk) + _inner(qt_qt, dk_dk)
-                # K^T K, dK^T K, dQ^T Q, Q'^T Q
-                kept = (k_k, k_dk.mT, dq_dq + dq_qt, dq_qt.mT + qt_qt)
+        ctx.direct = length <= DIRECT_HEAD_SIZES * head_size
+        q, k, q_t, k_t = _cleared(query, key, query_t, key_t, padding=padding)
+        kept: tuple[Tensor, ...]
+        if ctx.direct:
+            q, k, q_t, k_t = (_by_heads(each, heads) for each in (q, k, q_t, k_t))
+            difference = q.new_empty(batch, heads, length, length)
+            _product(q, k.mT, difference)
+            _product(q_t, k_t.mT, difference, beta=1, alpha=-1)
+            total = torch.linalg.vector_norm(difference, dim=(2, 3)).square().sum(dtype=torch.float64)
+            kept = (difference,)
+        else:
+            dq, q_t, k, dk = (_by_heads(each, heads) for each in (q - q_t, q_t, k, k - k_t))
+            dq_dq, dq_qt, qt_qt, k_k, k_dk, dk_dk = grams = q.new_empty(6, batch, heads, head_size, head_size)
+            lefts, rights = (dq, dq, q_t, k, k, dk), (dq, q_t, q_t, k, dk, dk)
+            for left, right, gram in zip(lefts, rights, grams, strict=True):
+                _product(left.mT, right, gram)
+            total = _inner(dq_dq, k_k) + 2 * _inner(dq_qt, k_dk) + _inner(qt_qt, dk_dk)
+            # K^T K, dK^T K, dQ^T Q, Q'^T Q
+            kept = (k_k.clone(), k_dk.mT.clone(), dq_dq + dq_qt, dq_qt.mT + qt_qt)
         ctx.save_for_backward(query, key, query_t, key_t, *kept)
         return (total / head_size).to(_dtype(query))
 
@@ -106,19 +115,25 @@ class _ScoreMse(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, query_t, key_t, *kept = ctx.saved_tensors
-        operands: dict[str, Any] = {"padding": ctx.padding, "heads": ctx.heads}
-        with torch.autocast(query.device.type, enabled=False):
-            if ctx.direct:
-                (difference,) = kept
-                q, k = _split(query, key, **operands)
-                grad_q, grad_k = difference @ k, difference.mT @ q
-            else:
-                k_k, dk_k, dq_q, qt_q = kept
-                dq, q_t, k, dk = _differences(query, key, query_t, key_t, **operands)
-                grad_q = (dq @ k_k).add_(q_t @ dk_k)
-                grad_k = (k @ dq_q).add_(dk @ qt_q)
-            factor = grad * 2 / (query.shape[2] // ctx.heads)
-            return _joined(grad_q.mul_(factor), query), _joined(grad_k.mul_(factor), key), None, None, None, None
+        heads = ctx.heads
+        factor = grad * 2 / (query.shape[2] // heads)
+        q, k, q_t, k_t = _cleared(query, key, query_t, key_t, padding=ctx.padding)
+        grad_q, grad_k = torch.empty_like(q, memory_format=_ROWS), torch.empty_like(k, memory_format=_ROWS)
+        to_q, to_k = _by_heads(grad_q, heads), _by_heads(grad_k, heads)
+        if ctx.direct:
+            (difference,) = kept
+            _product(difference, _by_heads(k, heads), to_q)
+            _product(difference.mT, _by_heads(q, heads), to_k)
+            grad_q.mul_(factor)
+            grad_k.mul_(factor)
+        else:
+            k_k, dk_k, dq_q, qt_q = (each * factor for each in kept)
+            dq, q_t, k, dk = (_by_heads(each, heads) for each in (q - q_t, q_t, k, k - k_t))
+            _product(dq, k_k, to_q)
+            _product(q_t, dk_k, to_q, beta=1)
+            _product(k, dq_q, to_k)
+            _product(dk, qt_q, to_k, beta=1)
+        return grad_q.to(query.dtype), grad_k.to(key.dtype), None, None, None, None
 
 
 class _AttentionKl(torch.autograd.Function):
@@ -129,8 +144,8 @@ class _AttentionKl(torch.autograd.Function):
         ctx.heads, ctx.padding = heads, padding
         ctx.save_for_backward(query, key, query_t, key_t)
         total = torch.zeros((), dtype=torch.float64, device=query.device)
+        operands = [_by_heads(each, heads) for each in _cleared(query, key, query_t, key_t, padding=padding)]
         with torch.autocast(query.device.type, enabled=False):
-            operands = _split(query, key, query_t, key_t, padding=padding, heads=heads)
             for _, _, log_s, log_t in _probabilities(operands, padding):
                 total += _inner(log_t.exp(), log_t - log_s)
         return total.to(_dtype(query))
@@ -139,16 +154,21 @@ class _AttentionKl(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, query_t, key_t = ctx.saved_tensors
+        heads = ctx.heads
+        cleared = _cleared(query, key, query_t, key_t, padding=ctx.padding)
+        q, k, _, _ = operands = [_by_heads(each, heads) for each in cleared]
+        grad_q, grad_k = (
+            torch.empty_like(cleared[0], memory_format=_ROWS),
+            torch.zeros_like(cleared[1], memory_format=_ROWS),
+        )
+        to_q, to_k = _by_heads(grad_q, heads), _by_heads(grad_k, heads)
         with torch.autocast(query.device.type, enabled=False):
-            operands = _split(query, key, query_t, key_t, padding=ctx.padding, heads=ctx.heads)
-            q, k = operands[:2]
-            grad_q, grad_k = torch.empty_like(q), torch.zeros_like(k)
             for some, rows, log_s, log_t in _probabilities(operands, ctx.padding):
                 grad_scores = log_s.exp_().sub_(log_t.exp_())
-                grad_q[some, :, rows] = grad_scores @ k[some]
-                grad_k[some] += grad_scores.mT @ q[some, :, rows]
-            factor = grad * (query.shape[2] // ctx.heads) ** -0.5
-            return _joined(grad_q.mul_(factor), query), _joined(grad_k.mul_(factor), key), None, None, None, None
+                to_q[some, :, rows] = grad_scores @ k[some]
+                to_k[some] += grad_scores.mT @ q[some, :, rows]
+        factor = grad * q.shape[3] ** -0.5
+        return grad_q.mul_(factor).to(query.dtype), grad_k.mul_(factor).to(key.dtype), None, None, None, None
 
 
 def _check(
@@ -183,30 +203,25 @@ def _dtype(student: Tensor) -> torch.dtype:
     return torch.float64 if student.dtype is torch.float64 else torch.float32
 
 
-def _split(*projected: Tensor, padding: Tensor | None, heads: int) -> list[Tensor]:
-    """Copies ``(batch, heads, length, head_size)`` in the dtype to compute in, zero at padding."""
-    split = [
-        each.to(_dtype(projected[0]))
-        .unflatten(2, (heads, each.shape[2] // heads))
-        .transpose(1, 2)
-        .clone(memory_format=torch.contiguous_format)
-        for each in projected
-    ]
-    if padding is not None:
-        for each in split:
-            each.masked_fill_(padding[:, None, :, None], 0)
-    return split
+def _cleared(*projected: Tensor, padding: Tensor | None) -> list[Tensor]:
+    """The operands in the dtype to compute in, zero at padding; the very same tensors where that changes nothing."""
+    cleared = [each.to(_dtype(projected[0])) for each in projected]
+    return cleared if padding is None else [each.masked_fill(padding.unsqueeze(2), 0) for each in cleared]
 
 
-def _differences(*projected: Tensor, padding: Tensor | None, heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``Q - Q'``, ``Q'``, ``K`` and ``K - K'`` as :func:`_split` gives them."""
-    q, k, q_t, k_t = _split(*projected, padding=padding, heads=heads)
-    return q.sub_(q_t), q_t, k, torch.sub(k, k_t, out=k_t)
+def _by_heads(projected: Tensor, heads: int) -> Tensor:
+    """A view ``(batch, heads, length, head_size)``."""
+    return projected.unflatten(2, (heads, projected.shape[2] // heads)).transpose(1, 2)
 
 
-def _joined(split: Tensor, like: Tensor) -> Tensor:
-    """``(batch, heads, length, head_size)`` as ``(batch, length, heads * head_size)`` in the dtype of ``like``."""
-    return split.transpose(1, 2).to(like.dtype).reshape(like.shape)
+def _product(left: Tensor, right: Tensor, out: Tensor, beta: int = 0, alpha: int = 1) -> None:
+    """``out = beta out + alpha left @ right`` for each sequence and head; all may be views of :func:`_by_heads`.
+
+    One sequence at a time: a batched product reads and writes its heads where they are, while one over both dimensions
+    would copy them together first, which takes as long as the products. Autocast leaves what is in place alone.
+    """
+    for one_left, one_right, one_out in zip(left, right, out, strict=True):
+        one_out.baddbmm_(one_left, one_right, beta=beta, alpha=alpha)
 
 
 def _inner(left: Tensor, right: Tensor) -> Tensor:
