@@ -78,6 +78,7 @@ bench-smoke: bench-peers
 	$(PY) -m bench.ffn --smoke --out build/bench
 	$(PY) -m bench.model --smoke --out build/bench
 	$(PY) -m bench.process_memory --smoke --out build/bench
+	$(PY) -m bench.distill_losses --smoke --out build/bench
 	$(PY) -m bench.profile --smoke --out build/bench
 	$(PY) -m bench.report --results build/bench --readme build/bench/README.md
 

@@ -81,10 +81,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--length", nargs="+", type=int, default=[128, 512])
     parser.add_argument("--head-size", type=int, default=64)
     add_run_options(parser, seconds=10)
-    parser.add_argument("--smoke", action="store_true", help="two layers of two heads, little time")
+    parser.add_argument("--smoke", action="store_true", help="two layers of two small heads, little time")
     arguments = parser.parse_args()
     if arguments.smoke:
-        vars(arguments).update(layers=2, batch=2, heads=2, length=[32, 256], seconds=0.05)
+        vars(arguments).update(layers=2, batch=2, heads=2, head_size=16, length=[96], seconds=0.05)
     return arguments
 
 
