@@ -39,8 +39,9 @@ def score_mse(
     the mean of KroneckerBERT's attention loss (Tahaei et al., 2021, section 3.2).
 
     With ``dQ = Q - Q'`` and ``dK = K - K'``, teacher primed, the scores of a head differ by ``dQ K^T + Q' dK^T``. The
-    squared norm of that is three inner products of Gram matrices ``(head_size, head_size)``, none larger than the
-    result when student and teacher are near each other: nothing cancels, and no ``(length, length)`` matrix is made.
+    squared norm of that is three inner products of Gram matrices ``(head_size, head_size)``, as small as the result
+    when student and teacher are near each other: the norms of the scores do not cancel, only what one difference
+    undoes of the other may. No ``(length, length)`` matrix is made.
     Sequences of at most three head sizes are quicker through the scores of the one layer, which are kept for backward.
 
     Args:
@@ -217,7 +218,7 @@ def _by_heads(projected: Tensor, heads: int) -> Tensor:
 def _product(left: Tensor, right: Tensor, out: Tensor, beta: int = 0, alpha: int = 1) -> None:
     """``out = beta out + alpha left @ right`` for each sequence and head; all may be views of :func:`_by_heads`.
 
-    One sequence at a time: a batched product reads and writes its heads where they are, while one over both dimensions
+    One sequence at a time: a batched product reads its heads where they are, while one over both dimensions
     would copy them together first, which takes as long as the products. Autocast leaves what is in place alone.
     """
     for one_left, one_right, one_out in zip(left, right, out, strict=True):
