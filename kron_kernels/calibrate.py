@@ -136,7 +136,7 @@ def calibrate(
     if not batches:
         raise ValueError("batches: expected at least one batch, got none")
     recorder = InputRecorder(dtype)
-    with _evaluating(model), ExitStack() as hooks:
+    with evaluating(model), ExitStack() as hooks:
         for name, module in watched.items():
             handle = module.register_forward_pre_hook(recorder.hook(name), with_kwargs=True)
             hooks.callback(handle.remove)
@@ -150,6 +150,26 @@ def calibrate(
     if modules is not None and (idle := [name for name in modules if name not in recorder.groups]):
         raise ValueError(f"modules: {', '.join(idle)} did not run")
     return Calibration(recorder.statistics())
+
+
+def count_tokens(batches: Iterable[Mapping[str, Tensor]], vocabulary: int) -> Tensor:
+    """How often each token occurs in ``batches``, (vocabulary,) int64: what an embedding's fit weighs rows by.
+
+    Each batch holds ``input_ids`` (B, L) and, where it has padding, an ``attention_mask`` (B, L): tokens it marks with
+    0 are left out. Raises ValueError for a batch without ids, ids outside the vocabulary and where no token is left.
+    """
+    counts = torch.zeros(vocabulary, dtype=torch.int64)
+    for batch in batches:
+        if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
+            raise ValueError("batches: expected mappings that hold input_ids (B, L), got one without")
+        ids, mask = batch["input_ids"].cpu(), _mask(batch)
+        ids = ids.flatten() if mask is None else ids[mask.cpu()]
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+            raise ValueError(f"batches: expected ids below {vocabulary}, got {int(ids.min())} to {int(ids.max())}")
+        counts += torch.bincount(ids, minlength=vocabulary)
+    if not counts.any():
+        raise ValueError("batches: expected at least one token, got none")
+    return counts
 
 
 def _watched(model: nn.Module, modules: Sequence[str] | None) -> dict[str, nn.Module]:
@@ -197,7 +217,7 @@ def _mask(kwargs: Mapping[str, Any]) -> Tensor | None:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode within, and every module's own mode again after."""
     training = {module: module.training for module in model.modules()}
     model.eval()

@@ -25,6 +25,7 @@ from .counting import linear_flops
 from .nn import KronLinear
 from .presets import KronConfig, preset
 from .quantize import QuantizationReport, quantize_
+from .warm_start import WARM_STARTS, WarmStartReport, linear_names, start_model
 
 Progress = Callable[[int, int, str], None]
 
@@ -59,6 +60,8 @@ class CompressReport:
     linear_flops_after: int
     seconds: float
     quantization: QuantizationReport | None
+    warm_start: str
+    blocks: WarmStartReport | None
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able dict."""
@@ -66,6 +69,8 @@ class CompressReport:
         converted = {"conversion": self.conversion.to_dict()}
         if self.quantization is not None:
             converted["quantization"] = self.quantization.to_dict()
+        if self.blocks is not None:
+            converted["blocks"] = self.blocks.to_dict()
         return {"version": 1, "kron_kernels": __version__, **fields, **converted}
 
 
@@ -75,7 +80,9 @@ def compress(
     config: str | KronConfig,
     *,
     calibrate_text: str | os.PathLike[str] | None = None,
-    calibrate_lines: int = 256,
+    calibrate_lines: int = 2000,
+    warm_start: str | None = None,
+    warm_start_steps: int = 300,
     terms: int | None = None,
     weight_dtype: str | None = None,
     overwrite: bool = False,
@@ -88,8 +95,12 @@ def compress(
             question-answering head), or the name of one on the model hub.
         out_dir: folder to make. It appears whole or not at all.
         config: a preset's name or a KronConfig.
-        calibrate_text: text file, a sentence a line, for the data-aware fit; None fits the weights alone.
+        calibrate_text: text file, a sentence a line, for a warm start; None fits the weights alone.
         calibrate_lines: how many of its lines to use.
+        warm_start: "plain" fits the weights alone, "data-aware" the outputs of the layers on the text (``kronify_``),
+            "blockwise" then trains each block on it (``warm_start.warm_start``), which is best and takes minutes. None
+            is "blockwise" where there is text, else "plain".
+        warm_start_steps: steps a block of "blockwise".
         terms: Kronecker products to sum in each linear layer; None keeps the config's.
         weight_dtype: "int8" stores large factors as int8 (see ``quantize_``); None leaves that to the config. The
             report then holds the agreement of the outputs with those of the factors before, on the lines of the text
@@ -100,23 +111,24 @@ def compress(
     Raises:
         FileExistsError: ``out_dir`` exists and ``overwrite`` is False.
         OSError: a missing or damaged checkpoint or text.
-        ValueError: an architecture that is not supported, a config that does not fit, an empty text.
+        ValueError: an architecture that is not supported, a config that does not fit, an empty text, a warm start that
+            needs text without any.
     """
-    start = time.perf_counter()
+    began = time.perf_counter()
     target = Path(out_dir)
+    method = _method(warm_start, calibrate_text is not None)
     _check_target(target, overwrite, model_dir)
     dense = load_dense(model_dir)
     kron = _config(config, dense, terms, weight_dtype)
     flops_before = linear_flops(dense, MAX_LENGTH, kron)
-    calibration, sentences = None, []
-    if calibrate_text is not None:
-        sentences = read_lines(calibrate_text, calibrate_lines)
-        calibration = calibrate_on(dense, model_dir, sentences, kron, progress)
+    sentences = [] if calibrate_text is None else read_lines(calibrate_text, calibrate_lines)
+    batches = _batches(dense, model_dir, sentences)
     floating = dataclasses.replace(kron, weight_dtype=None)
-    model = ARCHITECTURES[type(dense).__name__].from_dense(dense, floating, calibration=calibration, progress=progress)
-    quantization = None
-    if kron.weight_dtype is not None:
-        quantization = quantize_(model, _batches(model, model_dir, sentences))
+    kind = ARCHITECTURES[type(dense).__name__]
+    model, calibration, blocks = start_model(
+        kind, dense, floating, batches, method=method, steps=warm_start_steps, progress=progress
+    )
+    quantization = None if kron.weight_dtype is None else quantize_(model, batches)
     report = CompressReport(
         source=str(model_dir),
         target=str(target),
@@ -126,11 +138,22 @@ def compress(
         calibration_tokens=max(calibration.tokens.values()) if calibration else 0,
         linear_flops_before=flops_before,
         linear_flops_after=linear_flops(model, MAX_LENGTH, kron),
-        seconds=time.perf_counter() - start,
+        seconds=time.perf_counter() - began,
         quantization=quantization,
+        warm_start=method,
+        blocks=blocks,
     )
     _save(model, report, model_dir, target)
     return report
+
+
+def _method(warm_start: str | None, has_text: bool) -> str:
+    method = ("blockwise" if has_text else "plain") if warm_start is None else warm_start
+    if method not in WARM_STARTS:
+        raise ValueError(f"warm_start: expected one of {', '.join(WARM_STARTS)}, got {method!r}")
+    if method != "plain" and not has_text:
+        raise ValueError(f"warm_start: expected text to calibrate on for {method!r}, got none")
+    return method
 
 
 def load_dense(model_dir: str | os.PathLike[str]) -> Any:
@@ -200,12 +223,7 @@ def calibrate_on(
     progress: Progress | None = None,
 ) -> Calibration:
     """Input moments, on these sentences, of the linear layers of ``model`` that ``config`` will replace."""
-    names = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and config.role_of(name) in config.rules and not config.skips(name)
-    ]
-    return calibrate(model, _batches(model, tokenizer_dir, sentences), names, progress)
+    return calibrate(model, _batches(model, tokenizer_dir, sentences), linear_names(model, config), progress)
 
 
 def _batches(model: Any, tokenizer_dir: str | os.PathLike[str], sentences: list[str]) -> list[dict[str, torch.Tensor]]:

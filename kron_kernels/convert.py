@@ -72,6 +72,7 @@ def kronify_(
     config: KronConfig | Mapping[str, Any] | str,
     *,
     calibration: Calibration | None = None,
+    token_counts: Tensor | None = None,
     fit: bool = True,
     weight_dtype: str | None = None,
     progress: Progress | None = None,
@@ -89,6 +90,8 @@ def kronify_(
         config: a KronConfig, its dict, or a preset's name.
         calibration: the second moments and means of the layers' inputs (see ``calibrate``). The fit then minimises
             the error of each layer's output, its mean error taken up by the bias (see ``fit_linear``).
+        token_counts: (vocabulary,), how often the text has each token (``calibrate.count_tokens``): the fit of the word
+            embedding then weighs each row's error by it (see ``fit_embedding``).
         fit: False leaves the new factors freshly drawn: the structure only, for a state dict to be loaded into.
         weight_dtype: "int8" stores large factors as int8, as ``quantize_`` does after the conversion; None leaves that
             to the config. The errors reported are those of the fit.
@@ -106,7 +109,9 @@ def kronify_(
     replacements: list[nn.Module] = []
     layers = []
     for done, target in enumerate(targets, 1):
-        module, relative_error, weighted_error = _fitted(target, calibration) if fit else (_fresh(target), None, None)
+        module, relative_error, weighted_error = (
+            _fitted(target, calibration, token_counts) if fit else (_fresh(target), None, None)
+        )
         if config.weight_dtype is not None:
             to_int8_(module)
         replacements.append(module)
@@ -246,10 +251,12 @@ def _fresh(target: _Target) -> KronLinear | KronEmbedding:
     return KronLinear(module.in_features, module.out_features, (a_shape, b_shape), target.terms, bias, **factory)
 
 
-def _fitted(target: _Target, calibration: Calibration | None) -> tuple[KronLinear | KronEmbedding, float, float | None]:
+def _fitted(
+    target: _Target, calibration: Calibration | None, token_counts: Tensor | None
+) -> tuple[KronLinear | KronEmbedding, float, float | None]:
     module: KronLinear | KronEmbedding
     if isinstance(target.module, nn.Embedding):
-        module, factors = fit_embedding(target.module, target.shapes[1][1], target.terms)
+        module, factors = fit_embedding(target.module, target.shapes[1][1], target.terms, token_counts)
     else:
         moment: Tensor | None = None if calibration is None else calibration[target.name]
         mean: Tensor | None = None if calibration is None else calibration.input_mean[target.name]

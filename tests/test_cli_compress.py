@@ -92,7 +92,7 @@ def test_heads_are_kept(tmp_path: Path) -> None:
 
 def test_calibration_lowers_the_output_error(bert: Path, text: Path, tmp_path: Path) -> None:
     plain = compress(bert, tmp_path / "plain", "K8")
-    aware = compress(bert, tmp_path / "aware", "K8", calibrate_text=text, calibrate_lines=20)
+    aware = compress(bert, tmp_path / "aware", "K8", calibrate_text=text, calibrate_lines=20, warm_start="data-aware")
     assert (plain.calibration_lines, aware.calibration_lines) == (0, 20)
     # Each sentence is five words between [CLS] and [SEP].
     assert aware.calibration_tokens == 20 * 7

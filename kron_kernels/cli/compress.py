@@ -25,8 +25,15 @@ def add_parser(commands: Any) -> None:
     shapes = parser.add_mutually_exclusive_group(required=True)
     shapes.add_argument("--preset", help="factor shapes: K8, K19 or K21")
     shapes.add_argument("--config", type=Path, help="factor shapes: a KronConfig as JSON")
-    parser.add_argument("--calibrate", type=Path, metavar="TEXT", help="text file, a sentence a line: data-aware fit")
-    parser.add_argument("--calibrate-lines", type=int, default=256, metavar="N", help="lines of it to use (256)")
+    parser.add_argument("--calibrate", type=Path, metavar="TEXT", help="text file, a sentence a line, for a warm start")
+    parser.add_argument("--calibrate-lines", type=int, default=2000, metavar="N", help="lines of it to use (2000)")
+    parser.add_argument(
+        "--warm-start",
+        metavar="METHOD",
+        help="plain: nearest to the weights; data-aware: to the outputs of the layers on the text; blockwise: then "
+        "trained on it block by block, which is best and takes minutes (default with --calibrate)",
+    )
+    parser.add_argument("--warm-start-steps", type=int, default=300, metavar="N", help="steps a block (300)")
     parser.add_argument("--terms", type=int, metavar="S", help="products to sum in each linear layer")
     parser.add_argument("--weight-dtype", metavar="TYPE", help="int8: store large factors as int8, one scale a row")
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
@@ -53,6 +60,8 @@ def run(arguments: argparse.Namespace) -> int:
         config,
         calibrate_text=arguments.calibrate,
         calibrate_lines=arguments.calibrate_lines,
+        warm_start=arguments.warm_start,
+        warm_start_steps=arguments.warm_start_steps,
         terms=arguments.terms,
         weight_dtype=arguments.weight_dtype,
         overwrite=arguments.force,
@@ -90,8 +99,12 @@ def _print(report: CompressReport) -> None:
         f"parameters ({conversion.compression:.1f}x fewer)\n"
         f"linear layers on 128 tokens: {before:.3f} -> {after:.3f} GFLOP ({before / after:.1f}x fewer)"
     )
-    if report.calibration_lines:
+    if data_aware:
         print(f"data-aware fit on {report.calibration_lines} lines, {report.calibration_tokens:,} tokens")
+    if (trained := report.blocks) is not None:
+        rows = [[block.name, f"{block.error_before:.3f}", f"{block.error_after:.3f}"] for block in trained.blocks]
+        print(f"block-wise training, {trained.steps} steps each, errors of the blocks' outputs before and after:\n")
+        print(format_table(["block", "before", "after"], rows))
     if (int8 := report.quantization) is not None:
         text = "the text" if report.calibration_lines else "random token ids"
         print(

@@ -1,7 +1,7 @@
 """Kronecker factors of a weight: the nearest ones, those that keep a layer's output, and the shapes worth having."""
 
 from .model_shapes import BertSize, ModelShapes, model_shapes, search_model_shapes
-from .nearest import KronFactors, mean_corrected_bias, nearest_kronecker
+from .nearest import KronFactors, mean_corrected_bias, nearest_kronecker, nearest_rows
 from .shapes import FactorShape, factor_shape, order_cost, search_factor_shapes
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "mean_corrected_bias",
     "model_shapes",
     "nearest_kronecker",
+    "nearest_rows",
     "order_cost",
     "search_factor_shapes",
     "search_model_shapes",

@@ -50,6 +50,17 @@ def check_terms(terms: int, most: int) -> None:
         raise ValueError(f"terms: expected at most min(m1*n1, m2*n2) = {most}, got {terms}")
 
 
+def check_row_weights(row_weights: Tensor, rows: int) -> None:
+    """``row_weights`` must be a finite (rows,) tensor without negative values, not all zero."""
+    if not isinstance(row_weights, Tensor) or row_weights.is_complex() or row_weights.dtype == torch.bool:
+        got = row_weights.dtype if isinstance(row_weights, Tensor) else type(row_weights).__name__
+        raise TypeError(f"row_weights: expected a torch.Tensor of numbers, got {got}")
+    if tuple(row_weights.shape) != (rows,):
+        raise ValueError(f"row_weights: expected shape ({rows},), got {tuple(row_weights.shape)}")
+    if not torch.isfinite(row_weights).all() or (row_weights < 0).any() or not (row_weights > 0).any():
+        raise ValueError("row_weights: expected finite values of at least 0, not all of them 0")
+
+
 def check_moment(moment: Tensor, n: int) -> None:
     """``moment`` must be a finite, symmetric, positive semi-definite, non-zero (n, n) floating-point matrix."""
     if not isinstance(moment, Tensor) or not moment.is_floating_point():

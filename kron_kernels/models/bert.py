@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from huggingface_hub.dataclasses import strict
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -157,12 +157,14 @@ class KronBertPreTrainedModel(BertPreTrainedModel):
         kron: KronConfig | Mapping[str, Any] | str = "K8",
         *,
         calibration: Calibration | None = None,
+        token_counts: Tensor | None = None,
         progress: Progress | None = None,
     ) -> Any:
         """The KronBert model nearest to ``dense``, a model of the BERT class that ``cls`` derives from.
 
-        Biases, LayerNorms, positions, pooler and head are copied; ``dense`` stays as it is. ``calibration`` and
-        ``progress`` are those of ``kronify_``, whose report the model keeps as ``conversion_report``.
+        Biases, LayerNorms, positions, pooler and head are copied; ``dense`` stays as it is. ``calibration``,
+        ``token_counts`` and ``progress`` are those of ``kronify_``, whose report the model keeps as
+        ``conversion_report``.
         Raises TypeError for another class of model, and what ``kronify_`` raises.
         """
         expected = next(
@@ -174,7 +176,7 @@ class KronBertPreTrainedModel(BertPreTrainedModel):
             raise TypeError(f"dense: expected {expected.__name__}, got {type(dense).__name__}")
         # A copy of the modules that shares the parameters: converting it leaves the original's alone.
         shadow = copy.deepcopy(dense, {id(parameter): parameter for parameter in dense.parameters()})
-        report = kronify_(shadow, kron, calibration=calibration, progress=progress)
+        report = kronify_(shadow, kron, calibration=calibration, token_counts=token_counts, progress=progress)
         model = cls._from_config(
             KronBertConfig.from_dense(dense.config, report.config),
             dtype=dense.dtype,
