@@ -1,10 +1,10 @@
 """Block-wise training: each block of a compressed BERT learns to give what the dense one's gives, from the bottom up.
 
 A block is the embeddings or one transformer layer. Its input is what the compressed model itself computes below it, its
-target what the dense block gives on the dense model's own states, so each block also makes up for the errors below it.
-All its parameters train, LayerNorms and biases included; the norm at its end keeps the outputs' scale, which a
-least-squares fit of the products alone on inputs with errors would shrink. Of the hidden states only one block's inputs
-and targets are kept, and there is no backward pass through more than a block.
+target what the dense block gives on the dense model's own states, so each block also makes up for the errors below it;
+and the block below trains along once more, so that what it keeps is what this one needs. All parameters of both train,
+LayerNorms and biases included; the norm at a block's end keeps the outputs' scale, which a least-squares fit of the
+products alone on inputs with errors would shrink. The backward pass goes through two blocks, however deep the model.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -29,18 +29,21 @@ Batch = Mapping[str, Tensor]
 # Sequences a step: twice the steps on half the sequences come closer for the same time.
 SEQUENCES = 16
 LEARNING_RATE = 3e-3
-# Rows of a table see a few tokens a step: they take larger steps.
+# For the embeddings by themselves: rows of a table see few tokens a step.
 EMBEDDING_LEARNING_RATE = 1e-2
+# How much the error of the block below counts while it trains along, both relative. More costs agreement of the last
+# hidden states, less lets the states in between drift off.
+_BELOW = 0.2
 _BETAS = (0.9, 0.99)
 _WARM_UP = 0.05  # of the steps
 
 
 @dataclass(frozen=True)
 class BlockReport:
-    """One block: the error of its output before and after its training, on the text it was trained on.
+    """One block: the error of its output before its training and at the end, on the text it was trained on.
 
     Root mean square of (output - dense output) over all tokens but padding, relative to that of the dense output's
-    deviation from its mean. The block's input is the compressed model's own, with every block below trained already.
+    deviation from its mean. The block's input is the compressed model's own, the blocks below as trained by then.
     """
 
     name: str
@@ -77,11 +80,12 @@ class _States:
 
 @dataclass
 class _Text:
-    """Up to ``SEQUENCES`` sequences: the states of the compressed model and, one block ahead of them, of the dense."""
+    """Up to ``SEQUENCES`` sequences, and what the models compute on them where the training has got to."""
 
     tokens: Tensor  # (B, L) bool: False for padding
-    own: _States
-    dense: _States
+    own: _States  # the compressed model's, into the lowest block in training
+    dense: _States  # the dense model's, out of the highest
+    below: Tensor | None = None  # the dense model's out of the block below that, (B, L, d)
 
 
 def warm_start(
@@ -99,14 +103,14 @@ def warm_start(
 
     ``dense`` is transformers' BertModel or one with a head, ``model`` a KronBert (or a fused BERT) made from it. Each
     batch holds ``input_ids`` (B, L) and, where it has them, ``attention_mask`` (B, L) and ``token_type_ids`` (B, L);
-    anything else in it is passed over. Sequences of like length in a batch save work. The embeddings and then each
-    layer take ``steps`` steps of Adam on up to 16 sequences each, with a short warm-up and a cosine decay from
-    ``learning_rate`` (``embedding_learning_rate`` for the embeddings); zero steps change nothing. No labels are used,
-    and poolers and heads stay as they are.
+    anything else in it is passed over. Sequences of like length in a batch save work. The embeddings, and then each
+    layer together with the block below it, take ``steps`` steps of Adam on up to 16 sequences each, with a short
+    warm-up and a cosine decay from ``learning_rate`` (``embedding_learning_rate`` for the embeddings by themselves);
+    zero steps change nothing. No labels are used, and poolers and heads stay as they are.
 
     The result depends on ``seed`` alone; the global random state is left alone, as are ``dense``, its training mode and
     ``model``'s, gradients and ``requires_grad``. Half-precision models are trained in float32 and rounded at the end.
-    Needs memory for five copies of the text's hidden states, (tokens, d) each. ``progress(done, total, what)`` is
+    Needs memory for four copies of the text's hidden states, (tokens, d) each. ``progress(done, total, what)`` is
     called after every step.
 
     Raises ValueError for steps below 0, a learning rate that is not positive, models that are no encoders of one
@@ -119,7 +123,8 @@ def warm_start(
     blocks = [("embeddings", teacher.embeddings, student.embeddings)]
     layers = zip(teacher.encoder.layer, student.encoder.layer, strict=True)
     blocks += [(f"encoder.layer.{index}", *pair) for index, pair in enumerate(layers)]
-    reports = []
+    reports: list[BlockReport] = []
+    lower: nn.Module | None = None
     with evaluating(teacher), evaluating(student), _trainable(student):
         texts = _texts(teacher, student, batches)
         for done, (name, wanted, block) in enumerate(blocks):
@@ -128,39 +133,55 @@ def warm_start(
                 if progress is not None:
                     progress(done * steps + step, len(blocks) * steps, f"warm start: {name}")
 
+            if lower is not None:
+                for text in texts:
+                    text.below = text.dense.values
             _advance([text.dense for text in texts], wanted)
-            before = _error(texts, block)
-            _train(block, texts, steps, embedding_learning_rate if done == 0 else learning_rate, generator, report)
-            _advance([text.own for text in texts], block)
-            after = _error(texts)
+            pair = [block] if lower is None else [lower, block]
+            before = _error(texts, pair)
+            rate = embedding_learning_rate if lower is None else learning_rate
+            _train(pair, texts, steps, rate, generator, report)
+            after = _error(texts, pair)
             if not math.isfinite(after):
-                rate = embedding_learning_rate if done == 0 else learning_rate
                 raise RuntimeError(f"warm start: the outputs of {name} are not finite at learning rate {rate:g}")
+            if lower is not None:
+                _advance([text.own for text in texts], lower)
+                # It has trained along since.
+                reports[-1] = replace(reports[-1], error_after=_error(texts, []))
             reports.append(BlockReport(name, before, after))
+            lower = block
     return WarmStartReport(tuple(reports), steps, sum(int(text.tokens.sum()) for text in texts))
 
 
 def _train(
-    block: nn.Module,
+    blocks: list[nn.Module],
     texts: list[_Text],
     steps: int,
     learning_rate: float,
     generator: torch.Generator,
     report: Callable[[int], None],
 ) -> None:
-    """Adam on the mean squared error of the block's outputs at real tokens."""
-    optimizer = torch.optim.Adam(block.parameters(), learning_rate, _BETAS)
+    """Adam on the mean squared errors of the blocks' outputs at real tokens, relative to the dense outputs' spread."""
+    parameters = [parameter for block in blocks for parameter in block.parameters()]
+    optimizer = torch.optim.Adam(parameters, learning_rate, _BETAS)
     warm_up = max(1, round(_WARM_UP * steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / warm_up) * (1 + math.cos(math.pi * step / max(1, steps))) / 2
     )
+    spread = _spread(texts, [text.dense.values for text in texts])
+    spread_below = _spread(texts, [text.below for text in texts]) if len(blocks) > 1 else 1.0
     order: list[int] = []
     for step in range(steps):
         if not order:
             order = torch.randperm(len(texts), generator=generator).tolist()
         text = texts[order.pop()]
-        lost = (text.own.through(block) - text.dense.values)[text.tokens]
-        lost.square().mean().backward()
+        states, below = text.own, text.below
+        loss: Any = 0.0
+        if len(blocks) > 1 and below is not None:
+            states = replace(states, values=states.through(blocks[0]))
+            loss = _BELOW * (states.values - below)[text.tokens].square().mean() / spread_below
+        loss = loss + (states.through(blocks[-1]) - text.dense.values)[text.tokens].square().mean() / spread
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
@@ -174,19 +195,27 @@ def _advance(states: Iterable[_States], block: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _error(texts: list[_Text], block: nn.Module | None = None) -> float:
-    """As ``BlockReport`` has it, of the compressed model's states, or of what ``block`` makes of them."""
-    lost = energy = count = 0.0
-    total: Tensor | float = 0.0
-    for text in texts:
-        own = text.own.values if block is None else text.own.through(block)
-        wanted = text.dense.values[text.tokens].double()
-        lost += float((own[text.tokens].double() - wanted).square().sum())
-        energy += float(wanted.square().sum())
-        total = total + wanted.sum(0)
-        count += len(wanted)
-    spread = energy - float(torch.as_tensor(total).square().sum()) / count
-    return (lost / spread) ** 0.5 if spread > 0 else 0.0
+def _error(texts: list[_Text], blocks: list[nn.Module]) -> float:
+    """``BlockReport``'s error of what ``blocks`` make of the compressed model's states; without blocks, of those."""
+    lost = count = 0.0
+    targets = [text.dense.values if blocks or text.below is None else text.below for text in texts]
+    for text, wanted in zip(texts, targets, strict=True):
+        states = text.own
+        for block in blocks:
+            states = replace(states, values=states.through(block))
+        difference = (states.values - wanted)[text.tokens].double()
+        lost += float(difference.square().sum())
+        count += difference.numel()
+    return (lost / count / _spread(texts, targets)) ** 0.5
+
+
+def _spread(texts: list[_Text], values: list[Any]) -> float:
+    """Mean over features of the variance over all real tokens of ``values``, (B, L, d) for each text."""
+    rows = [each[text.tokens].double() for text, each in zip(texts, values, strict=True)]
+    count = sum(map(len, rows))
+    mean = sum(each.sum(0) for each in rows) / count
+    total = sum(float((each - mean).square().mean(1).sum()) for each in rows)
+    return max(total / count, torch.finfo(torch.float32).tiny)
 
 
 def _texts(teacher: Any, student: Any, batches: Iterable[Batch]) -> list[_Text]:

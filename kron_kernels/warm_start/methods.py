@@ -31,7 +31,8 @@ def start_model(
 
     "plain" is ``kind.from_dense``; "data-aware" gives it the moments of the layers' inputs and the frequencies of the
     tokens on ``batches`` (those of ``warm_start``), on which "blockwise" then trains it, ``steps`` steps a block.
-    ``dense`` stays as it is. Raises ValueError for another method and what ``from_dense``, ``calibrate`` and ``warm_start`` raise.
+    ``dense`` stays as it is. Raises ValueError for another method, and what ``from_dense``, ``calibrate`` and
+    ``warm_start`` raise.
     """
     if method not in WARM_STARTS:
         raise ValueError(f"method: expected one of {', '.join(WARM_STARTS)}, got {method!r}")
