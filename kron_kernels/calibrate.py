@@ -165,7 +165,9 @@ def count_tokens(batches: Iterable[Mapping[str, Tensor]], vocabulary: int) -> Te
         ids, mask = batch["input_ids"].cpu(), _mask(batch)
         ids = ids.flatten() if mask is None else ids[mask.cpu()]
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
-            raise ValueError(f"batches: expected ids below {vocabulary}, got {int(ids.min())} to {int(ids.max())}")
+            raise ValueError(
+                f"batches: expected ids from 0 to {vocabulary - 1}, got {int(ids.min())} to {int(ids.max())}"
+            )
         counts += torch.bincount(ids, minlength=vocabulary)
     if not counts.any():
         raise ValueError("batches: expected at least one token, got none")

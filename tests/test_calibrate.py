@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kron_kernels.calibrate import Calibration, calibrate
+from kron_kernels.calibrate import Calibration, calibrate, count_tokens
 
 
 class Attention(nn.Module):
@@ -288,3 +288,28 @@ def test_inputs_that_are_not_finite_or_change_width() -> None:
         calibrate(nn.Sequential(nn.Tanh()), [torch.ones(2, 4), torch.ones(2, 5)], ["0"])
     with pytest.raises(ValueError, match=r"model: expected at least one nn\.Linear, got none"):
         calibrate(nn.Tanh(), [torch.ones(2, 4)])
+
+
+def test_counts_of_unpadded_tokens() -> None:
+    ids = torch.tensor([[3, 1, 1], [1, 2, 9]])
+    masked = {"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 0], [1, 1, 0]])}
+    counts = count_tokens([masked, {"input_ids": torch.tensor([[4, 4]])}], 10)
+    assert counts.tolist() == [0, 2, 1, 1, 2, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (torch.ones(2, 2), r"batches: expected mappings that hold input_ids \(B, L\), got one without"),
+        ({"attention_mask": torch.ones(2, 2)}, r"batches: expected mappings that hold input_ids \(B, L\)"),
+        ({"input_ids": torch.tensor([[2, 5]])}, "batches: expected ids from 0 to 4, got 2 to 5"),
+        ({"input_ids": torch.tensor([[-1, 2]])}, "batches: expected ids from 0 to 4, got -1 to 2"),
+        (
+            {"input_ids": torch.tensor([[2, 3]]), "attention_mask": torch.zeros(1, 2)},
+            "batches: expected at least one token, got none",
+        ),
+    ],
+)
+def test_counts_of_bad_batches(batch: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        count_tokens([batch], 5)

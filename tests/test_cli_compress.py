@@ -178,12 +178,43 @@ def test_a_failed_save_keeps_the_old_folder(bert: Path, tmp_path: Path, monkeypa
 
 def test_command_prints_a_table_and_progress(bert: Path, text: Path, tmp_path: Path, capsys: Capture) -> None:
     arguments = ["compress", str(bert), str(tmp_path / "out"), "--preset", "K8", "--calibrate", str(text)]
-    assert main(arguments) == 0
+    assert main([*arguments, "--warm-start-steps", "4"]) == 0
     captured = capsys.readouterr()
     assert "encoder.layer.0.attention.self.query" in captured.out
     assert "output error" in captured.out
     assert f"data-aware fit on {len(SENTENCES)} lines, {len(SENTENCES) * 7} tokens" in captured.out
     assert "[13/13] " in captured.err
+    assert "block-wise training, 4 steps each" in captured.out
+    assert "[12/12] warm start: encoder.layer.1" in captured.err
+    saved = json.loads((tmp_path / "out" / REPORT_NAME).read_text())
+    assert saved["warm_start"] == "blockwise"
+    blocks = saved["blocks"]["blocks"]
+    assert [block["name"] for block in blocks] == ["embeddings", "encoder.layer.0", "encoder.layer.1"]
+    assert blocks[-1]["error_after"] < blocks[-1]["error_before"]
+
+
+def test_warm_start_by_name(bert: Path, text: Path, tmp_path: Path, capsys: Capture) -> None:
+    tables = {}
+    for method in ("plain", "data-aware", "blockwise"):
+        report = compress(bert, tmp_path / method, "K8", calibrate_text=text, warm_start=method, warm_start_steps=3)
+        assert report.warm_start == method
+        assert (report.blocks is None) == (method != "blockwise")
+        weighted = [layer.weighted_error for layer in report.conversion.layers]
+        assert all(error is None for error in weighted) == (method == "plain")
+        tables[method] = transformers.AutoModel.from_pretrained(tmp_path / method).embeddings.word_embeddings.a
+    assert not torch.equal(tables["plain"], tables["data-aware"])
+    assert not torch.equal(tables["blockwise"], tables["data-aware"])
+    assert compress(bert, tmp_path / "textless", "K8").warm_start == "plain"
+    textless = [str(bert), str(tmp_path / "no"), "--preset", "K8", "--warm-start"]
+    assert "warm_start: expected text to calibrate on for 'blockwise', got none" in run_error(
+        [*textless, "blockwise"], capsys
+    )
+    assert "warm_start: expected one of plain, data-aware, blockwise, got 'best'" in run_error(
+        [*textless, "best"], capsys
+    )
+    bad = [*textless, "blockwise", "--calibrate", str(text), "--warm-start-steps", "-1"]
+    assert "steps: expected an int of at least 0, got -1" in run_error(bad, capsys)
+    assert not (tmp_path / "no").exists()
 
 
 def test_command_takes_a_config_and_prints_json(bert: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -278,7 +309,7 @@ def test_tokenize_batches_like_lengths(bert: Path) -> None:
 @pytest.mark.parametrize("calibrate", [False, True])
 def test_int8_factors(calibrate: bool, bert: Path, text: Path, tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "out"
-    arguments = ["compress", str(bert), str(out), "--preset", "K8", "--weight-dtype", "int8"]
+    arguments = ["compress", str(bert), str(out), "--preset", "K8", "--weight-dtype", "int8", "--warm-start-steps", "2"]
     assert main([*arguments, *(["--calibrate", str(text)] if calibrate else [])]) == 0
     printed = capsys.readouterr().out
     assert "int8 factors: " in printed
@@ -289,7 +320,7 @@ def test_int8_factors(calibrate: bool, bert: Path, text: Path, tmp_path: Path, c
     assert 0.999 < saved["quantization"]["agreement"] < 1
     loaded = transformers.AutoModel.from_pretrained(out)
     assert loaded.encoder.layer[0].output.dense.b_int8.dtype is torch.int8
-    compress(bert, tmp_path / "plain", "K8", calibrate_text=text if calibrate else None)
+    compress(bert, tmp_path / "plain", "K8", calibrate_text=text if calibrate else None, warm_start_steps=2)
     assert (out / "model.safetensors").stat().st_size < (tmp_path / "plain" / "model.safetensors").stat().st_size
 
 

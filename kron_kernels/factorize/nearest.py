@@ -98,8 +98,9 @@ def nearest_rows(weight: Tensor, factor: int, terms: int, row_weights: Tensor) -
     check_terms(terms, min(rows * parts, factor))
     check_row_weights(row_weights, rows)
     weight, row_weights = weight.detach(), row_weights.to(weight.device, torch.float64)
-    scale = (row_weights / row_weights.sum()).sqrt().unsqueeze(1)
-    scaled = (weight.float() if weight.element_size() < 4 else weight) * scale.to(weight.dtype)
+    wide = weight.float() if weight.element_size() < 4 else weight
+    scale = (row_weights / row_weights.sum()).sqrt().to(wide.dtype).unsqueeze(1)
+    scaled = wide * scale
     _, b = van_loan(scaled, (rows, parts), terms)
     basis = torch.linalg.qr(b.flatten(1).T).Q  # (factor, S)
     a = torch.cat([block @ basis for block in rearranged_blocks(weight, (rows, parts), False)]).T  # (S, V*parts)
@@ -110,7 +111,7 @@ def nearest_rows(weight: Tensor, factor: int, terms: int, row_weights: Tensor) -
     a, b = (each.to(weight.dtype).contiguous() for each in (a.view(terms, rows, parts), b.view(terms, 1, factor)))
     relative_error, weighted_error = (
         approximation_errors(weight, a, b)[0],
-        approximation_errors(scaled, a * scale.to(a.dtype), b)[0],
+        approximation_errors(scaled, a * scale, b)[0],
     )
     return KronFactors(a, b, relative_error, weighted_error)
 
