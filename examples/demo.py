@@ -89,6 +89,7 @@ def compress_and_compare(out: Path) -> tuple[list[dict[str, Any]], list[dict[str
                     folder,
                     name,
                     calibrate_text=text if fit == "data-aware" else None,
+                    warm_start=fit if fit == "data-aware" else None,
                     overwrite=True,
                     progress=Progress(every_seconds=3),
                 )
