@@ -199,7 +199,15 @@ def test_eager_attention(dense: Any) -> None:
 def test_half_precision_trains_in_full(dense: Any) -> None:
     teacher = copy.deepcopy(dense).bfloat16()
     model = KronBertModel.from_dense(teacher, CONFIG)
-    report = warm_start(teacher, model, batches(), steps=60)
+    dtypes: set[torch.dtype] = set()
+    report = warm_start(
+        teacher,
+        model,
+        batches(),
+        steps=30,
+        progress=lambda *_: dtypes.update(each.dtype for each in model.parameters()),
+    )
+    assert dtypes == {torch.float32}
     assert all(parameter.dtype is torch.bfloat16 for parameter in model.parameters())
     assert report.blocks[-1].error_after < 0.9 * report.blocks[-1].error_before
     assert state_errors(teacher, model, batches())[-1] == pytest.approx(report.blocks[-1].error_after, rel=0.1)
