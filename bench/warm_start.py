@@ -160,7 +160,7 @@ def read_pairs(path: Path, most: int) -> tuple[list[str], list[str], list[float]
     return [row["sentence1"] for row in rows], [row["sentence2"] for row in rows], [float(row["score"]) for row in rows]
 
 
-def _fitted(judge: Judge, config: KronConfig, counted: bool = True) -> Any:
+def _fitted(judge: Judge, config: KronConfig, counted: bool = False) -> Any:
     counts = judge.counts if counted else None
     return judge.kind.from_dense(judge.dense, config, calibration=judge.calibration, token_counts=counts)
 
@@ -179,11 +179,16 @@ def _two_terms(config: KronConfig) -> KronConfig:
 
 STARTS: dict[str, Callable[[Judge, KronConfig, int], Any]] = {
     "plain": lambda judge, config, _: judge.kind.from_dense(judge.dense, config),
-    "data-aware, plain embedding": lambda judge, config, _: _fitted(judge, config, counted=False),
     "data-aware": lambda judge, config, _: _fitted(judge, config),
-    "plain, blockwise": lambda judge, config, steps: _trained(judge, judge.kind.from_dense(judge.dense, config), steps),
-    "blockwise": lambda judge, config, steps: _trained(judge, _fitted(judge, config), steps),
+    "data-aware, token frequencies": lambda judge, config, _: _fitted(judge, config, counted=True),
     "data-aware, 2 terms": lambda judge, config, _: _fitted(judge, _two_terms(config)),
+    "blockwise": lambda judge, config, steps: _trained(judge, _fitted(judge, config), steps),
+    "blockwise, token frequencies": lambda judge, config, steps: _trained(
+        judge, _fitted(judge, config, counted=True), steps
+    ),
+    "blockwise from plain": lambda judge, config, steps: _trained(
+        judge, judge.kind.from_dense(judge.dense, config), steps
+    ),
     "blockwise, 2 terms": lambda judge, config, steps: _trained(judge, _fitted(judge, _two_terms(config)), steps),
 }
 

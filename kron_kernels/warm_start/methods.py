@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..calibrate import Calibration, calibrate, count_tokens
+from ..calibrate import Calibration, calibrate
 from ..models import KronBertPreTrainedModel
 from ..presets import KronConfig
 from .blockwise import Batch, Progress, WarmStartReport, warm_start
@@ -29,18 +29,17 @@ def start_model(
 ) -> tuple[Any, Calibration | None, WarmStartReport | None]:
     """A ``kind`` made from ``dense`` by a method of ``WARM_STARTS``, the moments of its fit and its training's report.
 
-    "plain" is ``kind.from_dense``; "data-aware" gives it the moments of the layers' inputs and the frequencies of the
-    tokens on ``batches`` (those of ``warm_start``), on which "blockwise" then trains it, ``steps`` steps a block.
-    ``dense`` stays as it is. Raises ValueError for another method, and what ``from_dense``, ``calibrate`` and
-    ``warm_start`` raise.
+    "plain" is ``kind.from_dense``; "data-aware" gives it the moments of the layers' inputs on ``batches`` (those of
+    ``warm_start``), on which "blockwise" then trains it, ``steps`` steps a block. ``dense`` stays as it is. Token
+    frequencies are left out of the embedding's fit: on one encoder of two the whole model came out worse with them.
+    Raises ValueError for another method, and what ``from_dense``, ``calibrate`` and ``warm_start`` raise.
     """
     if method not in WARM_STARTS:
         raise ValueError(f"method: expected one of {', '.join(WARM_STARTS)}, got {method!r}")
     if method == "plain":
         return kind.from_dense(dense, config, progress=progress), None, None
     calibration = calibrate(dense, batches, linear_names(dense, config), progress)
-    counts = count_tokens(batches, dense.config.vocab_size)
-    model = kind.from_dense(dense, config, calibration=calibration, token_counts=counts, progress=progress)
+    model = kind.from_dense(dense, config, calibration=calibration, progress=progress)
     if method == "data-aware":
         return model, calibration, None
     return model, calibration, warm_start(dense, model, batches, steps=steps, seed=seed, progress=progress)
