@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -174,19 +175,19 @@ class MaskingCollator(transformers.DataCollatorForLanguageModeling):
 
     Args:
         tokenizer: a tokenizer with [MASK], [CLS], [SEP] and [PAD].
-        seed: of the masks; the same batches in the same order get the same masks.
+        seed: of the masks; the same batch gets the same masks, whatever came before it.
         probability: the share of tokens to predict.
     """
 
     def __init__(self, tokenizer: Any, seed: int = 0, probability: float = 0.15) -> None:
-        super().__init__(tokenizer, mlm_probability=probability, seed=seed)
+        super().__init__(tokenizer, mlm_probability=probability)
+        self._seed = seed
         special = [tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id]
         self._special = torch.tensor(special)
 
     def reseed(self, seed: int) -> None:
-        """Go on with the masks of another seed, as at the start of an epoch or after a resumption."""
-        self.seed = seed
-        self.generator = None
+        """Go on with the masks of another seed, as at the start of an epoch."""
+        self._seed = seed
 
     def torch_call(self, examples: list[Any]) -> dict[str, Any]:
         """The batch of these rows of :func:`pack`."""
@@ -198,6 +199,8 @@ class MaskingCollator(transformers.DataCollatorForLanguageModeling):
         """Masked ids and labels of the ids ``inputs`` (sequences, length)."""
         if special_tokens_mask is None:
             special_tokens_mask = torch.isin(inputs, self._special)
+        # A run that is resumed skips batches without collating them: what came before must not matter.
+        self.generator = torch.Generator().manual_seed(zlib.crc32(inputs.numpy().tobytes(), self._seed))
         return super().torch_mask_tokens(inputs, special_tokens_mask, offset_mapping)
 
 
