@@ -1,1 +1,32 @@
-"""Distillation of a dense BERT into a KronBert: data, losses, training and evaluation."""
+"""Two-stage distillation of a dense BERT into a KronBert by its intermediate layers (Tahaei et al., 2021).
+
+Needs the libraries of the extra ``distill``.
+"""
+
+from .capture import Captured, capture
+from .config import DistillConfig, paper_settings
+from .evaluate import EvaluationResult, evaluate
+from .losses import LossConfig, Normalizers, check_pair, distillation_losses
+from .run_folder import RunFolder
+from .run_result import RunResult
+from .stages import run_stage
+from .teacher import TeacherOutputs
+from .trainer import DistillTrainer
+
+__all__ = [
+    "Captured",
+    "DistillConfig",
+    "DistillTrainer",
+    "EvaluationResult",
+    "LossConfig",
+    "Normalizers",
+    "RunFolder",
+    "RunResult",
+    "TeacherOutputs",
+    "capture",
+    "check_pair",
+    "distillation_losses",
+    "evaluate",
+    "paper_settings",
+    "run_stage",
+]

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from .data import PaddingCollator, Task, compute_metrics, encode, get_task, load_task, resolved
 from .data.files import Source
-from .data.squad import best_answers, qa_features
+from .data.squad import best_answers, qa_features, window_sizes
 
 MAX_LENGTH = {"classification": 128, "regression": 128, "qa": 384}
 Progress = Callable[[int, int, str], None]
@@ -101,10 +101,8 @@ def evaluate(
             f"model: expected a head of {task.num_labels} outputs for {task.name}, got {network.config.num_labels}"
         )
     if task.kind == "qa":
-        stride = min(128, length // 3)
-        features = qa_features(
-            rows, tokenizer, length, stride, max_question_length=min(64, length // 3), training=False
-        )
+        stride, question = window_sizes(length)
+        features = qa_features(rows, tokenizer, length, stride, max_question_length=question, training=False)
         inputs = features.remove_columns(["example", "offsets"])
     else:
         features = inputs = encode(rows, tokenizer, task, length)

@@ -36,6 +36,7 @@ class RunFolder:
     | ``metrics.jsonl`` | a JSON object a line: ``step``, ``epoch``, ``seconds`` and losses or ``eval/...`` metrics |
     | ``curves.png`` | the same, drawn (``curves.write_curves``) |
     | ``checkpoints/checkpoint-N`` | transformers' checkpoints |
+    | ``start`` | the student as it was made, where the run made it |
     | ``model`` | the final model with its tokenizer |
     | ``result.json`` | the :class:`RunResult`; a run that has one is finished |
 
@@ -115,6 +116,10 @@ class RunFolder:
     def checkpoints_path(self) -> Path:
         """The ``output_dir`` of transformers' TrainingArguments."""
         return self.path / "checkpoints"
+
+    @property
+    def start_path(self) -> Path:
+        return self.path / "start"
 
     @property
     def model_path(self) -> Path:

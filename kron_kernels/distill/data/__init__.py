@@ -6,7 +6,7 @@ Needs the libraries of the extra ``distill`` (datasets, torchmetrics).
 from .files import encode, load_task, resolved
 from .metrics import compute_metrics
 from .squad import best_answers, qa_features, squad_scores
-from .tasks import TASKS, Task, custom_task, get_task
+from .tasks import TASKS, Task, custom_task, get_task, task_from
 from .text import MaskingCollator, PaddingCollator, load_text, pack
 
 __all__ = [
@@ -25,4 +25,5 @@ __all__ = [
     "qa_features",
     "resolved",
     "squad_scores",
+    "task_from",
 ]

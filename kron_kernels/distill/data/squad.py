@@ -12,6 +12,11 @@ from numpy.typing import ArrayLike, NDArray
 from torchmetrics.functional.text import squad
 
 
+def window_sizes(max_length: int) -> tuple[int, int]:
+    """``doc_stride`` and ``max_question_length`` of windows of that length: BERT's 128 and 64 where there is room."""
+    return min(128, max_length // 3), min(64, max_length // 3)
+
+
 def qa_features(
     questions: datasets.Dataset,
     tokenizer: Any,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 KINDS = ("classification", "regression", "qa")
@@ -208,6 +208,18 @@ def custom_task(
     default = chosen[0] if metrics or kind == "classification" else "spearman"
     columns = ((text,),) if text_pair is None else ((text,), (text_pair,))
     return Task(name, kind, columns, (label,), tuple(labels), chosen, default if main is None else main)
+
+
+def task_from(name: str, columns: Mapping[str, str], regression: bool = False) -> Task:
+    """The task of that name, or for "custom" a ``custom_task`` with the ``columns`` text, text_pair and label.
+
+    Raises ValueError for columns or ``regression`` with another name, and what the two functions raise.
+    """
+    if name == "custom":
+        return custom_task(kind="regression" if regression else "classification", **columns)
+    if columns or regression:
+        raise ValueError(f"task: expected custom along with flags of its columns, got {name}")
+    return get_task(name)
 
 
 def class_index(task: Task, value: object) -> int:

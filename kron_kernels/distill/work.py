@@ -1,0 +1,245 @@
+"""What a stage needs before it can train: models that belong together, encoded data, an objective, a collator."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import nn
+from transformers import AutoTokenizer, BertForPreTraining
+
+from ..compress import ARCHITECTURES, MAX_LENGTH, tokenize
+from ..models import KronBertPreTrainedModel
+from ..presets import preset
+from ..warm_start import WARM_STARTS, start_model
+from .config import DistillConfig
+from .data import (
+    MaskingCollator,
+    PaddingCollator,
+    Task,
+    encode,
+    load_task,
+    load_text,
+    pack,
+    qa_features,
+    resolved,
+    task_from,
+)
+from .data.squad import window_sizes
+from .evaluate import evaluate
+from .files import new_folder
+from .losses import check_pair
+from .objectives import Classification, MaskedLanguageModel, Objective, QuestionAnswering, Regression
+from .run_folder import RunFolder
+from .student import load_model, with_task_head, with_teachers_head
+
+Progress = Callable[[int, int, str], None]
+
+# Share of the packed sequences of stage 1 that is kept for its evaluation.
+_HELD_OUT = 0.01
+# Texts of the training data that a student is fitted to when it is made, and their characters, at most.
+_FITTED_TEXTS, _FITTED_CHARACTERS = 2000, 400_000
+
+
+@dataclass
+class Work:
+    """One run's models, data and labels, ready for a trainer."""
+
+    config: DistillConfig  # with every number in place
+    student: Any
+    teacher: Any
+    tokenizer: Any
+    preset: str | None
+    objective: Objective
+    collator: Callable[[list[Any]], dict[str, torch.Tensor]]
+    train: Any
+    evaluation: Any
+    name: str  # of the task or the text
+    task: Task | None = None
+    teacher_score: float | None = None
+    scores: Callable[[nn.Module], Mapping[str, float]] | None = None
+
+
+def prepare_task(config: DistillConfig, folder: RunFolder, progress: Progress | None = None) -> Work:
+    """The work of "finetune" and "task"."""
+    task = _task(config)
+    _check_preset(config)
+    data = load_task(str(config.data), task, ("train", "validation"))
+    task = resolved(task, data)
+    train = data["train"]
+    if config.train_limit is not None and config.train_limit < len(train):
+        train = train.shuffle(seed=config.seed).select(range(config.train_limit))
+    tokenizer = _tokenizer(config)
+    teacher = None
+    if config.teacher is None:
+        student = with_task_head(load_model(_named(config.student)), task, config.seed)
+    else:
+        teacher = _teacher(config, task)
+        student = _student(config, teacher, tokenizer, _texts(train), folder, progress)
+    preset_name = _preset_of(student)
+    config = config.resolved(preset_name, student.config.max_position_embeddings)
+    assert config.max_length is not None
+
+    def scores(model: Any) -> Mapping[str, float]:
+        return evaluate(model, task, data, tokenizer=tokenizer, max_length=config.max_length).metrics
+
+    objective: Objective
+    if task.kind == "qa":
+        stride, question = window_sizes(config.max_length)
+        encoded = qa_features(train, tokenizer, config.max_length, stride, max_question_length=question)
+        objective = QuestionAnswering()
+    else:
+        encoded = encode(train, tokenizer, task, config.max_length)
+        objective = Regression() if task.kind == "regression" else Classification(task.num_labels)
+    return Work(
+        config,
+        student,
+        teacher,
+        tokenizer,
+        preset_name,
+        objective,
+        PaddingCollator(tokenizer),
+        _numbered(encoded),
+        None,
+        task.name,
+        task,
+        None if teacher is None else scores(teacher)[task.main],
+        scores,
+    )
+
+
+def prepare_pretraining(config: DistillConfig, folder: RunFolder, progress: Progress | None = None) -> Work:
+    """The work of "pretrain"."""
+    _check_preset(config)
+    sources = [config.data] if isinstance(config.data, str) else list(config.data)
+    documents = load_text(sources, **({} if config.text is None else {"text_column": config.text}))
+    tokenizer = _tokenizer(config)
+    teacher = load_model(_named(config.teacher))
+    if config.next_sentence and not isinstance(teacher, BertForPreTraining):
+        raise ValueError(f"next_sentence: expected a BertForPreTraining as teacher, got {type(teacher).__name__}")
+    texts = [line for document in documents["text"] for line in document.splitlines() if line.strip()]
+    student = _student(config, teacher, tokenizer, texts, folder, progress)
+    preset_name = _preset_of(student)
+    config = config.resolved(preset_name, teacher.config.max_position_embeddings)
+    assert config.max_length is not None
+    length = config.max_length
+    packed = pack(documents, tokenizer, length, next_sentence=config.next_sentence, seed=config.seed)
+    held_out = max(1, round(_HELD_OUT * len(packed)))
+    if len(packed) <= held_out:
+        raise ValueError(f"data: expected text for two sequences of {length} tokens at least, got {len(packed)}")
+    packed = packed.shuffle(seed=config.seed)
+    most = min(len(packed) - held_out, config.train_limit or len(packed))
+    objective = MaskedLanguageModel() if hasattr(teacher, "cls") else Objective()
+    masked = isinstance(objective, MaskedLanguageModel)
+    return Work(
+        config,
+        student,
+        teacher,
+        tokenizer,
+        preset_name,
+        objective,
+        MaskingCollator(tokenizer, config.seed) if masked else PaddingCollator(tokenizer),
+        _numbered(packed.select(range(held_out, held_out + most))),
+        packed.select(range(held_out)),
+        ", ".join(Path(source).name for source in sources),
+    )
+
+
+def _task(config: DistillConfig) -> Task:
+    columns = {name: getattr(config, name) for name in ("text", "text_pair", "label")}
+    given = {name: column for name, column in columns.items() if column is not None}
+    assert config.task is not None, "DistillConfig checks this"
+    return task_from(config.task, given, config.regression)
+
+
+def _check_preset(config: DistillConfig) -> None:
+    if config.preset is not None:
+        preset(config.preset)
+
+
+def _named(folder: str | None) -> str:
+    assert folder is not None, "DistillConfig checks this"
+    return folder
+
+
+def _tokenizer(config: DistillConfig) -> Any:
+    source = _named(config.teacher or config.student)
+    try:
+        return AutoTokenizer.from_pretrained(source, local_files_only=Path(source).is_dir())
+    except (OSError, ValueError) as error:
+        raise OSError(f"tokenizer: expected one beside the model {source}: {error}") from error
+
+
+def _teacher(config: DistillConfig, task: Task) -> Any:
+    """The fine-tuned teacher: it must have the task's head already."""
+    teacher = load_model(_named(config.teacher))
+    if with_task_head(teacher, task, config.seed) is not teacher:
+        raise ValueError(
+            f"teacher: expected a model fine-tuned on {task.name} ({task.num_labels} outputs), "
+            f"got a {type(teacher).__name__} with {teacher.config.num_labels} labels; `kron-kernels distill finetune` "
+            "makes one"
+        )
+    return teacher
+
+
+def _student(
+    config: DistillConfig,
+    teacher: Any,
+    tokenizer: Any,
+    texts: list[str],
+    folder: RunFolder,
+    progress: Progress | None,
+) -> Any:
+    """From its folder, or made from the teacher; one made here is kept in the run's folder for a later start."""
+    if config.student is not None:
+        student = load_model(config.student)
+        check_pair(teacher, student)
+        return with_teachers_head(student, teacher)
+    state = PartialState()
+    if state.is_main_process and not folder.start_path.is_dir():
+        student = _made(config, teacher, tokenizer, texts, progress)
+        with new_folder(folder.start_path) as start:
+            student.save_pretrained(start)
+    state.wait_for_everyone()
+    return load_model(folder.start_path)
+
+
+def _made(
+    config: DistillConfig, teacher: Any, tokenizer: Any, texts: list[str], progress: Progress | None
+) -> KronBertPreTrainedModel:
+    student, _, _ = start_model(
+        ARCHITECTURES[type(teacher).__name__],
+        teacher,
+        preset(_named(config.preset), teacher.config.hidden_size, teacher.config.intermediate_size),
+        tokenize(tokenizer, _fitted(texts), min(MAX_LENGTH, teacher.config.max_position_embeddings)),
+        method=config.warm_start or WARM_STARTS[-1],
+        seed=config.seed,
+        progress=progress,
+    )
+    return student
+
+
+def _fitted(texts: list[str]) -> list[str]:
+    """As many of the texts, from the first on, as a student is fitted to."""
+    characters = itertools.accumulate(len(text) for text in texts[:_FITTED_TEXTS])
+    return texts[: max(1, sum(1 for total in characters if total <= _FITTED_CHARACTERS))]
+
+
+def _preset_of(student: Any) -> str | None:
+    return student.config.kron["name"] if isinstance(student, KronBertPreTrainedModel) else None
+
+
+def _texts(train: Any) -> list[str]:
+    """The first text of each example, once each."""
+    column = "context" if "context" in train.column_names else "text"
+    return list(dict.fromkeys(train[column]))
+
+
+def _numbered(rows: Any) -> Any:
+    """The rows with their ``index``, by which a teacher's cache knows them."""
+    return rows.add_column("index", list(range(len(rows))))
