@@ -45,7 +45,11 @@ def test_env_exits_with_1_when_a_kernel_is_wrong(
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "kron-kernels: error: the following arguments are required: {env,compress,evaluate,export,report,bench}"),
+        (
+            [],
+            "kron-kernels: error: the following arguments are required: "
+            "{env,compress,distill,evaluate,report,export,bench}",
+        ),
         (["compress", "model"], "kron-kernels compress: error: the following arguments are required: out"),
         (["compress", "m", "o"], "kron-kernels compress: error: one of the arguments --preset --config is required"),
         (

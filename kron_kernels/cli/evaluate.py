@@ -34,28 +34,26 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def add_task_flags(parser: argparse.ArgumentParser) -> None:
+def add_task_flags(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """The flags that tell a task and its data."""
-    parser.add_argument("--task", required=True, help="GLUE task, squad, squad_v2, or custom: files of your own")
-    parser.add_argument("--data", required=True, help="folder with train.* and dev.*, a file, or a hub name")
+    parser.add_argument("--task", required=required, help="GLUE task, squad, squad_v2, or custom: files of your own")
+    parser.add_argument("--data", required=required, help="folder with train.* and dev.*, a file, or a hub name")
     own = parser.add_argument_group("columns of a custom task")
     own.add_argument("--text", metavar="COLUMN", help="the text (text)")
     own.add_argument("--text-pair", metavar="COLUMN", help="the second text, if there is one")
     own.add_argument("--label", metavar="COLUMN", help="the label (label)")
-    own.add_argument("--regression", action="store_true", help="labels are numbers to predict, not classes")
+    own.add_argument(
+        "--regression", action="store_true", default=None, help="labels are numbers to predict, not classes"
+    )
 
 
 def task_of(arguments: argparse.Namespace) -> Task:
     """The task that the flags of :func:`add_task_flags` tell; ValueError where they do not go together."""
-    from ..distill.data import custom_task, get_task
+    from ..distill.data import task_from
 
     columns = {name: getattr(arguments, name) for name in ("text", "text_pair", "label")}
     given = {name: column for name, column in columns.items() if column is not None}
-    if arguments.task == "custom":
-        return custom_task(kind="regression" if arguments.regression else "classification", **given)
-    if given or arguments.regression:
-        raise ValueError(f"task: expected custom along with flags of its columns, got {arguments.task}")
-    return get_task(arguments.task)
+    return task_from(arguments.task, given, bool(arguments.regression))
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -8,10 +8,21 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from .. import __version__
-from . import bench, compress, env, evaluate, export, report
+from . import bench, compress, distill, env, evaluate, export, report
+
+# In the order of a model's way.
+_COMMANDS: dict[str, Any] = {
+    "env": env,
+    "compress": compress,
+    "distill": distill,
+    "evaluate": evaluate,
+    "report": report,
+    "export": export,
+    "bench": bench,
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -25,8 +36,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line; each subcommand sets ``run``."""
     parser = _Parser(prog="kron-kernels", description="Kronecker-factored linear layers and encoders.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{env,compress,evaluate,export,report,bench}")
-    for module in (env, compress, evaluate, export, report, bench):
+    commands = parser.add_subparsers(dest="command", required=True, metavar=f"{{{','.join(_COMMANDS)}}}")
+    for module in _COMMANDS.values():
         module.add_parser(commands)
     return parser
 
