@@ -39,9 +39,16 @@ def test_binary_metrics_by_hand() -> None:
             "f1": 100 * 2 * 3 / (2 * 3 + 1 + 2),
             "matthews": 100 * (3 * 4 - 1 * 2) / math.sqrt(4 * 5 * 5 * 6),
         },
-        abs=1e-4,
+        rel=1e-12,
     )
     assert list(metrics) == list(BINARY.metrics)
+
+
+@pytest.mark.parametrize("correct", range(1, 30))
+def test_percentages_are_not_rounded_to_single_precision(correct: int) -> None:
+    references = [0, 1] * 15
+    predictions = [reference if index < correct else 1 - reference for index, reference in enumerate(references)]
+    assert compute_metrics(BINARY, predictions, references)["accuracy"] == 100 * correct / 30
 
 
 def test_matthews_of_several_classes() -> None:
@@ -54,8 +61,8 @@ def test_matthews_of_several_classes() -> None:
     x, y = x - x.mean(0), y - y.mean(0)
     expected = (x * y).sum() / ((x * x).sum() * (y * y).sum()).sqrt()
     metrics = compute_metrics(task, predictions, references)
-    assert metrics["matthews"] == pytest.approx(100 * float(expected), abs=1e-3)
-    assert metrics["accuracy"] == pytest.approx(100 * float((predictions == references).double().mean()), abs=1e-4)
+    assert metrics["matthews"] == pytest.approx(100 * float(expected), rel=1e-12)
+    assert metrics["accuracy"] == 100 * int((predictions == references).sum()) / 60
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -66,8 +73,8 @@ def test_correlations(ties: bool) -> None:
     if ties:
         x, y = (x * 2).round(), y.round()
     metrics = compute_metrics(SCORES, x, y)
-    assert metrics["pearson"] == pytest.approx(100 * pearson(x.tolist(), y.tolist()), abs=1e-6)
-    assert metrics["spearman"] == pytest.approx(100 * pearson(ranks(x.tolist()), ranks(y.tolist())), abs=1e-4)
+    assert metrics["pearson"] == pytest.approx(100 * pearson(x.tolist(), y.tolist()), rel=1e-12)
+    assert metrics["spearman"] == pytest.approx(100 * pearson(ranks(x.tolist()), ranks(y.tolist())), rel=1e-12)
     assert abs(metrics["pearson"] - metrics["spearman"]) > 1
 
 
@@ -78,10 +85,10 @@ def test_a_small_spread_far_from_zero_is_told_apart() -> None:
 
 def test_forms_of_predictions() -> None:
     logits = torch.tensor([[0.1, 0.9], [2.0, -1.0], [0.3, 0.2]])
-    assert compute_metrics("sst2", logits, [1, 0, 1])["accuracy"] == pytest.approx(200 / 3)
+    assert compute_metrics("sst2", logits, [1, 0, 1])["accuracy"] == 200 / 3
     assert compute_metrics("sst2", logits.numpy(), torch.tensor([1, 0, 0])) == {"accuracy": 100.0}
     column = torch.tensor([[0.1], [0.5], [0.4]])
-    assert compute_metrics("stsb", column, [1.0, 3.0, 2.5])["spearman"] == pytest.approx(100, abs=1e-3)
+    assert compute_metrics("stsb", column, [1.0, 3.0, 2.5])["spearman"] == pytest.approx(100, rel=1e-12)
     assert list(compute_metrics("stsb", column, [1.0, 3.0, 2.5])) == ["pearson", "spearman"]
 
 
@@ -96,7 +103,7 @@ def test_constant_predictions_correlate_with_nothing() -> None:
 def test_perfect_and_inverse_predictions() -> None:
     assert compute_metrics(BINARY, [1, 0], [1, 0]) == {"accuracy": 100.0, "f1": 100.0, "matthews": 100.0}
     assert compute_metrics(BINARY, [0, 1], [1, 0]) == {"accuracy": 0.0, "f1": 0.0, "matthews": -100.0}
-    assert compute_metrics("stsb", [3, 2, 1], [0.0, 1.0, 5.0])["spearman"] == pytest.approx(-100, abs=1e-3)
+    assert compute_metrics("stsb", [3, 2, 1], [0.0, 1.0, 5.0])["spearman"] == pytest.approx(-100, rel=1e-12)
 
 
 def test_question_answering_metrics() -> None:

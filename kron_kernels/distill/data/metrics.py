@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics.functional import accuracy, matthews_corrcoef, pearson_corrcoef, spearman_corrcoef
-from torchmetrics.functional.classification import binary_f1_score
+from torchmetrics.functional import pearson_corrcoef
+from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from .squad import squad_scores
 from .tasks import Task, get_task
@@ -20,7 +21,8 @@ def compute_metrics(task: str | Task, predictions: Any, references: Any) -> dict
 
     Accuracy; F1 of the class of index 1; Matthews' correlation; Pearson's and Spearman's correlation (ties get their
     mean rank); exact match and F1 of texts for question answering (:func:`~.squad.squad_scores`). Predictions that are
-    all equal correlate with nothing: their Matthews', Pearson's and Spearman's correlation is 0, not NaN.
+    all equal correlate with nothing: their Matthews', Pearson's and Spearman's correlation is 0, not NaN. All but
+    question answering is computed in float64.
 
     Args:
         task: a task or its name.
@@ -46,7 +48,7 @@ def compute_metrics(task: str | Task, predictions: Any, references: Any) -> dict
             raise ValueError(f"{name}: expected finite numbers, got {bad} of {values.numel()} that are not")
     if task.kind == "classification":
         guesses, truth = _classes(task, guesses), _classes(task, truth, "references")
-        return {name: 100 * _classification(task, name, guesses, truth) for name in task.metrics}
+        return {name: _classification(task, name, guesses, truth) for name in task.metrics}
     if guesses.shape not in (truth.shape, (*truth.shape, 1)):
         raise ValueError(f"predictions: expected shape ({len(truth)},), got {tuple(guesses.shape)}")
     return {name: 100 * _correlation(name, guesses.reshape(-1).double(), truth.double()) for name in task.metrics}
@@ -74,21 +76,25 @@ def _classes(task: Task, values: Tensor, name: str = "predictions") -> Tensor:
 
 
 def _classification(task: Task, metric: str, predictions: Tensor, references: Tensor) -> float:
-    count = task.num_labels
+    """In percent, from the counts of predictions by class: torchmetrics' own scores are rounded to float32."""
+    classes = task.num_labels
+    counts = multiclass_confusion_matrix(predictions, references, classes).tolist()  # [reference][prediction]
+    correct, total = sum(counts[index][index] for index in range(classes)), len(references)
     if metric == "accuracy":
-        return float(accuracy(predictions, references, task="multiclass", num_classes=count, average="micro"))
-    if metric == "f1" and count != 2:
-        raise ValueError(f"f1: expected a task of two classes, got {count}")
+        return 100 * correct / total
+    if metric == "f1" and classes != 2:
+        raise ValueError(f"f1: expected a task of two classes, got {classes}")
     if len(present := references.unique()) < 2:
         raise ValueError(
             f"{metric}: expected references of at least two classes, got {task.labels[int(present)]!r} alone"
         )
     if metric == "f1":
-        return float(binary_f1_score(predictions, references))
-    # torchmetrics has a limit of its own for constant predictions, neither 0 nor undefined.
-    if len(predictions.unique()) < 2:
-        return 0.0
-    return float(matthews_corrcoef(predictions, references, task="multiclass", num_classes=count))
+        return 100 * 2 * counts[1][1] / (2 * counts[1][1] + counts[0][1] + counts[1][0])
+    # The correlation of the indicators of the classes, times the square of the number of examples (Gorodkin, 2004).
+    there, predicted = [sum(row) for row in counts], [sum(column) for column in zip(*counts, strict=True)]
+    covariance = correct * total - sum(map(int.__mul__, there, predicted))
+    variances = [total**2 - sum(count**2 for count in each) for each in (there, predicted)]
+    return 100 * covariance / math.sqrt(variances[0] * variances[1]) if variances[1] else 0.0
 
 
 def _correlation(metric: str, predictions: Tensor, references: Tensor) -> float:
@@ -96,5 +102,12 @@ def _correlation(metric: str, predictions: Tensor, references: Tensor) -> float:
         raise ValueError(f"{metric}: expected references of at least two values, got {references[0].item()} alone")
     if len(predictions.unique()) < 2:
         return 0.0
-    correlate = pearson_corrcoef if metric == "pearson" else spearman_corrcoef
-    return float(correlate(predictions, references))
+    if metric == "spearman":
+        predictions, references = _ranks(predictions), _ranks(references)
+    return float(pearson_corrcoef(predictions, references))
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Ranks (N,) from 1 in float64; equal values share the mean of theirs."""
+    _, where, counts = values.unique(return_inverse=True, return_counts=True)
+    return (counts.cumsum(0) - (counts - 1).double() / 2)[where]
