@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -282,3 +284,32 @@ def test_questions_are_distilled_too(folder: Path, tmp_path: Path) -> None:
         found = losses(tmp_path / f"student-{cache}", "loss/logits")
         assert found[-1] < 0.5 * found[0]
     assert losses(tmp_path / "student-None") == pytest.approx(losses(tmp_path / "student-float32"), rel=1e-4)
+
+
+@pytest.mark.parametrize("present", [False, True])
+def test_a_disk_too_small_for_the_checkpoints_is_told_before_training(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, present: bool
+) -> None:
+    """Room for three checkpoints of weights and two moments, and for the model; less by those that are there."""
+    weights = 4 * (RunFolder(folder / "teacher").result or pytest.fail("no teacher")).parameters
+    needed = weights * (3 * (2 if present else 3) + 1)
+    if present:
+        # Stopped after its last checkpoint, before it is evaluated.
+        monkeypatch.setattr("kron_kernels.distill.trainer.DistillTrainer.evaluate", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(folder, tmp_path / "run", max_steps=1)
+        monkeypatch.undo()
+    real = shutil.disk_usage(tmp_path)
+    for free in (needed - 1, needed):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: real._replace(free=free))
+        if free < needed:
+            message = rf"checkpoints: expected {needed / 1e6:.2f} MB free at {tmp_path / 'run'}, got"
+            with pytest.raises(OSError, match=message) as caught:
+                finetune(folder, tmp_path / "run", max_steps=1)
+            assert caught.value.errno == errno.ENOSPC
+        else:
+            assert finetune(folder, tmp_path / "run", max_steps=1).score is not None
+
+
+def interrupt(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt

@@ -18,7 +18,7 @@ from ..counting import count_parameters
 from .cached_teacher import CachedTeacher
 from .callbacks import RunLogger, check_finite
 from .config import DistillConfig
-from .files import new_folder
+from .files import check_space, new_folder
 from .objectives import MaskedLanguageModel
 from .run_folder import RunFolder
 from .run_result import RunResult
@@ -28,6 +28,8 @@ from .trainer import DistillTrainer
 from .work import Work, prepare_pretraining, prepare_task
 
 Progress = Callable[[int, int, str], None]
+# Complete checkpoints that stay.
+_KEPT = 2
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -58,8 +60,9 @@ def run_stage(
     work = prepare(config, folder, progress)
     if work.config.dropout is not None:
         set_dropout(work.student, work.config.dropout)
-    trainer = _trainer(work, folder)
     checkpoint = folder.last_checkpoint()
+    check_space(folder.path, _space(work.student, len(folder.complete_checkpoints())), "checkpoints")
+    trainer = _trainer(work, folder)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.close()
     metrics = trainer.evaluate()
@@ -84,6 +87,15 @@ def _open(config: DistillConfig, out: str | os.PathLike[str], resume: bool | Non
     return folder or RunFolder(out)
 
 
+def _space(student: torch.nn.Module, present: int) -> int:
+    """Bytes that are still to be written, at most: the checkpoints kept, one more before a kept one goes, the model.
+
+    Each checkpoint holds float32 weights and Adam's two moments; ``present`` of them are on the disk already.
+    """
+    weights = 4 * count_parameters(student)
+    return weights * (3 * (_KEPT + 1 - min(present, _KEPT)) + 1)
+
+
 def _trainer(work: Work, folder: RunFolder) -> DistillTrainer:
     config = work.config
     return DistillTrainer(
@@ -98,7 +110,7 @@ def _trainer(work: Work, folder: RunFolder) -> DistillTrainer:
         objective=work.objective,
         scores=work.scores,
         on_terms=lambda terms, step: check_finite(terms, step, folder),
-        callbacks=[RunLogger(folder)],
+        callbacks=[RunLogger(folder, _KEPT)],
     )
 
 
