@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +14,7 @@ from .extras import needs_extra
 from .output import Progress, add_json_flag, format_table, print_json
 
 if TYPE_CHECKING:
-    from ..distill.run_folder import RunResult
+    from ..distill.run_result import RunResult
 
 _LOSSES = ("embedding", "scores", "ffn", "logits", "supervised")
 
@@ -43,6 +46,7 @@ def add_parser(commands: Any) -> None:
 
 def _add_student_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--teacher", metavar="MODEL", help="folder or hub name of the dense model")
+    parser.add_argument("--teacher-precision", metavar="PRECISION", help="of the teacher alone (the student's)")
     students = parser.add_mutually_exclusive_group()
     students.add_argument("--student", metavar="MODEL", help="folder of a KronBert to train")
     students.add_argument("--preset", help="make the student from the teacher: K8, K19 or K21")
@@ -73,7 +77,6 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     ):
         parser.add_argument(f"--{name}", type=kind, metavar="N", help=what)
     parser.add_argument("--precision", help="fp32 (default), bf16 or fp16")
-    parser.add_argument("--teacher-precision", metavar="PRECISION", help="of the teacher alone (the student's)")
     parser.add_argument("--name", help="of the model, in reports (the preset)")
     parser.add_argument("--variant", help="what is special about the run, in reports")
     parser.add_argument("--resume", action="store_true", default=None, help="insist on a run that exists")
@@ -94,8 +97,12 @@ def run(arguments: argparse.Namespace) -> int:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     settings = {} if arguments.config is None else read_config(arguments.config)
+    if (stage := settings.get("stage", arguments.stage)) != arguments.stage:
+        raise ValueError(f"stage: expected {arguments.stage} or none in {arguments.config}, got {stage!r}")
     config = DistillConfig.from_dict({**settings, **_settings(arguments, settings.get("losses"))})
-    result = run_stage(config, arguments.out, resume=arguments.resume, progress=Progress())
+    # transformers' Trainer prints its logs: stdout is for the result.
+    with redirect_stdout(sys.stderr):
+        result = run_stage(config, arguments.out, resume=arguments.resume, progress=Progress())
     if arguments.json:
         print_json(result.to_dict())
     else:
@@ -110,13 +117,14 @@ def _settings(arguments: argparse.Namespace, losses: Any) -> dict[str, Any]:
         given.pop(name, None)
     terms = {term: given.pop(f"weight_{term}") for term in _LOSSES if f"weight_{term}" in given}
     terms |= {name: given.pop(name) for name in ("attention", "layers") if name in given}
-    if terms:
+    # What is no mapping is for the configuration to refuse.
+    if terms and isinstance(losses, Mapping | None):
         given["losses"] = {**(losses or {}), **terms}
     return given
 
 
 def _print(result: RunResult, out: Path) -> None:
-    rows = [[name, f"{value:.4g}"] for name, value in sorted(result.metrics.items())]
+    rows = [[name, "-" if value is None else f"{value:.4g}"] for name, value in sorted(result.metrics.items())]
     print(format_table(["metric", "value"], rows))
     memory = "" if result.peak_memory_bytes is None else f", at most {result.peak_memory_bytes / 2**20:,.0f} MiB"
     print(f"\n{result.parameters:,} parameters, {result.steps:,} steps in {result.seconds:,.0f} s{memory}")

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from .extras import needs_extra
 from .output import add_json_flag, format_table, print_json
 
 
@@ -26,7 +27,8 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Read the runs, print the report and, where asked for, write it."""
-    from ..distill.report import build_report, write_report
+    with needs_extra("distill"):
+        from ..distill.report import build_report, write_report
 
     report = build_report(arguments.runs)
     written = [] if arguments.out is None else write_report(report, arguments.out)

@@ -91,8 +91,8 @@ class DistillConfig:
     def __post_init__(self) -> None:
         if self.stage not in STAGES:
             raise ValueError(f"stage: expected one of {', '.join(STAGES)}, got {self.stage!r}")
-        if isinstance(self.losses, Mapping):
-            object.__setattr__(self, "losses", LossConfig(**self.losses))
+        if not isinstance(self.losses, LossConfig):
+            object.__setattr__(self, "losses", _losses(self.losses))
         self._check_models()
         if self.stage != "pretrain" and self.task is None:
             raise ValueError("task: expected the name of a task, or custom for one of your own, got none")
@@ -154,6 +154,15 @@ class DistillConfig:
         if missing := [name for name in ("stage", "data") if values.get(name) is None]:
             raise ValueError(f"{missing[0]}: expected a value, got none")
         return cls(**values)
+
+
+def _losses(values: Any) -> LossConfig:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"losses: expected a mapping of weights and forms, got {values!r}")
+    known = {entry.name for entry in dataclasses.fields(LossConfig)}
+    if unknown := sorted(set(values) - known):
+        raise ValueError(f"losses: unknown keys {', '.join(unknown)}; expected some of {', '.join(sorted(known))}")
+    return LossConfig(**values)
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:

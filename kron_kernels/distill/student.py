@@ -24,10 +24,21 @@ _HEADS = {
 
 def load_model(folder: str | os.PathLike[str]) -> Any:
     """The BERT of a checkpoint folder or hub name, dense or KronBert, in the class its configuration names."""
-    if _model_type(folder) != KronBertConfig.model_type:
+    if model_type(folder) != KronBertConfig.model_type:
         return load_dense(folder)
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=Path(folder).is_dir())
     return getattr(models, config.architectures[0]).from_pretrained(folder).eval()
+
+
+def model_type(folder: str | os.PathLike[str]) -> str:
+    """What a checkpoint folder or hub name is configured as: "bert", ...; OSError for what is neither."""
+    if Path(folder).exists() and not (Path(folder) / "config.json").is_file():
+        raise FileNotFoundError(f"model: expected a folder with config.json, got {folder}")
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=Path(folder).is_dir())
+    except (OSError, ValueError) as error:
+        raise OSError(f"model: {folder} is neither a checkpoint folder nor to be had from the hub: {error}") from error
+    return config.model_type
 
 
 def with_task_head(model: Any, task: Task, seed: int = 0) -> Any:
@@ -76,16 +87,6 @@ def set_dropout(model: nn.Module, share: float) -> None:
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = share
     if getattr(config, "classifier_dropout", None) is not None:
         config.classifier_dropout = share
-
-
-def _model_type(folder: str | os.PathLike[str]) -> str:
-    if Path(folder).exists() and not (Path(folder) / "config.json").is_file():
-        raise FileNotFoundError(f"model: expected a folder with config.json, got {folder}")
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=Path(folder).is_dir())
-    except (OSError, ValueError) as error:
-        raise OSError(f"model: {folder} is neither a checkpoint folder nor to be had from the hub: {error}") from error
-    return config.model_type
 
 
 def _encoder(model: Any) -> Any:
