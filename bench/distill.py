@@ -19,16 +19,19 @@ from typing import Any
 
 import yaml
 
+from bench.distill_curves import RUN_KEY, curve_rows, write_curve_rows
 from bench.distill_plan import FOLDERS, Job, Sources, plan
 from bench.harness import RESULTS, ResultFile, Row, stamp
 from kron_kernels.cli.output import Progress
+from kron_kernels.distill.config import DistillConfig
+from kron_kernels.distill.curves import read_series
 from kron_kernels.distill.run_folder import RunFolder
 
-KEY = ("model", "kind", "name", "variant", "task", "seed")
 COLUMNS = (
     *("score", "teacher_score", "kept", "metrics", "parameters", "teacher_parameters", "steps", "train_tokens"),
-    *("epochs", "batch_size", "learning_rate", "max_length", "seconds", "peak_memory_mib"),
+    *("epochs", "train_limit", "batch_size", "learning_rate", "max_length", "seconds", "peak_memory_mib"),
 )
+POLL_SECONDS = 0.2
 
 
 def main() -> None:
@@ -36,22 +39,31 @@ def main() -> None:
     deadline = time.monotonic() + arguments.minutes * 60
     sources = Sources(str(arguments.model), arguments.glue, [str(path) for path in arguments.text])
     jobs = list(plan(sources, arguments.presets, arguments.tasks, arguments.scale, arguments.seeds))
-    file = ResultFile(arguments.out / "distill.csv", KEY, COLUMNS)
+    file = ResultFile(arguments.out / "distill.csv", RUN_KEY, COLUMNS)
     current = stamp(arguments.threads)
-    done = run_all(jobs, arguments, deadline)
-    file.add(row_of(job, arguments.runs, arguments.name, current) for job in jobs if job.name in done)
+    done, failure = run_all(jobs, arguments, deadline)
+    rows = {job: row_of(arguments.runs / job, arguments.name, current) for job in done}
+    file.add(rows.values())
+    runs = {job: read_series(RunFolder(arguments.runs / job)) for job in rows}
+    write_curve_rows((row for job in rows for row in curve_rows(rows[job], runs[job])), arguments.out)
+    if failure is not None:
+        sys.exit(failure)
     if len(done) < len(jobs):
         sys.exit(f"{len(done)} of {len(jobs)} runs are done; start again to go on")
 
 
-def run_all(jobs: list[Job], arguments: argparse.Namespace, deadline: float) -> set[str]:
-    """Run what is not done, ``--jobs`` at a time, in order as far as needs allow; the names of all that are done."""
+def run_all(jobs: list[Job], arguments: argparse.Namespace, deadline: float) -> tuple[list[str], str | None]:
+    """Run what is not done, ``--jobs`` at a time, in order as far as needs allow.
+
+    The names of all that are done, in order; and where a run failed, what it said last. No run is started after it.
+    """
     done = {job.name for job in jobs if (arguments.runs / job.name / "result.json").is_file()}
     waiting = [job for job in jobs if job.name not in done]
     running: dict[str, subprocess.Popen[bytes]] = {}
     progress = Progress(every_seconds=0)
+    failure = None
     try:
-        while (waiting or running) and time.monotonic() < deadline:
+        while failure is None and (waiting or running) and time.monotonic() < deadline:
             for job in list(waiting):
                 if len(running) < arguments.jobs and done.issuperset(job.needs.values()):
                     running[job.name] = start(job, arguments)
@@ -61,14 +73,20 @@ def run_all(jobs: list[Job], arguments: argparse.Namespace, deadline: float) -> 
                 if process.poll() is not None:
                     del running[name]
                     if process.returncode:
-                        log = arguments.runs / f"{name}.log"
-                        sys.exit(f"{name} failed: {log.read_text(encoding='utf-8').strip().splitlines()[-1]}")
-                    done.add(name)
-            time.sleep(0.2)
+                        failure = f"{name} failed: {_last_line(arguments.runs / f'{name}.log')}"
+                    else:
+                        done.add(name)
+            time.sleep(POLL_SECONDS)
     finally:
         for process in running.values():
             process.kill()
-    return done
+            process.wait()
+    return [job.name for job in jobs if job.name in done], failure
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
 
 
 def start(job: Job, arguments: argparse.Namespace) -> subprocess.Popen[bytes]:
@@ -89,11 +107,13 @@ def start(job: Job, arguments: argparse.Namespace) -> subprocess.Popen[bytes]:
         )
 
 
-def row_of(job: Job, runs: Path, model: str, current: Row) -> Row:
+def row_of(folder: Path, model: str, current: Row) -> Row:
     """A row of the table from a finished run."""
-    run = RunFolder(runs / job.name)
+    run = RunFolder(folder)
     result: Any = run.result
     values = result.to_dict()
+    # With the paper's numbers where the run was given none.
+    config = DistillConfig.from_dict(run.config).resolved(result.name)
     kept = 100 * result.score / result.teacher_score if result.score and result.teacher_score else None
     return {
         **{name: values[name] for name in ("kind", "name", "variant", "task", "seed", "score", "teacher_score")},
@@ -102,7 +122,8 @@ def row_of(job: Job, runs: Path, model: str, current: Row) -> Row:
         "kept": kept,
         "metrics": json.dumps(values["metrics"]),
         "peak_memory_mib": None if result.peak_memory_bytes is None else result.peak_memory_bytes / 2**20,
-        **{name: job.settings.get(name) for name in ("epochs", "batch_size", "learning_rate", "max_length")},
+        **{name: getattr(config, name) for name in ("epochs", "train_limit", "batch_size", "learning_rate")},
+        "max_length": config.max_length,
         **current,
     }
 

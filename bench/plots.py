@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.distill_curves import plot_curves
 from bench.harness import Row, read_rows
 from bench.plots_model import plot_latency, plot_profile
 from bench.report_layers import STOCK
@@ -23,6 +24,7 @@ def plot_all(results: Path) -> None:
     plot_ffn(results)
     plot_profile(results)
     plot_latency(results)
+    plot_curves(results)
 
 
 def plot_layers(results: Path) -> None:

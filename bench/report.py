@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from bench.harness import RESULTS, ROOT, Row, read_rows
+from bench.report_accuracy import accuracy_parts
 from bench.report_layers import judged_layers, layer_parts, memory_table, peak_in_rounds, troubles
 from bench.report_model import encoder_parts, judged_encoders, judged_processes, process_parts, profile_parts
 from bench.tables import details, link, machine_of, markdown, missed_table
@@ -65,13 +66,15 @@ def render(results: Path) -> str:
     # Measured last, shown first.
     newest = sorted(everything, key=lambda row: row["date"], reverse=True)
     machines = list(dict.fromkeys(machine_of(row) for row in newest))
-    if not machines:
+    accuracy = accuracy_parts(results)
+    if not machines and not accuracy:
         return f"\n{NONE_YET}\n\n"
     parts = [
         f"![{title}]({link(results / f'{name}.png')})"
         for name, title in PLOTS.items()
         if (results / f"{name}.png").exists()
     ]
+    parts += accuracy
     for machine in machines:
         mine = {name: [row for row in rows if machine_of(row) == machine] for name, rows in files.items()}
         parts += _machine_section(machine, mine)

@@ -50,14 +50,14 @@ def number(row: Row, column: str, form: str = ".0f") -> str:
     return format(float(row[column]), form) if row.get(column) else "-"
 
 
-def missed_table(judged: Sequence[Judged]) -> str:
-    """Those that fell short, in the order they come."""
+def missed_table(judged: Sequence[Judged], measured: str = "measured (10 % to 90 %)") -> str:
+    """Those that fell short, in the order they come; ``measured`` is the title of the figures."""
     lines = [
         (each.what, each.point, each.shown, f"{'≤' if each.verdict.at_most else '≥'} {each.verdict.reach:g}", each.note)
         for each in judged
         if each.verdict.missed
     ]
-    return markdown(("", "at", "measured (10 % to 90 %)", "reach", ""), lines)
+    return markdown(("", "at", measured, "reach", ""), lines)
 
 
 def link(path: Path) -> str:

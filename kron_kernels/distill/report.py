@@ -154,7 +154,6 @@ def build_report(paths: Iterable[str | os.PathLike[str]]) -> Report:
     runs = [_read(RunFolder(path)) for path in dict.fromkeys(Path(path) for path in paths)]
     if not runs:
         raise ValueError("runs: expected one or more folders, got none")
-    scored: dict[str, list[RunResult]] = {}
     seen: dict[tuple[Any, ...], Path] = {}
     for run in runs:
         if (result := run.result) is None:
@@ -166,20 +165,29 @@ def build_report(paths: Iterable[str | os.PathLike[str]]) -> Report:
                 f"{run.folder.path}: leave one out, or give it a variant"
             )
         seen[key] = run.folder.path
+    tasks, lines, notes = compare(run.result for run in runs if run.result is not None)
+    return Report(tasks, lines, runs, notes)
+
+
+def compare(results: Iterable[RunResult]) -> tuple[list[str], list[Line], list[str]]:
+    """Tasks, lines and notes of a :class:`Report` of these results, each of another model, task or seed.
+
+    Lines go from the largest model to the smallest, the usual run of a model before its variants.
+    """
+    scored: dict[str, list[RunResult]] = {}
+    for result in results:
         if result.score is not None:
             scored.setdefault(result.label, []).append(result)
-    tasks = list(dict.fromkeys(result.task for results in scored.values() for result in results))
-    lines, notes = [_line(label, results, tasks) for label, results in scored.items()], []
-    teachers = [result for results in scored.values() for result in results if result.teacher_score is not None]
+    tasks = list(dict.fromkeys(result.task for found in scored.values() for result in found))
+    lines, notes = [_line(label, found, tasks) for label, found in scored.items()], []
+    teachers = [result for found in scored.values() for result in found if result.teacher_score is not None]
     if teachers and TEACHER not in scored:
         lines.append(_teacher_line(teachers, tasks))
     for task in tasks:
         given = sorted({result.teacher_score or 0.0 for result in teachers if result.task == task})
         if len(given) > 1:
             notes.append(f"The students' teachers differ on {task}: {' and '.join(f'{each:.1f}' for each in given)}.")
-    # From the largest to the smallest, the usual run of a model before its variants.
-    lines.sort(key=lambda line: (-line.parameters[1], line.model))
-    return Report(tasks, lines, runs, notes)
+    return tasks, sorted(lines, key=lambda line: (-line.parameters[1], line.model)), notes
 
 
 def write_report(report: Report, out: str | os.PathLike[str]) -> list[Path]:
