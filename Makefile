@@ -74,6 +74,8 @@ bench-model: bench-peers
 	$(PY) -m bench.model --reach
 	$(PY) -m bench.process_memory
 	$(PY) -m bench.profile
+	$(PY) -m bench.distill_losses
+	$(PY) -m bench.distill_steps
 	$(PY) -m bench.ffn
 	$(PY) -m bench.model
 	$(PY) -m bench.report
@@ -84,6 +86,7 @@ bench-smoke: bench-peers
 	$(PY) -m bench.model --smoke --out build/bench
 	$(PY) -m bench.process_memory --smoke --out build/bench
 	$(PY) -m bench.distill_losses --smoke --out build/bench
+	$(PY) -m bench.distill_steps --smoke --out build/bench
 	$(PY) -m bench.profile --smoke --out build/bench
 	$(PY) -m bench.report --results build/bench --readme build/bench/README.md
 

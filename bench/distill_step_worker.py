@@ -1,0 +1,92 @@
+"""The child process of bench.distill_steps: checks and times all ways to do a step, or tells the memory of one.
+
+Messages are those of bench.worker.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from typing import Any
+
+import torch
+
+from bench.distill_step_candidates import COMPILED, SIZES, STOCK, StepProblem, StepWay, Students
+from bench.protocol import Say, protocol
+from bench.worker import make_all
+from kron_kernels.counting import count_parameters
+from kron_kernels.timing import Quantiles, peak_memory_growth
+from kron_kernels.timing.compare import Result, compare
+
+# Names of the columns of the speed-up over stock torch's layers.
+OVER = {STOCK: "over_matmul", COMPILED: "over_compiled"}
+# The optimiser makes its state in the first step: the second is as large as any after it.
+MEMORY_STEPS = 3
+
+
+def main() -> None:
+    job = json.loads(sys.argv[1])
+    say = protocol()
+    torch.set_num_threads(job["threads"])
+    {"time": time_points, "memory": memory_points}[job["kind"]](job, say)
+
+
+def time_points(job: dict[str, Any], say: Say) -> None:
+    """Check and time the candidates of each point."""
+    for point in job["points"]:
+        torch.compiler.reset()
+        students = Students(SIZES[point["size"]], point["preset"])
+        makers = {name: functools.partial(Students.way, name=name) for name in point["candidates"]}
+        results, ways = make_all(makers, students, say)
+        results += compare(
+            StepProblem(students),
+            ways,
+            seconds=job["seconds"],
+            starting=lambda name: say({"starting": name}),
+            over=list(OVER),
+        )
+        by_name = {way.name: way for way in ways}
+        for result in results:
+            say({"point": point["index"], "result": _row(result, by_name.get(result.name))})
+        say({"done": point["index"]})
+
+
+def memory_points(job: dict[str, Any], say: Say) -> None:
+    """What steps add to the process at the peak once models and optimiser are there; a process for one candidate."""
+    for point in job["points"]:
+        size = SIZES[point["size"]]
+        (name,) = point["candidates"]
+        say({"starting": name})
+        # Thread stacks, code pages and libraries' buffers are there after this.
+        Students(size.small(), point["preset"]).way(STOCK if name == COMPILED else name).step()
+        way = Students(size, point["preset"]).way(name)
+        if name == COMPILED:
+            way.step.outcome()  # what the compiler takes is not what a step takes
+        growth = peak_memory_growth(lambda step=way.step: [step() for _ in range(MEMORY_STEPS)])
+        say({"point": point["index"], "result": {"variant": name, "peak": growth}})
+        say({"done": point["index"]})
+
+
+def _row(result: Result, way: StepWay | None) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "variant": result.name,
+        "status": result.status,
+        "reason": result.reason,
+        "error": result.error,
+    }
+    if way is not None:
+        row["parameters"] = count_parameters(way.step.student)
+    if result.timing is not None:
+        row |= result.timing.columns("ms")
+    for name, over in (result.over or {}).items():
+        row |= _columns(OVER[name], over)
+    return row
+
+
+def _columns(prefix: str, quantiles: Quantiles) -> dict[str, float]:
+    return {f"{prefix}_{name}": getattr(quantiles, name) for name in ("q10", "q50", "q90")}
+
+
+if __name__ == "__main__":
+    main()
