@@ -202,10 +202,14 @@ def compile_parts_(student: Any) -> Any:
 
 
 class StepProblem:
-    """What a step has to come to: the float64 outcome of each model, computed when first asked for."""
+    """What a step has to come to: the float64 outcome of each model, computed when first asked for.
 
-    def __init__(self, students: Students) -> None:
+    ``sign_of_life`` is called after each step that is timed: all of them together may take minutes.
+    """
+
+    def __init__(self, students: Students, sign_of_life: Callable[[], None] = lambda: None) -> None:
         self._students = students
+        self._sign_of_life = sign_of_life
         self._want: dict[str, dict[str, Tensor]] = {}
 
     def refusal(self, _way: StepWay) -> str:
@@ -226,4 +230,8 @@ class StepProblem:
         return max(errors) if all(error == error for error in errors) else float("nan")
 
     def runner(self, way: StepWay) -> Callable[[], object]:
-        return way.step
+        def run() -> None:
+            way.step()
+            self._sign_of_life()
+
+        return run

@@ -8,11 +8,12 @@ from __future__ import annotations
 import functools
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from bench.distill_step_candidates import COMPILED, SIZES, STOCK, StepProblem, StepWay, Students
+from bench.distill_step_candidates import COMPILED, SIZES, STOCK, StepProblem, StepWay, Students, TrainStep
 from bench.protocol import Say, protocol
 from bench.worker import make_all
 from kron_kernels.counting import count_parameters
@@ -40,7 +41,7 @@ def time_points(job: dict[str, Any], say: Say) -> None:
         makers = {name: functools.partial(Students.way, name=name) for name in point["candidates"]}
         results, ways = make_all(makers, students, say)
         results += compare(
-            StepProblem(students),
+            StepProblem(students, sign_of_life=lambda: say({"starting": "timing"})),
             ways,
             seconds=job["seconds"],
             starting=lambda name: say({"starting": name}),
@@ -56,16 +57,24 @@ def memory_points(job: dict[str, Any], say: Say) -> None:
     """What steps add to the process at the peak once models and optimiser are there; a process for one candidate."""
     for point in job["points"]:
         size = SIZES[point["size"]]
-        (name,) = point["candidates"]
-        say({"starting": name})
-        # Thread stacks, code pages and libraries' buffers are there after this.
-        Students(size.small(), point["preset"]).way(STOCK if name == COMPILED else name).step()
-        way = Students(size, point["preset"]).way(name)
-        if name == COMPILED:
-            way.step.outcome()  # what the compiler takes is not what a step takes
-        growth = peak_memory_growth(lambda step=way.step: [step() for _ in range(MEMORY_STEPS)])
-        say({"point": point["index"], "result": {"variant": name, "peak": growth}})
+        for name in point["candidates"]:
+            say({"starting": name})
+            # Thread stacks, code pages and libraries' buffers are there after this.
+            Students(size.small(), point["preset"]).way(STOCK if name == COMPILED else name).step()
+            way = Students(size, point["preset"]).way(name)
+            if name == COMPILED:
+                way.step.outcome()  # what the compiler takes is not what a step takes
+            growth = peak_memory_growth(
+                functools.partial(_several, way.step, lambda name=name: say({"starting": name}))
+            )
+            say({"point": point["index"], "result": {"variant": name, "peak": growth}})
         say({"done": point["index"]})
+
+
+def _several(step: TrainStep, sign_of_life: Callable[[], None]) -> None:
+    for _ in range(MEMORY_STEPS):
+        step()
+        sign_of_life()
 
 
 def _row(result: Result, way: StepWay | None) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from bench.harness import RESULTS, ROOT, Row, read_rows
 from bench.report_accuracy import accuracy_parts
+from bench.report_distill import attention_parts, judged_steps, step_parts
 from bench.report_layers import judged_layers, layer_parts, memory_table, peak_in_rounds, troubles
 from bench.report_model import encoder_parts, judged_encoders, judged_processes, process_parts, profile_parts
 from bench.tables import details, link, machine_of, markdown, missed_table
@@ -20,7 +21,7 @@ from bench.tables import details, link, machine_of, markdown, missed_table
 BEGIN, END = "<!-- results: made by bench/report.py -->", "<!-- end of results -->"
 NONE_YET = "No results are in `bench/results` yet; `make bench` measures this machine."
 # What each script measured, by the names of the result files.
-FILES = ("model", "ffn", "layers", "memory", "process", "profile")
+FILES = ("model", "ffn", "layers", "memory", "process", "profile", "distill-steps", "distill-losses")
 PLOTS = {
     "latency": "Latency of an encoder by sequence length and batch",
     "profile": "Time of an encoder by part",
@@ -98,6 +99,8 @@ def _machine_section(machine: tuple[str, ...], files: dict[str, list[Row]]) -> l
         *encoder_parts(model),
         *process_parts(files["process"]),
         *profile_parts(files["profile"]),
+        *step_parts(files["distill-steps"]),
+        *attention_parts(files["distill-losses"]),
         *layer_parts(ffn, "FFN block (W1, GELU, W2)"),
         *layer_parts(layers, "Layers"),
     ]
@@ -111,6 +114,7 @@ def _machine_section(machine: tuple[str, ...], files: dict[str, list[Row]]) -> l
     judged = [
         *judged_encoders(model),
         *judged_processes(files["process"]),
+        *judged_steps(files["distill-steps"]),
         *judged_layers(ffn),
         *judged_layers(layers),
     ]
@@ -118,7 +122,12 @@ def _machine_section(machine: tuple[str, ...], files: dict[str, list[Row]]) -> l
     if missed:
         title = f"**What falls short** ({len(missed)} of {len(judged)} figures with a reach)"
         parts += [title, missed_table(missed)]
-    untimed = [*troubles(layers, "case"), *troubles(ffn, "case"), *troubles(model, "dtype")]
+    untimed = [
+        *troubles(layers, "case"),
+        *troubles(ffn, "case"),
+        *troubles(model, "dtype"),
+        *troubles(files["distill-steps"], "size"),
+    ]
     if untimed:
         parts.append(details("Not timed, and why", markdown(("variant", "", "why", "of", "points"), untimed)))
     return parts

@@ -1,4 +1,4 @@
-"""What was set out to be reached: speed-ups over dense torch, memory of a process, accuracy kept by distillation."""
+"""What was set out to be reached: speed-ups over dense torch, memory, time and accuracy of a distillation."""
 
 from __future__ import annotations
 
@@ -82,6 +82,9 @@ _ENCODER_OVER_COMPILED: dict[tuple[str, int, int], dict[str, float]] = {
 _PROCESS_MEMORY = {"K8": 0.45, "K21": 0.35}
 # Of a distilled model, percent of the teacher's average score to keep.
 _ACCURACY_KEPT = {"K8": 97.0, "K21": 93.0}
+# A step of distillation in float32: at most this share of the time and of the memory of the best factored stock torch.
+_STEP_SIZES = ("minilm", "bert-base")
+_STEP_TIME, _STEP_MEMORY = 0.7, 0.6
 
 
 @dataclass(frozen=True)
@@ -133,3 +136,8 @@ def process_reach(row: Mapping[str, str]) -> float | None:
 def accuracy_reach(model: str) -> float | None:
     """The percentage of its teacher's average score that a distilled model is to keep; None where none was set."""
     return _ACCURACY_KEPT.get(model)
+
+
+def step_reach(row: Mapping[str, str]) -> tuple[float | None, float | None]:
+    """The shares of stock torch's time and memory to stay within, of a row of distill-steps.csv; None where not set."""
+    return (_STEP_TIME, _STEP_MEMORY) if row["size"] in _STEP_SIZES else (None, None)
