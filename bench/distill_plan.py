@@ -36,7 +36,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Sources:
-    """Where models and data are."""
+    """Where models and data are. Stage 1 takes the first text; with more, a longer one goes on with the others."""
 
     model: str
     glue: Path
@@ -52,8 +52,14 @@ def plan(sources: Sources, presets: Sequence[str], tasks: Sequence[str], scale: 
         for task in tasks:
             yield _stage_2(sources, preset, task, scale, student=f"stage1-{preset}")
     ablated = [task for task in tasks if task in ABLATED]
-    for task in ablated:
-        for preset in presets[:2]:
+    longer = len(sources.text) > 1
+    for preset in presets[:2]:
+        if longer:
+            yield _stage_1(sources, preset, scale, start=f"stage1-{preset}")
+        for task in ablated:
+            if longer:
+                student = f"stage1-{preset}-longer"
+                yield _stage_2(sources, preset, task, scale, student=student, variant="stage 1 twice as long")
             yield _stage_2(sources, preset, task, scale, variant="no stage 1", warm_start="blockwise")
             yield _stage_2(sources, preset, task, scale, variant="no stage 1, plain start", warm_start="plain")
             yield _without_teacher(sources, preset, task, scale)
@@ -76,22 +82,23 @@ def _teacher(sources: Sources, task: str, scale: float) -> Job:
     return Job(f"teacher-{task}", settings | _data(sources, task))
 
 
-def _stage_1(sources: Sources, preset: str, scale: float) -> Job:
+def _stage_1(sources: Sources, preset: str, scale: float, start: str | None = None) -> Job:
+    """On the first text from the model itself, or on the others from the student of ``start``."""
     settings = {
         "stage": "pretrain",
         "teacher": sources.model,
-        "preset": preset,
-        # Of the time for a block-wise start, this stage itself makes more.
-        "warm_start": "data-aware",
         "teacher_precision": "bf16",
-        "data": list(sources.text),
+        "data": list(sources.text[:1] if start is None else sources.text[1:]),
         "epochs": scale,
         "train_limit": 12_000,
         "batch_size": 16,
         "max_length": 128,
         "learning_rate": paper_settings("pretrain")["learning_rate"],
     }
-    return Job(f"stage1-{preset}", settings)
+    if start is None:
+        # Of the time for a block-wise start, this stage itself makes more.
+        return Job(f"stage1-{preset}", settings | {"preset": preset, "warm_start": "data-aware"})
+    return Job(f"{start}-longer", settings | {"name": preset, "variant": "longer"}, {"student": start})
 
 
 def _stage_2(
