@@ -15,7 +15,7 @@ import distill_runs
 pytest.importorskip("accelerate", reason="the extra 'distill' is not installed")
 pytest.importorskip("datasets", reason="the extra 'distill' is not installed")
 
-from kron_kernels.distill import work
+from kron_kernels.distill import RunFolder, work
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 REVIEWS = [(text, ("negative", "positive")[label]) for text, label in distill_runs.sentences(150, 5)]
@@ -46,22 +46,23 @@ def test_teacher_and_students_are_trained_and_reported_once(
     monkeypatch.setattr(work, "start_model", functools.partial(work.start_model, steps=3))
     bert = distill_runs.save_bert(tmp_path / "bert")
     out = tmp_path / "out"
-    flags = ["--out", str(out), "--examples", "64", "--teacher-epochs", "2", "--epochs", "1", "--k21", "--compare"]
+    flags = ["--out", str(out), "--examples", "64", "--teacher-epochs", "2", "--epochs", "1", "--compare"]
     report = example.distill(bert, REVIEWS, example.parse(flags), held_out=30)
     labels = [line.model for line in report.lines]
-    assert sorted(labels) == ["K21", "K21, labels alone", "K8", "K8, labels alone", "teacher"]
+    assert sorted(labels) == ["K8", "K8, labels alone", "teacher"]
     assert labels[0] == "teacher"
     assert report.tasks == ["custom"]
     assert not report.unfinished
-    folders = ["teacher", "K8", "K8-labels-alone", "K21", "K21-labels-alone"]
+    folders = ["teacher", "K8", "K8-labels-alone"]
     steps = {name: json.loads((out / name / "result.json").read_text())["steps"] for name in folders}
     assert steps == {"teacher": 4, **dict.fromkeys(folders[1:], 2)}
     # The students begin from one start; what differs is what they learn from.
-    configs = {name: (out / name / "config.yaml").read_text() for name in folders}
-    assert f"student: {out / 'K8' / 'start'}\n" in configs["K8-labels-alone"]
-    logged = {name: (out / name / "metrics.jsonl").read_text() for name in folders}
-    assert "loss/scores" in logged["K8"]
-    assert "loss/scores" not in logged["K8-labels-alone"]
+    distilled, alone = (RunFolder(out / name).config for name in folders[1:])
+    assert distilled["preset"] == "K8"
+    assert (alone["student"], alone["preset"]) == (str(out / "K8" / "start"), None)
+    for term in ("embedding", "scores", "ffn", "logits", "supervised"):
+        assert distilled["losses"][term] == 1
+        assert alone["losses"][term] == (term == "supervised")
     assert {"report.md", "table.png"} <= {path.name for path in out.iterdir()}
     assert "| K8, labels alone |" in (out / "report.md").read_text()
 
