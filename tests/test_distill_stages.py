@@ -104,6 +104,25 @@ def test_both_stages_leave_a_model_that_does_the_task(folder: Path, tmp_path: Pa
     assert (tmp_path / "second" / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_run_in_bfloat16_is_scored_as_the_model_it_leaves(folder: Path, tmp_path: Path) -> None:
+    ids = torch.tensor([[2, 5, 9, 3]])
+    logits = []
+
+    def score(model: Any, *args: Any, **options: Any) -> Any:
+        with torch.no_grad():
+            logits.append(model(ids).logits)
+        return evaluate(model, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kron_kernels.distill.work.evaluate", score)
+        finetune(folder, tmp_path / "run", precision="bf16", eval_steps=2, max_steps=2)
+    with torch.no_grad():
+        left = load_model(tmp_path / "run" / "model")(ids).logits
+    during, after = logits
+    assert torch.equal(after, left)
+    assert not torch.equal(during, left)
+
+
 def test_a_student_learns_from_labels_alone_too(folder: Path, tmp_path: Path) -> None:
     dense = transformers.BertModel.from_pretrained(folder / "bert")
     KronBertModel.from_dense(dense, "K8").save_pretrained(tmp_path / "student")

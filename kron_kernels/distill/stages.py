@@ -65,6 +65,8 @@ def run_stage(
     trainer = _trainer(work, folder)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.close()
+    # The result is what the saved model does: not in the precision of the training.
+    trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     metrics = trainer.evaluate()
     result = _result(work, trainer, metrics, folder)
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathered where they are sharded

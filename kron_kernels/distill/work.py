@@ -105,7 +105,7 @@ def prepare_task(config: DistillConfig, folder: RunFolder, progress: Progress | 
         objective,
         PaddingCollator(tokenizer),
         _numbered(encoded),
-        None,
+        data["validation"],
         task.name,
         task,
         None if teacher is None else scores(teacher)[task.main],
