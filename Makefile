@@ -68,7 +68,7 @@ bench: bench-model
 	$(PY) -m bench.layers $(ARGS)
 	$(PY) -m bench.report
 
-# All but the single layers, within 25 minutes; what has a reach comes first.
+# All but the single layers, within 40 minutes; what has a reach comes first.
 bench-model: bench-peers
 	$(PY) -m bench.ffn --reach
 	$(PY) -m bench.model --reach
