@@ -60,6 +60,8 @@ def plan(sources: Sources, presets: Sequence[str], tasks: Sequence[str], scale: 
             if longer:
                 student = f"stage1-{preset}-longer"
                 yield _stage_2(sources, preset, task, scale, student=student, variant="stage 1 twice as long")
+            student, light = f"stage1-{preset}", {"scores": 0.1}
+            yield _stage_2(sources, preset, task, scale, student=student, variant="scores weigh 0.1", losses=light)
             yield _stage_2(sources, preset, task, scale, variant="no stage 1", warm_start="blockwise")
             yield _stage_2(sources, preset, task, scale, variant="no stage 1, plain start", warm_start="plain")
             yield _without_teacher(sources, preset, task, scale)
@@ -110,6 +112,7 @@ def _stage_2(
     student: str | None = None,
     warm_start: str | None = None,
     variant: str = "",
+    losses: dict[str, float] | None = None,
     seed: int = 0,
 ) -> Job:
     settings: dict[str, Any] = {
@@ -122,6 +125,8 @@ def _stage_2(
         "learning_rate": LEARNING_RATE,
         "seed": seed,
     }
+    if losses is not None:
+        settings["losses"] = losses
     needs = {"teacher": f"teacher-{task}"}
     if student is None:
         settings |= {"preset": preset, "warm_start": warm_start}

@@ -28,6 +28,7 @@ from kron_kernels.distill import (
 )
 from kron_kernels.distill.student import load_model, with_teachers_head
 from kron_kernels.models import KronBertForMaskedLM, KronBertForSequenceClassification, KronBertModel
+from kron_kernels.presets import preset
 
 QUIET = {"disable_tqdm": True}
 SHORT: dict[str, Any] = {"batch_size": 16, "logging_steps": 2, "save_steps": 100, "trainer": QUIET}
@@ -236,6 +237,12 @@ def test_models_that_do_not_match_are_refused_before_training(folder: Path, tmp_
     with pytest.raises(ValueError, match="student: expected the teacher's vocabulary"):
         run_stage(task_config(folder, student=str(tmp_path / "student")), tmp_path / "b")
     assert not (tmp_path / "b" / "metrics.jsonl").exists()
+    dense = transformers.BertModel.from_pretrained(folder / "bert")
+    KronBertModel.from_dense(dense, {**preset("K8").to_dict(), "version": 2, "weight_dtype": "int8"}).save_pretrained(
+        tmp_path / "int8"
+    )
+    with pytest.raises(ValueError, match="student: expected factors in floating point to train, got int8 ones"):
+        run_stage(task_config(folder, student=str(tmp_path / "int8")), tmp_path / "c")
 
 
 def test_another_configuration_in_the_same_folder_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from .. import models
 from ..compress import ARCHITECTURES, load_dense
 from ..models import KronBertConfig, KronBertPreTrainedModel
+from ..nn import Int8Factored
 from .data.tasks import Task
 
 _HEADS = {
@@ -28,6 +29,14 @@ def load_model(folder: str | os.PathLike[str]) -> Any:
         return load_dense(folder)
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=Path(folder).is_dir())
     return getattr(models, config.architectures[0]).from_pretrained(folder).eval()
+
+
+def load_student(folder: str | os.PathLike[str]) -> Any:
+    """A model to train, as ``load_model``; ValueError for one with int8 factors."""
+    student = load_model(folder)
+    if any(isinstance(module, Int8Factored) for module in student.modules()):
+        raise ValueError("student: expected factors in floating point to train, got int8 ones; quantize afterwards")
+    return student
 
 
 def model_type(folder: str | os.PathLike[str]) -> str:

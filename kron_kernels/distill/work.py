@@ -36,7 +36,7 @@ from .files import new_folder
 from .losses import check_pair
 from .objectives import Classification, MaskedLanguageModel, Objective, QuestionAnswering, Regression
 from .run_folder import RunFolder
-from .student import load_model, model_type, with_task_head, with_teachers_head
+from .student import load_model, load_student, model_type, with_task_head, with_teachers_head
 
 Progress = Callable[[int, int, str], None]
 
@@ -77,7 +77,7 @@ def prepare_task(config: DistillConfig, folder: RunFolder, progress: Progress | 
     tokenizer = _tokenizer(config)
     teacher = None
     if config.teacher is None:
-        student = with_task_head(load_model(_named(config.student)), task, config.seed)
+        student = with_task_head(load_student(_named(config.student)), task, config.seed)
     else:
         teacher = _teacher(config, task)
         student = _student(config, teacher, tokenizer, _texts(train), folder, progress)
@@ -199,7 +199,7 @@ def _student(
 ) -> Any:
     """From its folder, or made from the teacher; one made here is kept in the run's folder for a later start."""
     if config.student is not None:
-        student = load_model(config.student)
+        student = load_student(config.student)
         check_pair(teacher, student)
         return with_teachers_head(student, teacher)
     state = PartialState()
