@@ -131,7 +131,7 @@ def _budget(rows: Sequence[Row]) -> str:
     hours = sum(float(row["seconds"]) for row in rows) / 3600
     told = f"Trained on {where} ({len(rows)} runs, {hours:.1f} hours of training together; "
     told += f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}, commit {commits})."
-    stage_1 = [row for row in rows if row["kind"] == "pretrain"]
+    stage_1 = [row for row in rows if row["kind"] == "pretrain" and not row["variant"]]
     if stage_1:
         told += (
             f" Stage 1: {_span(stage_1, 'train_tokens')} tokens of {stage_1[0]['task']} a student, {_epochs(stage_1)}."

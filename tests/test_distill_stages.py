@@ -29,6 +29,7 @@ from kron_kernels.distill import (
 from kron_kernels.distill.student import load_model, with_teachers_head
 from kron_kernels.models import KronBertForMaskedLM, KronBertForSequenceClassification, KronBertModel
 from kron_kernels.presets import preset
+from kron_kernels.warm_start import start_model
 
 QUIET = {"disable_tqdm": True}
 SHORT: dict[str, Any] = {"batch_size": 16, "logging_steps": 2, "save_steps": 100, "trainer": QUIET}
@@ -163,6 +164,27 @@ def test_a_student_takes_the_pooler_and_head_of_its_teacher(folder: Path) -> Non
     torch.testing.assert_close(student.bert.state_dict()[name], encoder.state_dict()[name])
 
 
+def test_a_student_is_fitted_to_what_it_will_see(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pairs as pairs, with their token types: cut off at the tokens allowed, shortest first."""
+    distill_runs.save_questions(tmp_path / "squad")
+    distill_runs.save_bert(tmp_path / "qa", transformers.BertForQuestionAnswering)
+    seen: list[Any] = []
+
+    def spy(kind: Any, dense: Any, config: Any, batches: Any, **options: Any) -> Any:
+        seen.extend(batches)
+        return start_model(kind, dense, config, batches, **{**options, "method": "plain"})
+
+    monkeypatch.setattr("kron_kernels.distill.work.start_model", spy)
+    monkeypatch.setattr("kron_kernels.distill.work._FITTED_TOKENS", 100)
+    options = {"task": "squad", "data": str(tmp_path / "squad"), "max_length": 32, "warm_start": "blockwise"}
+    run_stage(task_config(folder, teacher=str(tmp_path / "qa"), max_steps=1, **options), tmp_path / "run")
+    (batch,) = seen
+    lengths = batch["attention_mask"].sum(1)
+    assert 80 < lengths.sum() <= 100
+    assert lengths.tolist() == sorted(lengths.tolist())
+    assert batch["token_type_ids"].amax(1).tolist() == [1] * len(lengths)
+
+
 def test_dropout_is_off_with_a_teacher_and_as_it_was_without(folder: Path, tmp_path: Path) -> None:
     result = run_stage(task_config(folder, max_steps=1), tmp_path / "off")
     assert result.steps == 1
@@ -213,6 +235,7 @@ def test_a_killed_run_goes_on_and_ends_as_one_that_was_not(folder: Path, tmp_pat
     result = run_stage(killed_config(folder), out)
     whole = run_stage(killed_config(folder), tmp_path / "whole")
     assert result.metrics == whole.metrics
+    assert (result.peak_memory_bytes is None, whole.peak_memory_bytes is None) == (True, False)
     assert result.steps == whole.steps == 14
     for key in ("loss", "loss/scores", "eval/accuracy"):
         assert losses(out, key) == losses(tmp_path / "whole", key)

@@ -68,7 +68,7 @@ def run_stage(
     # The result is what the saved model does: not in the precision of the training.
     trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     metrics = trainer.evaluate()
-    result = _result(work, trainer, metrics, folder)
+    result = _result(work, trainer, metrics, folder, resumed=checkpoint is not None)
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathered where they are sharded
     if trainer.is_world_process_zero():
         with new_folder(folder.model_path) as model:
@@ -174,7 +174,9 @@ def _arguments(config: DistillConfig, folder: RunFolder) -> TrainingArguments:
     return TrainingArguments(**{**settings, **config.trainer})
 
 
-def _result(work: Work, trainer: DistillTrainer, metrics: dict[str, float], folder: RunFolder) -> RunResult:
+def _result(
+    work: Work, trainer: DistillTrainer, metrics: dict[str, float], folder: RunFolder, resumed: bool
+) -> RunResult:
     config = work.config
     # Those of training, over all its starts.
     seconds = max((record.get("seconds", 0.0) for record in folder.metrics()), default=0.0)
@@ -193,7 +195,8 @@ def _result(work: Work, trainer: DistillTrainer, metrics: dict[str, float], fold
         seed=config.seed,
         steps=trainer.state.global_step,
         seconds=seconds,
-        peak_memory_bytes=_peak_memory(),
+        # Of a run with several starts only the last is known.
+        peak_memory_bytes=None if resumed else _peak_memory(),
         train_tokens=round(trainer.state.epoch * sum(work.train["length"])),
     )
 

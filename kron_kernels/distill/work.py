@@ -13,7 +13,7 @@ from accelerate import PartialState
 from torch import nn
 from transformers import AutoTokenizer, BertForPreTraining
 
-from ..compress import ARCHITECTURES, MAX_LENGTH, tokenize
+from ..compress import ARCHITECTURES, BATCH
 from ..models import KronBertPreTrainedModel
 from ..presets import preset
 from ..warm_start import WARM_STARTS, start_model
@@ -42,8 +42,8 @@ Progress = Callable[[int, int, str], None]
 
 # Share of the packed sequences of stage 1 that is kept for its evaluation.
 _HELD_OUT = 0.01
-# Texts of the training data that a student is fitted to when it is made, and their characters, at most.
-_FITTED_TEXTS, _FITTED_CHARACTERS = 2000, 400_000
+# Rows of the training data that a student is fitted to when it is made, and their tokens, at most.
+_FITTED_ROWS, _FITTED_TOKENS = 2000, 100_000
 
 
 @dataclass
@@ -75,14 +75,11 @@ def prepare_task(config: DistillConfig, folder: RunFolder, progress: Progress | 
     if config.train_limit is not None and config.train_limit < len(train):
         train = train.shuffle(seed=config.seed).select(range(config.train_limit))
     tokenizer = _tokenizer(config)
-    teacher = None
-    if config.teacher is None:
-        student = with_task_head(load_student(_named(config.student)), task, config.seed)
-    else:
-        teacher = _teacher(config, task)
-        student = _student(config, teacher, tokenizer, _texts(train), folder, progress)
-    preset_name = _preset_of(student)
-    config = config.resolved(preset_name, student.config.max_position_embeddings)
+    teacher = None if config.teacher is None else _teacher(config, task)
+    loaded = None if config.student is None else load_student(config.student)
+    preset_name = config.preset or _preset_of(loaded)
+    shaped: Any = loaded or teacher
+    config = config.resolved(preset_name, shaped.config.max_position_embeddings)
     assert config.max_length is not None
 
     def scores(model: Any) -> Mapping[str, float]:
@@ -96,6 +93,10 @@ def prepare_task(config: DistillConfig, folder: RunFolder, progress: Progress | 
     else:
         encoded = encode(train, tokenizer, task, config.max_length)
         objective = Regression() if task.kind == "regression" else Classification(task.num_labels)
+    if teacher is None:
+        student = with_task_head(loaded, task, config.seed)
+    else:
+        student = _student(config, loaded, teacher, tokenizer, encoded, folder, progress)
     return Work(
         config,
         student,
@@ -122,9 +123,8 @@ def prepare_pretraining(config: DistillConfig, folder: RunFolder, progress: Prog
     teacher = load_model(_named(config.teacher))
     if config.next_sentence and not isinstance(teacher, BertForPreTraining):
         raise ValueError(f"next_sentence: expected a BertForPreTraining as teacher, got {type(teacher).__name__}")
-    texts = [line for document in documents["text"] for line in document.splitlines() if line.strip()]
-    student = _student(config, teacher, tokenizer, texts, folder, progress)
-    preset_name = _preset_of(student)
+    loaded = None if config.student is None else load_student(config.student)
+    preset_name = config.preset or _preset_of(loaded)
     config = config.resolved(preset_name, teacher.config.max_position_embeddings)
     assert config.max_length is not None
     length = config.max_length
@@ -134,6 +134,8 @@ def prepare_pretraining(config: DistillConfig, folder: RunFolder, progress: Prog
         raise ValueError(f"data: expected text for two sequences of {length} tokens at least, got {len(packed)}")
     packed = packed.shuffle(seed=config.seed)
     most = min(len(packed) - held_out, config.train_limit or len(packed))
+    train = packed.select(range(held_out, held_out + most))
+    student = _student(config, loaded, teacher, tokenizer, train, folder, progress)
     objective = MaskedLanguageModel() if hasattr(teacher, "cls") else Objective()
     masked = isinstance(objective, MaskedLanguageModel)
     return Work(
@@ -144,7 +146,7 @@ def prepare_pretraining(config: DistillConfig, folder: RunFolder, progress: Prog
         preset_name,
         objective,
         MaskingCollator(tokenizer, config.seed) if masked else PaddingCollator(tokenizer),
-        _numbered(packed.select(range(held_out, held_out + most))),
+        _numbered(train),
         packed.select(range(held_out)),
         ", ".join(Path(source).name for source in sources),
     )
@@ -191,55 +193,47 @@ def _teacher(config: DistillConfig, task: Task) -> Any:
 
 def _student(
     config: DistillConfig,
+    loaded: Any,
     teacher: Any,
     tokenizer: Any,
-    texts: list[str],
+    rows: Any,
     folder: RunFolder,
     progress: Progress | None,
 ) -> Any:
-    """From its folder, or made from the teacher; one made here is kept in the run's folder for a later start."""
-    if config.student is not None:
-        student = load_student(config.student)
-        check_pair(teacher, student)
-        return with_teachers_head(student, teacher)
+    """The one ``loaded``, or one made from the teacher and kept in the run's folder for a later start."""
+    if loaded is not None:
+        check_pair(teacher, loaded)
+        return with_teachers_head(loaded, teacher)
     state = PartialState()
     if state.is_main_process and not folder.start_path.is_dir():
-        student = _made(config, teacher, tokenizer, texts, progress)
+        made, _, _ = start_model(
+            ARCHITECTURES[type(teacher).__name__],
+            teacher,
+            preset(_named(config.preset), teacher.config.hidden_size, teacher.config.intermediate_size),
+            _fitted(rows, tokenizer),
+            method=config.warm_start or WARM_STARTS[-1],
+            seed=config.seed,
+            progress=progress,
+        )
         with new_folder(folder.start_path) as start:
-            student.save_pretrained(start)
+            made.save_pretrained(start)
     state.wait_for_everyone()
     return load_model(folder.start_path)
 
 
-def _made(
-    config: DistillConfig, teacher: Any, tokenizer: Any, texts: list[str], progress: Progress | None
-) -> KronBertPreTrainedModel:
-    student, _, _ = start_model(
-        ARCHITECTURES[type(teacher).__name__],
-        teacher,
-        preset(_named(config.preset), teacher.config.hidden_size, teacher.config.intermediate_size),
-        tokenize(tokenizer, _fitted(texts), min(MAX_LENGTH, teacher.config.max_position_embeddings)),
-        method=config.warm_start or WARM_STARTS[-1],
-        seed=config.seed,
-        progress=progress,
-    )
-    return student
-
-
-def _fitted(texts: list[str]) -> list[str]:
-    """As many of the texts, from the first on, as a student is fitted to."""
-    characters = itertools.accumulate(len(text) for text in texts[:_FITTED_TEXTS])
-    return texts[: max(1, sum(1 for total in characters if total <= _FITTED_CHARACTERS))]
+def _fitted(rows: Any, tokenizer: Any) -> list[dict[str, torch.Tensor]]:
+    """What a student is fitted to: the first rows as the model will see them, pairs as pairs, in batches by length."""
+    lengths = rows["length"][:_FITTED_ROWS]
+    count = max(1, sum(total <= _FITTED_TOKENS for total in itertools.accumulate(lengths)))
+    order = sorted(range(count), key=lengths.__getitem__)
+    wanted = [name for name in ("input_ids", "token_type_ids", "attention_mask") if name in rows.column_names]
+    chosen, collate = rows.select_columns(wanted).select(order), PaddingCollator(tokenizer)
+    parts = (range(start, min(start + BATCH, count)) for start in range(0, count, BATCH))
+    return [dict(collate([chosen[index] for index in part])) for part in parts]
 
 
 def _preset_of(student: Any) -> str | None:
     return student.config.kron["name"] if isinstance(student, KronBertPreTrainedModel) else None
-
-
-def _texts(train: Any) -> list[str]:
-    """The first text of each example, once each."""
-    column = "context" if "context" in train.column_names else "text"
-    return list(dict.fromkeys(train[column]))
 
 
 def _numbered(rows: Any) -> Any:
