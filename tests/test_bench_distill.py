@@ -124,7 +124,7 @@ def test_the_table_comes_before_the_ablations_and_those_before_more_seeds() -> N
     order = list(dict.fromkeys(kinds))
     assert order == ["finetune", "pretrain", "task", "ablation", "seed"]
     assert kinds.index("ablation") == len(FOLDERS) + 3 * (1 + len(FOLDERS))
-    assert kinds.count("ablation") == 3 * 2 * len(ABLATED)
+    assert kinds.count("ablation") == 4 * 2 * len(ABLATED)
     assert kinds.count("seed") == 2 * len(ABLATED)
     assert {job.name.split("-")[0] for job, kind in zip(planned, kinds, strict=True) if kind == "ablation"} == {
         *("K8", "K21")
@@ -156,7 +156,7 @@ def test_a_row_of_a_finished_run(tmp_path: Path) -> None:
         "parameters": 1000,
         "teacher_parameters": 8000,
         # The learning rate is the paper's for K21: the run was given none.
-        "epochs": 8.0,
+        "epochs": 6.0,
         "train_limit": None,
         "batch_size": 32,
         "learning_rate": 5e-4,
@@ -190,7 +190,7 @@ def test_runs_are_done_in_order_once(tmp_path: Path, pretence: Path, at_a_time: 
     if at_a_time == 1:
         assert called == [job.name for job in planned]
     # Stage, threads, and no network.
-    assert (pretence / "calls").read_text().startswith("teacher-mrpc finetune 3 1\n")
+    assert "teacher-mrpc finetune 3 1" in (pretence / "calls").read_text().splitlines()
 
 
 def test_a_failing_run_says_why_and_what_was_done_is_kept(
@@ -210,6 +210,7 @@ def test_a_failing_run_says_why_and_what_was_done_is_kept(
     rows = read_rows(tmp_path / "results" / "distill.csv")
     assert [(row["name"], row["variant"], row["kept"]) for row in rows[2:]] == [
         ("K8", "", "93.75"),
+        ("K8", "scores weigh 0.1", "93.75"),
         ("K8", "no stage 1", "93.75"),
         ("K8", "no stage 1, plain start", "93.75"),
         ("K8", "no KD in stage 2", ""),
@@ -221,7 +222,7 @@ def test_a_failing_run_says_why_and_what_was_done_is_kept(
 
 def test_without_time_nothing_is_started(tmp_path: Path, pretence: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare(pretence, jobs("mrpc", presets=("K8",)))
-    with pytest.raises(SystemExit, match=r"^0 of 6 runs are done; start again to go on$"):
+    with pytest.raises(SystemExit, match=r"^0 of 7 runs are done; start again to go on$"):
         call_main(tmp_path, monkeypatch, minutes=0)
     assert calls(pretence) == []
     assert read_rows(tmp_path / "results" / "distill.csv") == []

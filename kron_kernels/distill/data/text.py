@@ -165,7 +165,7 @@ def _dataset(
 
 
 class MaskingCollator(transformers.DataCollatorForLanguageModeling):
-    """Padded batches for masked LM, masked anew each time.
+    """Padded batches for masked LM, masked anew wherever other sequences come together.
 
     Of 15 % of the tokens, those to predict, 80 % become [MASK], 10 % a random token, and 10 % stay.
 
@@ -184,10 +184,6 @@ class MaskingCollator(transformers.DataCollatorForLanguageModeling):
         self._seed = seed
         special = [tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id]
         self._special = torch.tensor(special)
-
-    def reseed(self, seed: int) -> None:
-        """Go on with the masks of another seed, as at the start of an epoch."""
-        self._seed = seed
 
     def torch_call(self, examples: list[Any]) -> dict[str, Any]:
         """The batch of these rows of :func:`pack`."""
