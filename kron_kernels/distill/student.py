@@ -25,9 +25,9 @@ _HEADS = {
 
 def load_model(folder: str | os.PathLike[str]) -> Any:
     """The BERT of a checkpoint folder or hub name, dense or KronBert, in the class its configuration names."""
-    if model_type(folder) != KronBertConfig.model_type:
+    config = model_config(folder)
+    if config.model_type != KronBertConfig.model_type:
         return load_dense(folder)
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=Path(folder).is_dir())
     return getattr(models, config.architectures[0]).from_pretrained(folder).eval()
 
 
@@ -39,15 +39,14 @@ def load_student(folder: str | os.PathLike[str]) -> Any:
     return student
 
 
-def model_type(folder: str | os.PathLike[str]) -> str:
-    """What a checkpoint folder or hub name is configured as: "bert", ...; OSError for what is neither."""
+def model_config(folder: str | os.PathLike[str]) -> Any:
+    """The configuration of a checkpoint folder or hub name; OSError for what is neither."""
     if Path(folder).exists() and not (Path(folder) / "config.json").is_file():
         raise FileNotFoundError(f"model: expected a folder with config.json, got {folder}")
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=Path(folder).is_dir())
+        return transformers.AutoConfig.from_pretrained(folder, local_files_only=Path(folder).is_dir())
     except (OSError, ValueError) as error:
         raise OSError(f"model: {folder} is neither a checkpoint folder nor to be had from the hub: {error}") from error
-    return config.model_type
 
 
 def with_task_head(model: Any, task: Task, seed: int = 0) -> Any:

@@ -36,7 +36,7 @@ from .files import new_folder
 from .losses import check_pair
 from .objectives import Classification, MaskedLanguageModel, Objective, QuestionAnswering, Regression
 from .run_folder import RunFolder
-from .student import load_model, load_student, model_type, with_task_head, with_teachers_head
+from .student import load_model, load_student, model_config, with_task_head, with_teachers_head
 
 Progress = Callable[[int, int, str], None]
 
@@ -172,7 +172,7 @@ def _named(folder: str | None) -> str:
 def _tokenizer(config: DistillConfig) -> Any:
     source = _named(config.teacher or config.student)
     # A folder without a model is better told by that.
-    model_type(source)
+    model_config(source)
     try:
         return AutoTokenizer.from_pretrained(source, local_files_only=Path(source).is_dir())
     except (OSError, ValueError) as error:
