@@ -2,6 +2,7 @@
 
 from ._backends import available as available_backends
 from ._version import __version__
+from .addmm import kron_addmm, kron_addmm_
 from .functional import kron_matmul
 from .fused import AddNorm, kron_embedding, kron_ffn, kron_matmul_norm, kron_qkv, pack_factors
 
@@ -9,6 +10,8 @@ __all__ = [
     "AddNorm",
     "__version__",
     "available_backends",
+    "kron_addmm",
+    "kron_addmm_",
     "kron_embedding",
     "kron_ffn",
     "kron_matmul",

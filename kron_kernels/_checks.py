@@ -77,6 +77,36 @@ def _bad_factors(a: Tensor, b: Tensor) -> None:
     raise ValueError(f"b: expected as many terms S as a, {a.shape[0]}, got {b.shape[0]} (shape {tuple(b.shape)})")
 
 
+def check_base(base: Any, x: Tensor, m: int) -> None:
+    """Check what a product ``(..., m)`` of ``x`` is added to."""
+    if not isinstance(base, Tensor):
+        raise TypeError(f"base: expected a Tensor, got {type(base).__name__}")
+    shape = (*x.shape[:-1], m)
+    if base.shape != shape:
+        raise ValueError(f"base: expected the shape of the product, {tuple(shape)}, got {tuple(base.shape)}")
+    _match("base", base, x)
+
+
+def check_low_rank_types(b: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """The two tensors of a right factor ``(p, q)``."""
+    if len(b) != 2 or not all(isinstance(part, Tensor) for part in b):
+        got = ", ".join(type(part).__name__ for part in b)
+        raise TypeError(f"b: expected a Tensor or a pair (p, q) of Tensors, got ({got})")
+    return b[0], b[1]
+
+
+def check_low_rank(a: Tensor, p: Tensor, q: Tensor) -> None:
+    """Check ``p (1, m2, r)`` and ``q (r, n2)`` against each other, and that ``a`` has one term."""
+    if p.dim() != 3 or q.dim() != 2 or p.shape[2] != q.shape[0] or 0 in (*p.shape, *q.shape):
+        raise ValueError(
+            "b: expected matrices (m2, r) and (r, n2) with no empty dimension, got shapes "
+            f"{tuple(p.shape[1:])} and {tuple(q.shape)}"
+        )
+    if a.dim() != 3 or a.shape[0] != 1:
+        raise ValueError(f"a: expected one matrix (m1, n1) beside a low-rank b, got shape {tuple(a.shape)}")
+    _match("b[0]", p, q, "b[1]")
+
+
 def check_projections(x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], bias: Sequence[Tensor | None]) -> None:
     """``check_operands`` of every projection of ``x``."""
     for left, right, one_bias in zip(a, b, bias, strict=True):

@@ -5,7 +5,7 @@
 tensors, and know nothing of autograd: ``functional.py`` wraps them in an ``autograd.Function``, so that every
 transform of torch composes. A gradient that is not needed comes back with shape (0,). ``kron_mm`` also takes one pair
 of matrices as they are: making stacks of them costs as much as a small product. ``packed`` is explained in
-``_fused_ops.py``.
+``_fused_ops.py``. ``kron_mm_add`` and, into ``base`` itself, ``kron_mm_add_`` add the product to a tensor.
 """
 
 from __future__ import annotations
@@ -44,9 +44,17 @@ torch.library.define(
     " -> (Tensor, Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
+torch.library.define(
+    "kron_kernels::kron_mm_add", "(Tensor base, Tensor x, Tensor a, Tensor b, float alpha) -> Tensor", tags=_TAGS
+)
+torch.library.define(
+    "kron_kernels::kron_mm_add_", "(Tensor(a!) base, Tensor x, Tensor a, Tensor b, float alpha) -> ()", tags=_TAGS
+)
 
 kron_mm = torch.ops.kron_kernels.kron_mm.default
 kron_mm_backward = torch.ops.kron_kernels.kron_mm_backward.default
+kron_mm_add = torch.ops.kron_kernels.kron_mm_add.default
+kron_mm_add_ = torch.ops.kron_kernels.kron_mm_add_.default
 
 
 def _kron_mm_reference(
@@ -65,8 +73,20 @@ def _kron_mm_backward_reference(
         return _only_needed(reference.kron_mm_backward(grad, x, a, b), needs)
 
 
+def _kron_mm_add_reference(base: Tensor, x: Tensor, a: Tensor, b: Tensor, alpha: float) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        return reference.kron_mm_add(base, x, a, b, alpha)
+
+
+def _kron_mm_add_in_place_reference(base: Tensor, x: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
+    base.copy_(_kron_mm_add_reference(base, x, a, b, alpha))
+
+
 torch.library.impl("kron_kernels::kron_mm", "CompositeExplicitAutograd", _kron_mm_reference)
 torch.library.impl("kron_kernels::kron_mm_backward", "CompositeExplicitAutograd", _kron_mm_backward_reference)
+
+torch.library.impl("kron_kernels::kron_mm_add", "CompositeExplicitAutograd", _kron_mm_add_reference)
+torch.library.impl("kron_kernels::kron_mm_add_", "CompositeExplicitAutograd", _kron_mm_add_in_place_reference)
 
 
 @torch.library.register_fake("kron_kernels::kron_mm")
@@ -82,6 +102,16 @@ def _kron_mm_backward_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     outputs = (x.new_empty(x.shape), a.new_empty(a.shape), b.new_empty(b.shape), grad.new_empty(grad.shape[-1]))
     return _only_needed(outputs, needs)
+
+
+@torch.library.register_fake("kron_kernels::kron_mm_add")
+def _kron_mm_add_fake(base: Tensor, x: Tensor, a: Tensor, b: Tensor, alpha: float) -> Tensor:
+    return base.new_empty(base.shape)
+
+
+@torch.library.register_fake("kron_kernels::kron_mm_add_")
+def _kron_mm_add_in_place_fake(base: Tensor, x: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
+    return None
 
 
 def _only_needed(outputs: tuple[Tensor, ...], needs: tuple[bool, ...]) -> Any:
@@ -113,6 +143,20 @@ def _kron_mm_vmap(
         return kron_mm(x.movedim(in_dims[0], 0), a, b, bias, activation), 0
     samples = _unbind(info.batch_size, in_dims[:5], (x, a, b, bias, activation))
     return torch.stack([kron_mm(*sample) for sample in samples]), 0
+
+
+@torch.library.register_vmap("kron_kernels::kron_mm_add")
+def _kron_mm_add_vmap(
+    info: Any, in_dims: tuple, base: Tensor, x: Tensor, a: Tensor, b: Tensor, alpha: float
+) -> tuple[Tensor, int]:
+    if in_dims[2] is None and in_dims[3] is None:
+        base, x = (
+            tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+            for tensor, dim in ((base, in_dims[0]), (x, in_dims[1]))
+        )
+        return kron_mm_add(base, x, a, b, alpha), 0
+    samples = _unbind(info.batch_size, in_dims, (base, x, a, b, alpha))
+    return torch.stack([kron_mm_add(*sample) for sample in samples]), 0
 
 
 @torch.library.register_vmap("kron_kernels::kron_mm_backward")

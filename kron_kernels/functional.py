@@ -90,7 +90,7 @@ class KronMatmul(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad
-        return _needed(_gradients(grad, *ctx.saved_tensors, *needs), needs)
+        return only_needed(gradients(grad, *ctx.saved_tensors, *needs), needs)
 
 
 class KronMatmulBackward(torch.autograd.Function):
@@ -129,21 +129,23 @@ class KronMatmulBackward(torch.autograd.Function):
                 total[0] = _add(total[0], apply(KronMatmul, *operands, None))
             wanted = tuple(need and index != position for index, need in enumerate(needs))
             if any(wanted):
-                parts = _needed(_gradients(grad, *operands, *wanted, False), wanted)
+                parts = only_needed(gradients(grad, *operands, *wanted, False), wanted)
                 total[1:] = [_add(old, part) for old, part in zip(total[1:], parts, strict=True)]
         if need_grad and ctx.needed[3]:
             total[0] = _add(total[0], grad_dbias.expand_as(grad))
         return (*total, None, None, None, None)
 
 
-def _gradients(grad: Tensor, x: Tensor, a: Tensor, b: Tensor, *needs: bool) -> tuple[Tensor, ...]:
+def gradients(grad: Tensor, x: Tensor, a: Tensor, b: Tensor, *needs: bool) -> tuple[Tensor, ...]:
+    """Of a product's x, a, b and bias, differentiable where that may be asked for; those not needed are empty."""
     if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
         return apply(KronMatmulBackward, grad, x, a, b, *needs)
     return kron_mm_backward(grad, x, a, b, *needs)
 
 
-def _needed(gradients: tuple[Tensor, ...], needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-    return tuple(grad if need else None for grad, need in zip(gradients, needs, strict=False))
+def only_needed(found: tuple[Tensor, ...], needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    """None in place of the gradients that are not needed."""
+    return tuple(grad if need else None for grad, need in zip(found, needs, strict=False))
 
 
 def _add(left: Tensor | None, right: Tensor | None) -> Tensor | None:

@@ -31,10 +31,16 @@ def kron_weight(a: Tensor, b: Tensor) -> Tensor:
     return torch.einsum("sij,skl->ikjl", a, b).reshape(m1 * m2, n1 * n2)
 
 
+def order_cost(m1: int, n1: int, m2: int, n2: int, terms: int = 1) -> tuple[int, int]:
+    """Multiply-adds a token of sum_s A_s X B_s^T, (B first, A first), for A_s (m1, n1), B_s (m2, n2) and X (n1, n2)."""
+    return terms * n1 * m2 * (n2 + m1), terms * m1 * n2 * (n1 + m2)
+
+
 def a_first(a: Tensor, b: Tensor) -> bool:
     """Whether ``(A_s X) B_s^T`` costs no more than ``A_s (X B_s^T)``, in multiply-adds."""
     (_, m1, n1), (_, m2, n2) = a.shape, b.shape
-    return n2 * m1 * (n1 + m2) <= n1 * m2 * (n2 + m1)
+    b_first_cost, a_first_cost = order_cost(m1, n1, m2, n2)
+    return a_first_cost <= b_first_cost
 
 
 def kron_mm(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
@@ -52,6 +58,11 @@ def kron_mm(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None, activat
     if bias is not None:
         y = y + bias
     return y if activation is None else ACTIVATIONS[activation](y)
+
+
+def kron_mm_add(base: Tensor, x: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
+    """``base + alpha * kron_mm(x, a, b)`` for ``base (..., m1 * m2)``."""
+    return torch.add(base, kron_mm(x, a, b), alpha=alpha)
 
 
 def kron_mm_backward(grad: Tensor, x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

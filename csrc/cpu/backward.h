@@ -282,7 +282,7 @@ struct Backward {
             tile_gradients(tile, tokens, g, xs, sums);
             if (need_bias) add_bias(sums, grad + t * grad_stride, tokens);
             if (!dx) continue;
-            const Finish<C> plain{nullptr, Act{}};
+            const Finish<C, E> plain{nullptr, Act{}};
             if (plan.commuted)
                 finish_transposed<C, E>(tile.dx, row_step<C>(plan.n2), tokens, plan.n2, plan.n1, dx + t * inputs,
                                         inputs, plain, 0);

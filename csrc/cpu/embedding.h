@@ -64,7 +64,7 @@ struct Embedding {
                 norm_row<C, E>(row, size(), static_cast<const E*>(args.norm_weight),
                                static_cast<const E*>(args.norm_bias), static_cast<C>(args.eps), y);
             else
-                finish_rows<C, E>(row, 0, 1, size(), y, 0, Finish<C>{nullptr, Act{}}, 0, 0, 1);
+                finish_rows<C, E>(row, 0, 1, size(), y, 0, Finish<C, E>{nullptr, Act{}}, 0, 0, 1);
         }
     }
 

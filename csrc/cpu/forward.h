@@ -164,14 +164,14 @@ struct Forward {
         const Mix<C> left = mix(p, plan.terms);
         if (mix_merge_y) {
             mix_merge_y(tile.middle + lane, middle_step(), middle_term(), tokens, lanes, left,
-                        o.y + first * o.size() + lane * plan.m1, o.size(), Finish<C>{o.bias, o.act}, lane * plan.m1);
+                        o.y + first * o.size() + lane * plan.m1, o.size(), o.finish(), lane * plan.m1);
             return;
         }
         C* result = (direct_y ? reinterpret_cast<C*>(o.y) + first * o.size() : tile.result) + lane;
         for (int64_t s = 0; s < plan.terms; ++s)
             mix_tokens<C>(left.factor + s * plan.m1 * plan.n1, plan.m1, plan.n1, tokens, lanes,
                           tile.middle + s * middle_term() + lane, middle_step(), result, result_step(),
-                          start_of(o, s, lane));
+                          start_of(o, s, first, lane));
         finish(o, first, tokens, lane, lanes, result);
     }
 
@@ -185,15 +185,18 @@ struct Forward {
         for (int64_t s = 0; s < plan.terms; ++s)
             for (int64_t panel = from; panel < to; ++panel)
                 right[p].multiply(s, panel, tokens * plan.m1, rows.data + (p * plan.terms + s) * row_term(), rows.step,
-                                  tile.panel, result + panel * width, result_step(), start_of(o, s, panel * width),
-                                  &ahead);
+                                  tile.panel, result + panel * width, result_step(),
+                                  start_of(o, s, first, panel * width), &ahead);
         const int64_t lane = from * width;
         finish(o, first, tokens, lane, (to * width < plan.m2 ? to * width : plan.m2) - lane, result + lane);
     }
 
-    // Term s adds to the ones before; the first starts from the bias where it writes y itself.
-    Start<C> start_of(const Output<C, E>& o, int64_t s, int64_t lane) const {
+    // Term s adds to the ones before; the first starts from the bias or the base where it writes y itself.
+    Start<C> start_of(const Output<C, E>& o, int64_t s, int64_t first, int64_t lane) const {
         if (s > 0) return Start<C>{nullptr, 0, 1, true};
+        if (direct_y && o.base)
+            return Start<C>{reinterpret_cast<const C*>(o.base) + first * o.size() + lane, plan.m2,
+                            plan.tile_tokens * plan.m1, false};
         if (direct_y && o.bias) return Start<C>{o.bias + lane, plan.m2, plan.m1, false};
         return Start<C>{};
     }
@@ -293,8 +296,13 @@ static void forward(const ForwardArgs& args, const Executor& executor) {
         const Projection& projection = args.projections[i];
         compact_left<C, E>(p.commuted ? projection.b : projection.a, shape.terms, p.m1, p.n1, false,
                            left_compact + i * f.left_size());
+        // The left factor is copied in any case: the products' scale costs nothing there.
+        for (int64_t v = 0; v < f.left_size() && args.alpha != 1; ++v)
+            left_compact[i * f.left_size() + v] *= static_cast<C>(args.alpha);
         const C* bias = bias_of<C, E>(projection.bias, outputs, same ? nullptr : biases + i * padded<C>(outputs));
-        f.out[i] = Output<C, E>{static_cast<E*>(projection.y), p.commuted, p.m1, p.m2, bias, act_for(args.activation)};
+        f.out[i] =
+            Output<C, E>{static_cast<E*>(projection.y),         p.commuted, p.m1, p.m2, bias, act_for(args.activation),
+                         static_cast<const E*>(projection.base)};
         if (machine.prepacked)
             f.right[i].panels = prepacked[i];
         else if (pack_before)

@@ -194,11 +194,13 @@ static void mix_tokens(const C* M, int64_t outputs, int64_t depth, int64_t token
     int64_t offsets[16];
     for (int i = 0; i < 16; ++i) offsets[i] = i * (start.accumulate ? out_step : start.stride);
     for (int64_t t = 0; t < tokens; ++t) {
+        const C* first = start.base;
+        if (start.period > outputs) first += t * outputs * start.stride;  // rows of their own for every token
         int64_t row = 0;
         for (int64_t b = 0; b < blocks.count; ++b) {
             for (int64_t v = 0; v < vectors; v += kVectors) {
                 C* to = out + (t * outputs + row) * out_step + v * W;
-                const C* base = start.accumulate ? to : start.base ? start.base + row * start.stride + v * W : nullptr;
+                const C* base = start.accumulate ? to : first ? first + row * start.stride + v * W : nullptr;
                 kernels[b < blocks.larger][v + 1 < vectors](depth, M + row, outputs, in + t * depth * in_step + v * W,
                                                             in_step, to, out_step, Init<C>{base, offsets},
                                                             Ahead{reinterpret_cast<const char*>(M), 0});

@@ -42,7 +42,7 @@ static void split_mix(const E* x, int64_t x_stride, int64_t tokens, int64_t cols
 // y[., q] = finish(sum_{s,k} factor[s, k, q] in[t, k] at s).
 template <class C, class E, int Q>
 static void mix_merge(const C* in, int64_t in_step, int64_t in_term, int64_t tokens, int64_t cols, Mix<C> mix, E* y,
-                      int64_t y_stride, Finish<C> finish, int64_t at) {
+                      int64_t y_stride, Finish<C, E> finish, int64_t at) {
     constexpr int W = Simd<C>::W;
     for (int64_t t = 0; t < tokens; ++t) {
         E* dst = y + t * y_stride;
@@ -63,7 +63,7 @@ static void mix_merge(const C* in, int64_t in_step, int64_t in_term, int64_t tok
 template <class C, class E, class O>
 using SplitMix = void (*)(const E*, int64_t, int64_t, int64_t, Mix<C>, O*, int64_t, int64_t);
 template <class C, class E>
-using MixMerge = void (*)(const C*, int64_t, int64_t, int64_t, int64_t, Mix<C>, E*, int64_t, Finish<C>, int64_t);
+using MixMerge = void (*)(const C*, int64_t, int64_t, int64_t, int64_t, Mix<C>, E*, int64_t, Finish<C, E>, int64_t);
 
 // Null for a width that is not 1, 2, 4, 8 or 16 and for a dtype without shuffles: then the transpose and the product
 // are separate passes.

@@ -8,18 +8,23 @@
 namespace kron {
 namespace KRON_ISA {
 
-// What happens to a result on its way out: bias (compute type, y's layout, or null), activation.
-template <class C>
+// What happens to a result on its way out to y: bias (compute type, y's layout, or null), base (as y, or null; not
+// both), activation.
+template <class C, class E>
 struct Finish {
     const C* bias;
     Act act;
-    KRON_INLINE Vec<C> vec(Vec<C> v, int64_t at) const {
+    const E *base = nullptr, *y = nullptr;
+    // v: results for `to`, whose bias is at `at`.
+    KRON_INLINE void vec(Vec<C> v, int64_t at, E* to) const {
         if (bias) v += load<C>(bias + at);
-        return activate(act, v);
+        if (base) v += load<C, E>(base + (to - y));
+        store<C, E>(to, activate(act, v));
     }
-    KRON_INLINE Vec<C> part(Vec<C> v, int64_t at, int64_t count) const {
+    KRON_INLINE void part(Vec<C> v, int64_t at, E* to, int64_t count) const {
         if (bias) v += load_part<C, C>(bias + at, count);
-        return activate(act, v);
+        if (base) v += load_part<C, E>(base + (to - y), count);
+        store_part<C, E>(to, activate(act, v), count);
     }
 };
 
@@ -28,15 +33,15 @@ struct Finish {
 // * bias_step].
 template <class C, class E>
 static void finish_rows(const C* tile, int64_t tile_step, int64_t rows, int64_t count, E* y, int64_t y_step,
-                        Finish<C> finish, int64_t at, int64_t bias_step, int64_t period) {
+                        Finish<C, E> finish, int64_t at, int64_t bias_step, int64_t period) {
     constexpr int W = Simd<C>::W;
     for (int64_t r = 0; r < rows; ++r) {
         const C* src = tile + r * tile_step;
         E* dst = y + r * y_step;
         const int64_t from = at + (r % period) * bias_step;
         int64_t c = 0;
-        for (; c + W <= count; c += W) store<C, E>(dst + c, finish.vec(load<C>(src + c), from + c));
-        if (c < count) store_part<C, E>(dst + c, finish.part(load<C>(src + c), from + c, count - c), count - c);
+        for (; c + W <= count; c += W) finish.vec(load<C>(src + c), from + c, dst + c);
+        if (c < count) finish.part(load<C>(src + c), from + c, dst + c, count - c);
     }
 }
 
@@ -50,24 +55,24 @@ static void activate_rows(C* rows, int64_t count_rows, int64_t step, int64_t cou
 
 // The inverse of load_columns: rows v[q] -> columns [c, c + W) of y (cols, Q), finished with bias[at + position in y].
 template <class C, class E, int Q>
-KRON_INLINE void store_columns(Vec<C> (&v)[Q], int64_t c, int64_t cols, E* y, const Finish<C>& finish, int64_t at) {
+KRON_INLINE void store_columns(Vec<C> (&v)[Q], int64_t c, int64_t cols, E* y, const Finish<C, E>& finish, int64_t at) {
     constexpr int W = Simd<C>::W;
     interleave<C, Q>(v);
     const int64_t left = (cols - c) * Q;
     if (left >= W * Q) {
 #pragma GCC unroll 16
-        for (int q = 0; q < Q; ++q) store<C, E>(y + c * Q + q * W, finish.vec(v[q], at + c * Q + q * W));
+        for (int q = 0; q < Q; ++q) finish.vec(v[q], at + c * Q + q * W, y + c * Q + q * W);
     } else {
         for (int q = 0; q < Q; ++q) {
             const int64_t count = left - q * W;
-            if (count > 0) store_part<C, E>(y + c * Q + q * W, finish.part(v[q], at + c * Q + q * W, count), count);
+            if (count > 0) finish.part(v[q], at + c * Q + q * W, y + c * Q + q * W, count);
         }
     }
 }
 
 // One token: tile (Q, cols) -> y (cols, Q) contiguous.
 template <class C, class E, int Q>
-static void merge_columns(const C* tile, int64_t tile_step, int64_t cols, E* y, Finish<C> finish, int64_t at) {
+static void merge_columns(const C* tile, int64_t tile_step, int64_t cols, E* y, Finish<C, E> finish, int64_t at) {
     for (int64_t c = 0; c < cols; c += Simd<C>::W) {
         Vec<C> v[Q];
 #pragma GCC unroll 16
@@ -77,7 +82,7 @@ static void merge_columns(const C* tile, int64_t tile_step, int64_t cols, E* y, 
 }
 
 template <class C, class E>
-static void merge_columns_any(const C* tile, int64_t tile_step, int64_t cols, int64_t width, E* y, Finish<C> finish,
+static void merge_columns_any(const C* tile, int64_t tile_step, int64_t cols, int64_t width, E* y, Finish<C, E> finish,
                               int64_t at) {
     constexpr int W = Simd<C>::W;
     const int64_t total = cols * width;
@@ -85,14 +90,14 @@ static void merge_columns_any(const C* tile, int64_t tile_step, int64_t cols, in
         const int64_t count = total - i < W ? total - i : W;
         Vec<C> v{};
         for (int64_t l = 0; l < count; ++l) v[l] = tile[(i + l) % width * tile_step + (i + l) / width];
-        store_part<C, E>(y + i, finish.part(v, at + i, count), count);
+        finish.part(v, at + i, y + i, count);
     }
 }
 
 // tile: tokens of (width, cols), rows tile_step apart -> y tokens of (cols, width), y_step apart.
 template <class C, class E>
 static void finish_transposed(const C* tile, int64_t tile_step, int64_t tokens, int64_t cols, int64_t width, E* y,
-                              int64_t y_step, Finish<C> finish, int64_t at) {
+                              int64_t y_step, Finish<C, E> finish, int64_t at) {
     for (int64_t t = 0; t < tokens; ++t) {
         const C* src = tile + t * width * tile_step;
         E* dst = y + t * y_step;
@@ -181,23 +186,25 @@ struct Output {
     int64_t m1, m2;
     const C* bias;  // (m1*m2,) in y's layout, or null
     Act act;
+    const E* base = nullptr;  // as y, or null
 
     int64_t size() const { return m1 * m2; }
+    Finish<C, E> finish() const { return Finish<C, E>{bias, act, base, y}; }
 
     // result: rows (t, i) of `lanes` results from lane `lane` on, `step` apart -> y of tokens [first, first + tokens).
     void store_tile(int64_t first, int64_t tokens, int64_t lane, int64_t lanes, const C* result, int64_t step) const {
         E* to = y + first * size();
         if (commuted)
-            finish_transposed<C, E>(result, step, tokens, lanes, m1, to + lane * m1, size(), Finish<C>{bias, act},
-                                    lane * m1);
+            finish_transposed<C, E>(result, step, tokens, lanes, m1, to + lane * m1, size(), finish(), lane * m1);
         else
-            finish_rows<C, E>(result, step, tokens * m1, lanes, to + lane, m2, Finish<C>{bias, act}, lane, m2, m1);
+            finish_rows<C, E>(result, step, tokens * m1, lanes, to + lane, m2, finish(), lane, m2, m1);
     }
-    // The same for a GEMM that has written y itself, bias included: only the activation is left.
+    // The same for a GEMM that has written y itself, bias and base included: only the activation is left.
     void activate_tile(int64_t first, int64_t tokens, int64_t lane, int64_t lanes) const {
         if (act.kind == Activation::none) return;
         E* to = y + first * size() + lane;
-        finish_rows<C, E>(reinterpret_cast<C*>(to), m2, tokens * m1, lanes, to, m2, Finish<C>{nullptr, act}, 0, 0, 1);
+        finish_rows<C, E>(reinterpret_cast<C*>(to), m2, tokens * m1, lanes, to, m2, Finish<C, E>{nullptr, act}, 0, 0,
+                          1);
     }
 };
 

@@ -32,8 +32,9 @@ struct Product {
           a(c.terms * c.m1 * c.n1, c.dtype),
           b(c.terms * c.m2 * c.n2, c.dtype),
           bias(m, c.dtype),
-          g(c.tokens * (m + c.gap), c.dtype) {
-        x.randomise(), a.randomise(), b.randomise(), bias.randomise(), g.randomise();
+          g(c.tokens * (m + c.gap), c.dtype),
+          base(c.tokens * m, c.dtype) {
+        x.randomise(), a.randomise(), b.randomise(), bias.randomise(), g.randomise(), base.randomise();
     }
     kron::Factor factor(const Buffer& f, int64_t rows, int64_t cols) const {
         return c.transposed ? kron::Factor{f.get(), rows * cols, 1, rows} : kron::Factor{f.get(), rows * cols, cols, 1};
@@ -50,17 +51,20 @@ struct Product {
 
     Case c;
     int64_t n, m;
-    Buffer x, a, b, bias, g;
+    Buffer x, a, b, bias, g, base;
 };
+
+constexpr double kAlpha = 0.75;
 
 // What fp64 gives, computed once a case: the naive sums are far slower than all the kernels together.
 struct Expected {
     explicit Expected(const Product& p);
-    std::vector<double> y, dx, da, db, dbias;
+    std::vector<double> y, added, dx, da, db, dbias;  // added: base + kAlpha * product
 };
 
 Expected::Expected(const Product& p)
     : y(size_t(p.c.tokens * p.m)),
+      added(y.size()),
       dx(size_t(p.c.tokens * p.n)),
       da(size_t(p.a.count)),
       db(size_t(p.b.count)),
@@ -86,6 +90,7 @@ Expected::Expected(const Product& p)
                 }
         for (int64_t i = 0; i < p.m; ++i) {
             double& out = y[size_t(t * p.m + i)];
+            added[size_t(t * p.m + i)] = p.base.at(t * p.m + i) + kAlpha * out;
             out = activate(c.activation, out + (c.bias ? p.bias.at(i) : 0));
         }
     }
@@ -101,6 +106,21 @@ void test_forward(const Product& p, const Expected& expected, ForwardFunction fo
         p.factor(p.a, c.m1, c.n1), p.factor(p.b, c.m2, c.n2), c.bias ? p.bias.get() : nullptr, nullptr, 0, y.get()};
     forward({p.shape(), p.x.get(), p.n + c.gap, 1, &only, c.activation, kron::NormArgs{}}, executor);
     compare(expected.y, y, tolerance(c.dtype, c.terms * (p.n + 1)), "forward", where);
+}
+
+// The product added to a tensor: into one of its own, and in place.
+void test_added(const Product& p, const Expected& expected, ForwardFunction forward, const kron::Executor& executor,
+                const char* where) {
+    const Case& c = p.c;
+    for (const bool in_place : {false, true}) {
+        const Buffer y(c.tokens * p.m, c.dtype);
+        if (in_place) std::memcpy(y.get(), p.base.get(), size_t(p.base.count * kron::size_of(c.dtype)));
+        kron::Projection only{p.factor(p.a, c.m1, c.n1), p.factor(p.b, c.m2, c.n2), nullptr, nullptr, 0, y.get()};
+        only.base = in_place ? y.get() : p.base.get();
+        forward({p.shape(), p.x.get(), p.n + c.gap, 1, &only, Activation::none, kron::NormArgs{}, kAlpha}, executor);
+        compare(expected.added, y, tolerance(c.dtype, c.terms * (p.n + 1)), in_place ? "added in place" : "added",
+                where);
+    }
 }
 
 void test_backward(const Product& p, const Expected& expected, const kron::Executor& executor, const char* where,
@@ -127,6 +147,7 @@ void run_case(const Case& c, int wanted = 15) {
             executor.threads, long(c.tokens), long(c.terms), long(c.m1), long(c.n1), long(c.m2), long(c.n2),
             int(c.dtype), int(c.activation), long(c.gap), c.bias ? " bias" : "", c.transposed ? " transposed" : "");
         test_forward(p, expected, kron::kron_mm_forward, executor, where);
+        test_added(p, expected, kron::kron_mm_forward, executor, where);
         test_backward(p, expected, executor, where, wanted);
     });
     if (c.dtype == DType::bf16 && c.tokens > 0) {
@@ -134,6 +155,7 @@ void run_case(const Case& c, int wanted = 15) {
         std::snprintf(where, sizeof where, "emulated AMX, T=%ld S=%ld A=%ldx%ld B=%ldx%ld", long(c.tokens),
                       long(c.terms), long(c.m1), long(c.n1), long(c.m2), long(c.n2));
         test_forward(p, expected, amx_emulated_forward, kThreads, where);
+        test_added(p, expected, amx_emulated_forward, kThreads, where);
     }
 }
 

@@ -26,6 +26,37 @@ Tensor kron_mm(const Tensor& x_any, const Tensor& a, const Tensor& b, std::optio
     return y;
 }
 
+// y = base + alpha * product, y being base itself or a tensor of its own.
+void add_product(const Tensor& base, const Tensor& x_any, const Tensor& a, const Tensor& b, double alpha,
+                 const Tensor& y) {
+    kron::ForwardArgs args{};
+    args.shape = checked_shape(x_any, a, b, true);
+    check_like("base", base, x_any, args.shape.m1 * args.shape.m2, "m1 * m2 = ");
+    if (args.shape.tokens == 0) return;
+    std::optional<Tensor> no_bias;
+    kron::Projection only = projection(args.shape, x_any, a, b, no_bias, std::nullopt, y.mutable_data_ptr());
+    only.base = base.const_data_ptr();
+    const Rows x = rows_of(x_any);
+    args.x = x.data();
+    args.x_stride = x.stride;
+    args.count = 1;
+    args.projections = &only;
+    args.alpha = alpha;
+    kron::kron_mm_forward(args, torch_executor());
+}
+
+Tensor kron_mm_add(const Tensor& base, const Tensor& x, const Tensor& a, const Tensor& b, double alpha) {
+    const Tensor rows = torch::stable::contiguous(base);
+    const Tensor y = empty_rows(base, base.dim() > 0 ? base.size(base.dim() - 1) : 1);
+    add_product(rows, x, a, b, alpha, y);
+    return y;
+}
+
+void kron_mm_add_(Tensor base, const Tensor& x, const Tensor& a, const Tensor& b, double alpha) {
+    if (!base.is_contiguous()) fail("base", "a contiguous tensor", "strides that are not");
+    add_product(base, x, a, b, alpha, base);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> kron_mm_backward(const Tensor& grad_any, const Tensor& x_any,
                                                             const Tensor& a, const Tensor& b, bool need_x, bool need_a,
                                                             bool need_b, bool need_bias) {
@@ -68,5 +99,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kron_mm_backward(const Tensor& grad_a
 
 STABLE_TORCH_LIBRARY_IMPL(kron_kernels, CPU, m) {
     m.impl("kron_mm", TORCH_BOX(&kron_mm));
+    m.impl("kron_mm_add", TORCH_BOX(&kron_mm_add));
+    m.impl("kron_mm_add_", TORCH_BOX(&kron_mm_add_));
     m.impl("kron_mm_backward", TORCH_BOX(&kron_mm_backward));
 }

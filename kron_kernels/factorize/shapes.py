@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..reference import order_cost
 from ._checks import check_a_shape, check_moment, check_positive, check_weight
 from .nearest import nearest_kronecker
 from .vanloan import van_loan_error
@@ -36,11 +37,6 @@ class FactorShape:
         b_first, a_first = order_cost(m1, n1, m2, n2, self.terms)
         inner_results = n1 * m2 if b_first <= a_first else m1 * n2
         return 2 * self.macs - self.terms * inner_results - m1 * m2
-
-
-def order_cost(m1: int, n1: int, m2: int, n2: int, terms: int = 1) -> tuple[int, int]:
-    """Multiply-adds a token of sum_s A_s X B_s^T, (B first, A first), for A_s (m1, n1), B_s (m2, n2) and X (n1, n2)."""
-    return terms * n1 * m2 * (n2 + m1), terms * m1 * n2 * (n1 + m2)
 
 
 def factor_shape(m: int, n: int, a_shape: Sequence[int], terms: int = 1) -> FactorShape:

@@ -60,6 +60,8 @@ struct Projection {
     const void* packed;  // what kron_pack made of a and b, or null
     int64_t packed_bytes;
     void* y;  // (T, m1*m2) contiguous
+    // (T, m1*m2) contiguous, added before the activation in the bias's place, or null; y itself, or apart from it.
+    const void* base = nullptr;
 };
 
 constexpr int64_t kMostProjections = 8;
@@ -73,6 +75,7 @@ struct ForwardArgs {
     const Projection* projections;
     Activation activation;
     NormArgs norm;
+    double alpha = 1;  // of the products
 };
 
 // y = W2 activation(W1 x + bias1) + bias2, then the norm. The first pair's m1*m2 is the second's n1*n2.

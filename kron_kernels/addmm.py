@@ -1,0 +1,168 @@
+"""Products added to a tensor: ``base + alpha * (sum_s A_s (x) B_s) x``, as adapters beside a frozen layer need it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import _backends, reference
+from ._checks import check_base, check_low_rank, check_low_rank_types, check_operands, check_types
+from ._observers import apply, cast_for_autocast, needs_autograd
+from ._ops import kron_mm_add, kron_mm_add_
+from .functional import gradients, only_needed
+from .reference import order_cost
+
+RightFactor = Tensor | tuple[Tensor, Tensor]
+
+
+def kron_addmm(
+    base: Tensor, x: Tensor, a: Tensor, b: RightFactor, *, alpha: float = 1.0, backend: str | None = None
+) -> Tensor:
+    """``base + alpha * x @ (sum_s a[s] (x) b[s]).T`` in one pass, as ``torch.addmm`` is for a plain product.
+
+    The adapters LoKr (Yeh et al., "Navigating Text-To-Image Customization", 2023) and KronA (Edalati et al., 2022)
+    have this form: ``base`` is what the frozen layer gives.
+
+    Args:
+        base: ``(..., m1 * m2)``, with the leading sizes, dtype and device of ``x``; any strides.
+        x: ``(..., n1 * n2)``, float32, float64, bfloat16 or float16; any strides, any number of tokens, none too.
+        a: left factors, ``(m1, n1)`` or ``(S, m1, n1)``, dtype and device of ``x``.
+        b: right factors, ``(m2, n2)`` or ``(S, m2, n2)``, with as many terms as ``a``; or a pair ``(p, q)`` of matrices
+            ``(m2, r)`` and ``(r, n2)`` whose product is the right factor. It is formed only where that is cheaper.
+        alpha: factor of the product.
+        backend: as for ``kron_matmul``.
+
+    Returns:
+        ``(..., m1 * m2)``, contiguous, dtype of ``x`` (inside autocast: the autocast dtype, as ``torch.addmm``).
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as ``kron_matmul``.
+
+    Differentiable to any order in all tensors; only ``x`` and the factors are kept for backward.
+    """
+    base, x, a, b, name = _prepare(base, x, a, b, backend, in_place=False)
+    if name == "reference":
+        return reference.kron_mm_add(base, x, a, b, alpha)
+    if not needs_autograd(base, x, a, b):
+        return kron_mm_add(base, x, a, b, alpha)
+    if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return reference.kron_mm_add(base, x, a, b, alpha)  # as in kron_matmul
+    return apply(KronAddmm, base, x, a, b, alpha)
+
+
+def kron_addmm_(
+    base: Tensor, x: Tensor, a: Tensor, b: RightFactor, *, alpha: float = 1.0, backend: str | None = None
+) -> Tensor:
+    """``kron_addmm`` written into ``base``, which is returned: no tensor of the result's size is made.
+
+    ``base`` may not be a leaf that needs gradients, nor what backward of another operation needs, as for every in-place
+    operation of torch. Inside autocast ``base`` must have the autocast dtype. Where ``base`` is not contiguous, or is
+    part of the memory of an operand, and under a compiler or a function transform, the result takes memory of its own
+    first.
+    """
+    target = base
+    base, x, a, b, name = _prepare(base, x, a, b, backend, in_place=True)
+    observed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if name == "reference" or observed or not base.is_contiguous() or _shares_memory(base, x, a, b):
+        return target.copy_(kron_addmm(base, x, a, b, alpha=alpha, backend=name))
+    if needs_autograd(base, x, a, b):
+        return apply(KronAddmmInPlace, base, x, a, b, alpha)
+    kron_mm_add_(base, x, a, b, alpha)
+    return base
+
+
+class KronAddmm(torch.autograd.Function):
+    """``base (..., m1 * m2), x (..., n1 * n2), a (S, m1, n1), b (S, m2, n2) -> base + alpha * product``."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(base: Tensor, x: Tensor, a: Tensor, b: Tensor, alpha: float) -> Tensor:
+        return kron_mm_add(base, x, a, b, alpha)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, x, a, b, ctx.alpha = inputs
+        ctx.save_for_backward(x, a, b)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return (*_gradients(ctx, grad), None)
+
+
+class KronAddmmInPlace(torch.autograd.Function):
+    """``KronAddmm`` into ``base``."""
+
+    @staticmethod
+    def forward(ctx: Any, base: Tensor, x: Tensor, a: Tensor, b: Tensor, alpha: float) -> Tensor:
+        ctx.alpha = alpha
+        ctx.save_for_backward(x, a, b)
+        ctx.mark_dirty(base)
+        kron_mm_add_(base, x, a, b, alpha)
+        return base
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return (*_gradients(ctx, grad), None)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Of base, x, a and b. alpha goes to the smaller factor, not to a copy of ``grad``: that factor's own lacks it."""
+    x, a, b = ctx.saved_tensors
+    alpha, needs = ctx.alpha, ctx.needs_input_grad[:4]
+    if not any(needs[1:]):
+        return grad, None, None, None
+    scaled = 1 if a.numel() <= b.numel() else 2
+    factors = [x, a, b]
+    if alpha != 1:
+        factors[scaled] = factors[scaled] * alpha
+    found = list(only_needed(gradients(grad, *factors, *needs[1:], False), needs[1:]))
+    scaled_gradient = found[scaled]
+    if alpha != 1 and scaled_gradient is not None:
+        found[scaled] = scaled_gradient * alpha
+    return (grad if needs[0] else None, *found)
+
+
+def _prepare(
+    base: Any, x: Any, a: Any, b: Any, backend: str | None, in_place: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, str]:
+    """Checked and cast operands with stacked factors, the low-rank factor folded, and the name of the backend."""
+    low_rank = isinstance(b, tuple)
+    p, q = check_low_rank_types(b) if low_rank else (b, None)
+    check_types(x, a, p, None)
+    device_type = x.device.type
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+        x, a, p, q = cast_for_autocast(device_type, x, a, p, q)
+        if not in_place:
+            (base,) = cast_for_autocast(device_type, base)
+    if a.dim() == 2 and p.dim() == 2:
+        a, p = a.unsqueeze(0), p.unsqueeze(0)
+    elif q is not None:
+        p = p.unsqueeze(0)
+    if q is None:
+        check_operands(x, a, p, None)
+    else:
+        x, p = _folded(x, a, p, q)
+    check_base(base, x, a.shape[1] * p.shape[1])
+    return base, x, a, p, _backends.resolve(backend, device_type)
+
+
+def _folded(x: Tensor, a: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """Checked input and right factor that give the product of ``x`` and ``a (x) (p q)``.
+
+    ``a (x) (p q) = (a (x) p) (I (x) q)``: q first takes each of a token's n1 rows from n2 to r values.
+    """
+    check_low_rank(a, p, q)
+    (_, m1, n1), (_, m2, rank), n2 = a.shape, p.shape, q.shape[1]
+    check_operands(x, a, q[:1, :1].expand(1, m2, n2), None)  # a stand-in of p q: nothing but its shape is asked
+    if n1 * n2 * rank + min(order_cost(m1, n1, m2, rank)) >= min(order_cost(m1, n1, m2, n2)):
+        return x, p @ q
+    return F.linear(x.unflatten(-1, (n1, n2)), q).flatten(-2), p
+
+
+def _shares_memory(base: Tensor, *operands: Tensor) -> bool:
+    storage = base.untyped_storage().data_ptr()
+    return any(operand.untyped_storage().data_ptr() == storage for operand in operands) and base.numel() > 0
