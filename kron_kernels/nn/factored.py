@@ -23,6 +23,16 @@ def empty_factors(shapes: Shapes, terms: int, factory: dict[str, Any]) -> tuple[
     return nn.Parameter(torch.empty(terms, *a_shape, **factory)), nn.Parameter(torch.empty(terms, *b_shape, **factory))
 
 
+def check_product_shape(shapes: Shapes, rows: int, cols: int) -> None:
+    """Raise ValueError where ``((m1, n1), (m2, n2))`` is no product of a (rows, cols) weight."""
+    (m1, n1), (m2, n2) = shapes
+    if (m1 * m2, n1 * n2) != (rows, cols):
+        raise ValueError(
+            f"shapes: expected a product of shape (out_features, in_features) = ({rows}, {cols}), "
+            f"got {m1}x{n1} (x) {m2}x{n2} of shape ({m1 * m2}, {n1 * n2})"
+        )
+
+
 class KronFactored(nn.Module):
     """The factors ``a (S, m1, n1)`` and ``b (S, m2, n2)`` of a weight, and what all modules do with them."""
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .._checks import activation_code
 from ..factorize import KronFactors, mean_corrected_bias, nearest_kronecker
 from ..functional import kron_matmul
-from .factored import KronFactored, Shape, Shapes, empty_factors
+from .factored import KronFactored, Shape, Shapes, check_product_shape, empty_factors
 
 
 class KronLinear(KronFactored):
@@ -34,12 +34,7 @@ class KronLinear(KronFactored):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        (m1, n1), (m2, n2) = shapes
-        if (m1 * m2, n1 * n2) != (out_features, in_features):
-            raise ValueError(
-                f"shapes: expected a product of shape (out_features, in_features) = ({out_features}, {in_features}), "
-                f"got {m1}x{n1} (x) {m2}x{n2} of shape ({m1 * m2}, {n1 * n2})"
-            )
+        check_product_shape(shapes, out_features, in_features)
         activation_code(activation)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(*empty_factors(shapes, terms, factory))
