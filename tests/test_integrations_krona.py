@@ -159,6 +159,8 @@ def test_merged_and_unmerged_compute_the_same(dtype, tolerance):
     layer.merge()
     built = weight.double() + 0.4 * reference.kron_weight(layer.a.double(), layer.b.double())
     assert_accurate(layer.base.weight, built.to(dtype), built)
+    # In bfloat16 rounded once: the product itself is made in float32.
+    assert dtype is torch.float32 or (layer.base.weight == built.to(dtype)).double().mean() > 0.9
     torch.testing.assert_close(layer(x), wanted, rtol=tolerance, atol=tolerance)
     layer.unmerge()
     layer.unmerge()

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from cases import assert_accurate
+from kron_kernels.calibrate import calibrate
 from kron_kernels.convert import kronify_
 from kron_kernels.integrations import vit
 from kron_kernels.integrations.krona import KronA, add_krona_
@@ -172,6 +173,22 @@ def test_folders_without_factors_are_refused(tmp_path):
     save_file(tensors, tmp_path / "kron" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(OSError, match=r"kron: expected Kronecker factors, 1 are missing, among them vit.layers.0.att"):
         load_kronified(ViTForImageClassification, tmp_path / "kron")
+
+
+def test_calibration_on_images_lowers_the_outputs_errors():
+    model = make_model()
+    plain, aware = copy.deepcopy(model), copy.deepcopy(model)
+    images = torch.randn(32, 3, 16, 16)
+    kronify_(plain, vit_config("K8"))
+    report = kronify_(aware, vit_config("K8"), calibration=calibrate(model, [{"pixel_values": images}]))
+    assert all(layer.weighted_error is not None for layer in report.layers)
+    # of the first layer, whose inputs are the same in all three
+    norm, query = model.vit.layers[0].layernorm_before, "vit.layers.0.attention.q_proj"
+    with torch.no_grad():
+        x = norm(model.vit.embeddings(images))
+        wanted = model.get_submodule(query)(x)
+        errors = [(each.get_submodule(query)(x) - wanted).norm() for each in (plain, aware)]
+    assert errors[1] < 0.9 * errors[0]
 
 
 def test_krona_goes_beside_the_layers_of_a_vit():
