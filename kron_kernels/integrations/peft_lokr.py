@@ -1,0 +1,279 @@
+"""PEFT's LoKr layers without the weight: ``y = base(x) + scaling * (w1 (x) w2) x`` by the factors.
+
+PEFT builds ``torch.kron(w1, w2)``, as large as the weight it adapts, on every forward, and its gradient on every
+backward (LoKr: Yeh et al., "Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation",
+2023, section 3.3). Parameters, state dicts, merging and random draws stay PEFT's own.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from ..addmm import RightFactor, kron_addmm, kron_addmm_
+from ._versions import check_version
+
+PEFT_VERSIONS = ">=0.21,<0.22"
+check_version("peft", PEFT_VERSIONS)
+
+# After the check of the version: another one may lack these names.
+from peft.tuners.lokr.layer import Conv1d, Conv2d, Linear, LoKrLayer  # noqa: E402
+
+# What a patch of the classes replaced, by class and name; empty while they are PEFT's own.
+_saved: dict[tuple[type, str], Callable[..., Tensor]] = {}
+_warned: set[str] = set()
+
+
+def apply_kron_kernels_to_peft(model: nn.Module | None = None) -> None:
+    """Make LoKr layers compute by their factors, without the product ``w1 (x) w2``.
+
+    Args:
+        model: patch the LoKr layers that it has now, with whatever adapters they get. None: patch PEFT's classes, and
+            with them every LoKr layer there is or will be.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: ``model`` has no LoKr layer.
+        ImportError: on import of this file, where peft is not there in a version of ``PEFT_VERSIONS``.
+
+    Linear layers, and convolutions of kernel size 1 without groups and padding, with full and low-rank factors, in any
+    dtype of ``kron_addmm``. What else there is keeps PEFT's own path, and one warning for each reason names it. The
+    output and the gradients equal PEFT's but for rounding, with the same random draws for rank and module dropout.
+    Merging, saving and disabling adapters are not touched. Patching twice changes nothing. Patch before
+    ``torch.compile``.
+    """
+    if model is None:
+        if not _saved:
+            for owner, name, method in _METHODS:
+                _saved[owner, name] = owner.__dict__[name]
+                setattr(owner, name, method)
+        return
+    for layer in _layers(model):
+        if type(layer) in _BY_FACTORS:
+            layer.__class__ = _BY_FACTORS[type(layer)]
+        for adapter in layer._available_adapters:
+            if reason := _unsupported(layer, adapter):
+                _warn(reason)
+
+
+def remove_kron_kernels_from_peft(model: nn.Module | None = None) -> None:
+    """Undo ``apply_kron_kernels_to_peft(model)``; without effect where nothing was patched.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: ``model`` has no LoKr layer.
+    """
+    if model is None:
+        for (owner, name), method in _saved.items():
+            setattr(owner, name, method)
+        _saved.clear()
+    else:
+        own = {patched: plain for plain, patched in _BY_FACTORS.items()}
+        for layer in _layers(model):
+            layer.__class__ = own.get(type(layer), type(layer))
+    _warned.clear()
+
+
+@contextmanager
+def kron_kernels_in_peft(model: nn.Module | None = None) -> Iterator[None]:
+    """``apply_kron_kernels_to_peft(model)`` inside; what was patched before stays so afterwards."""
+    before = bool(_saved) if model is None else all(type(layer) not in _BY_FACTORS for layer in _layers(model))
+    apply_kron_kernels_to_peft(model)
+    try:
+        yield
+    finally:
+        if not before:
+            remove_kron_kernels_from_peft(model)
+
+
+def _layers(model: nn.Module) -> list[Any]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module or None, got {type(model).__name__}")
+    layers = [module for module in model.modules() if isinstance(module, LoKrLayer)]
+    if not layers:
+        raise ValueError(f"model: expected a model with LoKr layers of PEFT, got {type(model).__name__} without any")
+    return layers
+
+
+def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """``LoKrLayer.forward``: ``x (..., n)``, or ``(..., n, *space)`` of a convolution, to m channels in place of n."""
+    if layer.disable_adapters or layer.merged:
+        return _own(LoKrLayer, "forward")(layer, x, *args, **kwargs)
+    result = layer.base_layer(x, *args, **kwargs)
+    in_place = _in_place_is_seen_by_none() and _is_fresh(layer.base_layer, result)
+    for adapter in layer.active_adapters:
+        if adapter not in layer._available_adapters or _drops_module(layer, adapter):
+            continue
+        if isinstance(layer, Linear) and not _drops_rows(layer, adapter) and not _unsupported(layer, adapter):
+            result = _add_product(layer, adapter, x, result, in_place)
+        else:
+            result = result + layer._get_delta_activations(adapter, x, *args, **kwargs)
+        in_place = _in_place_is_seen_by_none()  # the result is now our own
+    return result.to(x.dtype)
+
+
+def _add_product(layer: Any, adapter: str, x: Tensor, result: Tensor, in_place: bool) -> Tensor:
+    """``result (..., m)`` with the product of ``x (..., n)`` added, into ``result`` itself where it may be."""
+    x, a, b = _operands(layer, adapter, x)
+    dtype = _computed_dtype(x)
+    if torch.promote_types(result.dtype, dtype) != dtype:  # the sum has a wider dtype than the product
+        zeros = result.new_zeros(result.shape, dtype=dtype)
+        return result + kron_addmm(zeros, x, a, b, alpha=layer.scaling[adapter])
+    in_place = in_place or (result.dtype != dtype and _in_place_is_seen_by_none())
+    add = kron_addmm_ if in_place else kron_addmm
+    return add(result.to(dtype), x, a, b, alpha=layer.scaling[adapter])
+
+
+def _get_delta_activations(layer: Any, adapter: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The adapter's part alone, in the layout of the layer: what PEFT's own ``forward`` and dropout ask for."""
+    if reason := _unsupported(layer, adapter):
+        if not torch.compiler.is_compiling():
+            _warn(reason)
+        owner = next(plain for plain in _BY_FACTORS if isinstance(layer, plain))
+        return _own(owner, "_get_delta_activations")(layer, adapter, x, *args, **kwargs)
+    x, a, b = _operands(layer, adapter, x)
+    base_layer = layer.get_base_layer()
+    space = 0 if isinstance(layer, Linear) else len(base_layer.kernel_size)
+    if space:
+        index: tuple[Any, ...] = (..., *(slice(None, None, step) for step in base_layer.stride))
+        x = x[index].movedim(-space - 1, -1)
+    zeros = x.new_zeros((*x.shape[:-1], layer.out_features), dtype=_computed_dtype(x))
+    add = kron_addmm_ if _in_place_is_seen_by_none() else kron_addmm
+    delta = add(zeros, x, a, b, alpha=layer.scaling[adapter])
+    if _drops_rows(layer, adapter):
+        delta = delta * _row_mask(layer, adapter).to(delta)
+    return delta.movedim(-1, -space - 1) if space else delta
+
+
+def _operands(layer: Any, adapter: str, x: Tensor) -> tuple[Tensor, Tensor, RightFactor]:
+    """x as PEFT casts it, and factors whose product is the adapter's weight: a, and b or a pair (p, q) with b = p q."""
+    w1 = layer.lokr_w1[adapter] if adapter in layer.lokr_w1 else layer.lokr_w1_a[adapter] @ layer.lokr_w1_b[adapter]
+    if adapter in layer.lokr_w2:
+        w2 = layer.lokr_w2[adapter]
+        dtype = torch.promote_types(w1.dtype, w2.dtype)
+        w1, matrix = w1.to(dtype), w2.to(dtype).flatten(1)
+        # torch.kron lines up last dimensions: of w1 (m1, n1) and the w2 (m2, n2, 1) of a Conv1d it makes, reshaped to
+        # the layer's weight, w2 (x) w1.
+        a, b = (matrix, w1) if w2.dim() == 3 else (w1, matrix)
+        return layer._cast_input_dtype(x, dtype), a, b
+    p, q = layer.lokr_w2_a[adapter], layer.lokr_w2_b[adapter]
+    dtype = torch.promote_types(w1.dtype, p.dtype)
+    return layer._cast_input_dtype(x, dtype), w1.to(dtype), (p.to(dtype), q.to(dtype))
+
+
+def _computed_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of a product of ``x``."""
+    device_type = x.device.type
+    if x.dtype is torch.float64 or device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return x.dtype
+    return torch.get_autocast_dtype(device_type)
+
+
+def _drops_module(layer: Any, adapter: str) -> bool:
+    """Whether module dropout leaves the adapter out now; one draw from torch's generator, as PEFT's."""
+    probability = layer.module_dropout[adapter]
+    # A draw that decides nothing would break a compiled graph in two.
+    if not layer.training or (probability == 0 and torch.compiler.is_compiling()):
+        return False
+    return not torch.rand(1) > probability
+
+
+def _drops_rows(layer: Any, adapter: str) -> bool:
+    return layer.training and bool(layer.rank_dropout[adapter])
+
+
+def _row_mask(layer: Any, adapter: str) -> Tensor:
+    """PEFT's rank dropout: one draw for each row of the weight ``(m, n)``, which is one for each output; ``(m,)``."""
+    mask = (torch.rand(layer.out_features) > layer.rank_dropout[adapter]).float()
+    return mask / mask.mean() if layer.rank_dropout_scale[adapter] else mask
+
+
+def _unsupported(layer: Any, adapter: str) -> str:
+    """What keeps the adapter on PEFT's own path, "" where nothing does."""
+    if type(layer) not in _BY_FACTORS and not isinstance(layer, _ByFactors):
+        return f"a LoKr layer of class {type(layer).__name__}"
+    base_layer = layer.get_base_layer()
+    if not isinstance(layer, Linear):
+        if any(size != 1 for size in base_layer.kernel_size):
+            return f"a convolution of kernel size {tuple(base_layer.kernel_size)}"
+        if base_layer.groups != 1:
+            return f"a convolution of {base_layer.groups} groups"
+        if base_layer.padding not in ("same", "valid") and any(base_layer.padding):
+            return f"a convolution of kernel size 1 with padding {tuple(base_layer.padding)}"
+    for name in layer.adapter_layer_names:
+        factors = getattr(layer, name)
+        if adapter in factors and type(factors[adapter]) not in (Tensor, nn.Parameter):
+            return f"a factor of class {type(factors[adapter]).__name__}"
+    return ""
+
+
+def _warn(reason: str) -> None:
+    if reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(f"PEFT LoKr: {reason} keeps PEFT's own path, which builds the weight", stacklevel=3)
+
+
+def _is_fresh(base_layer: nn.Module, result: Tensor) -> bool:
+    """Whether nobody else holds what the frozen layer gave, and its own backward does not need it.
+
+    So it is for torch's plain layers, on plain weights and without hooks that could have kept or exchanged the result.
+    """
+    return (
+        type(base_layer) in (nn.Linear, nn.Conv1d, nn.Conv2d)
+        and "forward" not in vars(base_layer)
+        and not base_layer._forward_hooks
+        and not base_layer._backward_hooks
+        and not base_layer._backward_pre_hooks
+        and not torch_module._global_forward_hooks
+        and not torch_module._global_backward_hooks
+        and not torch_module._global_backward_pre_hooks
+        and type(base_layer.weight) in (Tensor, nn.Parameter)
+        and type(result) is Tensor
+        and not result._is_view()
+    )
+
+
+def _in_place_is_seen_by_none() -> bool:
+    """Whether no compiler, function transform or dispatch mode looks on: selective checkpointing keeps results."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+    )
+
+
+def _own(owner: type, name: str) -> Callable[..., Tensor]:
+    """A method of PEFT's, patched or not."""
+    return _saved.get((owner, name)) or owner.__dict__[name]
+
+
+class _ByFactors:
+    """Before one of PEFT's classes: its methods by the factors. Neither state nor parameters are added."""
+
+    forward: Any = _forward
+    _get_delta_activations: Any = _get_delta_activations
+
+
+class KronLinear(_ByFactors, Linear):
+    """PEFT's LoKr layer of a linear layer, patched."""
+
+
+class KronConv1d(_ByFactors, Conv1d):
+    """PEFT's LoKr layer of a Conv1d, patched."""
+
+
+class KronConv2d(_ByFactors, Conv2d):
+    """PEFT's LoKr layer of a Conv2d, patched."""
+
+
+_BY_FACTORS: dict[type, type] = {Linear: KronLinear, Conv1d: KronConv1d, Conv2d: KronConv2d}
+_METHODS = (
+    (LoKrLayer, "forward", _forward),
+    *((plain, "_get_delta_activations", _get_delta_activations) for plain in _BY_FACTORS),
+)
