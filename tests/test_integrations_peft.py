@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.metadata
 import pickle
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -13,7 +14,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils import checkpoint
+from torch.nn import functional as F
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from cases import assert_accurate
 from kron_kernels.integrations._versions import check_version
@@ -251,21 +254,23 @@ def test_patching_a_model_leaves_the_classes_and_other_models_alone(monkeypatch:
         model(x)
 
 
-def test_a_context_undoes_what_it_did_and_no_more() -> None:
+@pytest.mark.parametrize("of_classes", [False, True], ids=["model", "classes"])
+def test_a_context_undoes_what_it_did_and_no_more(of_classes: bool) -> None:
     model = adapted(linear, **FULL)
-    layer = model.base_model.model.layer
-    for scope in (model, None):
-        patched = lambda scope=scope: type(layer) is not lokr.Linear if scope else lokr.LoKrLayer.forward is not own  # noqa: E731
-        own = lokr.LoKrLayer.forward
-        with pytest.raises(KeyError), kron_kernels_in_peft(scope):
-            assert patched()
-            raise KeyError
-        assert not patched()
-        apply_kron_kernels_to_peft(scope)
+    layer, scope = model.base_model.model.layer, None if of_classes else model
+
+    def fails_inside() -> None:
         with kron_kernels_in_peft(scope):
-            pass
-        assert patched()
-        remove_kron_kernels_from_peft(scope)
+            assert type(layer).forward is peft_lokr._forward
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fails_inside()
+    assert type(layer).forward is OWN[lokr.LoKrLayer]["forward"]
+    apply_kron_kernels_to_peft(scope)
+    with kron_kernels_in_peft(scope):
+        pass
+    assert type(layer).forward is peft_lokr._forward
 
 
 def test_a_forward_taken_from_the_class_before_still_builds_no_weight(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,13 +319,18 @@ def test_what_is_not_supported_keeps_pefts_path_with_one_warning(case: str, of_c
     model, x = adapted(make, **{**FULL, "rank_dropout": 0.5}), make_x(make)
     change(model.base_model.model.layer)
     want = outcome(model, x)
-    with pytest.warns(UserWarning, match=f"{named}.* keeps PEFT's own path") as warned:
-        apply_kron_kernels_to_peft(None if of_classes else model)
+    scope = None if of_classes else model
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        apply_kron_kernels_to_peft(scope)
         found = [outcome(model, x) for _ in range(2)]
-        apply_kron_kernels_to_peft(None if of_classes else model)
+        apply_kron_kernels_to_peft(scope)
+    assert re.fullmatch(
+        f"PEFT LoKr: a .*{named}.* keeps PEFT's own path, which builds the weight", str(warned[0].message)
+    )
     assert len(warned) == 1
     assert all(torch.equal(one[name], want[name]) for one in found for name in want)
-    remove_kron_kernels_from_peft(None if of_classes else model)
+    remove_kron_kernels_from_peft(scope)
 
 
 @pytest.mark.parametrize("function", [apply_kron_kernels_to_peft, remove_kron_kernels_from_peft])
@@ -342,3 +352,157 @@ def test_versions_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check_version("torch", ">=2")
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(5, 24), (2, 5, 24), (24,)], ids=str)
+def test_the_product_is_added_into_what_a_plain_layer_gave(
+    shape: tuple[int, ...], bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Tensor] = []
+    plain = F.linear
+    monkeypatch.setattr(F, "linear", lambda *operands: given.append(plain(*operands)) or given[-1])
+    model, x = adapted(lambda: nn.Linear(24, 40, bias=bias), adapters=2, **FULL), torch.randn(shape)
+    want, given[:] = outcome(model, x), []
+    with kron_kernels_in_peft(model):
+        y = model(x)
+        assert y.data_ptr() == given[0].data_ptr()
+        found = outcome(model, x)
+        assert all(torch.allclose(found[name], want[name], atol=1e-5) for name in want)
+        given.clear()
+        with torch.inference_mode():
+            assert model(x).data_ptr() == given[0].data_ptr()
+
+
+class GivesInput(nn.Linear):
+    """A layer that hands on what it got."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input
+
+
+class GivesKept(nn.Linear):
+    """A layer that gives a view of what it keeps, and needs for its backward."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.kept = super().forward(input).exp()
+        return self.kept[:]
+
+
+@pytest.mark.parametrize("kind", [GivesInput, GivesKept])
+def test_what_other_layers_give_is_not_overwritten(kind: type[nn.Linear]) -> None:
+    torch.manual_seed(1)
+    model: Any = peft.get_peft_model(Model(kind(24, 24)), peft.LoKrConfig(target_modules=["layer"], init_weights=False))
+    x = make_x(linear)
+    before = x.clone()
+    assert_equals_peft(model, x)
+    with kron_kernels_in_peft(model):
+        y = model(x)
+    assert torch.equal(x, before)
+    if kind is GivesKept:
+        base_layer = model.base_model.model.layer.base_layer
+        assert torch.equal(base_layer.kept, F.linear(x, base_layer.weight, base_layer.bias).exp())
+        assert not torch.allclose(y, base_layer.kept)
+
+
+@pytest.mark.parametrize("hooked", ["forward", "global", "backward", "instance"])
+def test_what_hooks_saw_is_not_overwritten(hooked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = adapted(linear, **FULL), make_x(linear)
+    base_layer = model.base_model.model.layer.base_layer
+    whole, want, seen = model(x), base_layer(x), []
+    handle: Any = None
+    if hooked == "forward":
+        base_layer.register_forward_hook(lambda module, operands, result: seen.append(result))
+    elif hooked == "global":
+        handle = register_module_forward_hook(lambda module, operands, result: seen.append(result))
+    elif hooked == "backward":
+        base_layer.register_full_backward_hook(lambda module, before, after: None)
+    else:
+        plain = base_layer.forward
+        monkeypatch.setattr(base_layer, "forward", lambda x: seen.append(plain(x)) or seen[-1])
+    with kron_kernels_in_peft(model):
+        assert torch.allclose(model(x), whole, atol=1e-5)
+    if handle:
+        handle.remove()
+    assert hooked == "backward" or torch.equal(seen[0], want)
+
+
+def largest_allocation(run: Callable[[], object]) -> int:
+    """Bytes of the largest tensor that ``run()`` makes, whoever makes it."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    return max(event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
+
+
+@pytest.mark.parametrize("options", [FULL, LOW, {**LOW, "rank_dropout": 0.1}], ids=["full", "low-rank", "dropout"])
+def test_nothing_of_the_weights_size_is_made(options: dict[str, Any]) -> None:
+    model = adapted(lambda: nn.Linear(256, 384), **{**options, "decompose_factor": 8})
+    weight = 256 * 384 * 4
+    x = torch.randn(3, 256)
+    assert largest_allocation(lambda: outcome(model, x)) >= weight
+    with kron_kernels_in_peft(model):
+        # A factor of 1 / 64 of the weight and activations of three rows.
+        assert largest_allocation(lambda: outcome(model, x)) <= weight / 16
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_works(reentrant: bool) -> None:
+    model = adapted(linear, adapters=2, **{**LOW, "rank_dropout": 0.5, "module_dropout": 0.3})
+    x = make_x(linear)
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.model, x, use_reentrant=reentrant)
+
+    with kron_kernels_in_peft(model):
+        for seed in range(3):
+            plain = outcome(model, x, seed)
+            found = outcome(Checkpointed(), x, seed)
+            assert all(torch.allclose(found[name.removeprefix("model.")], plain[name]) for name in ("y", "x"))
+            for name, value in plain.items():
+                assert torch.allclose(found.get(name, found.get(f"model.{name}")), value, atol=1e-6), name
+
+
+def test_selective_checkpointing_keeps_what_the_layer_gave() -> None:
+    model, x = adapted(linear, **FULL), make_x(linear)
+    save = [torch.ops.aten.addmm.default, torch.ops.aten.mm.default, torch.ops.aten._unsafe_view.default]
+    contexts = partial(create_selective_checkpoint_contexts, save)
+
+    def run(x: Tensor) -> Tensor:
+        return checkpoint(model, x, use_reentrant=False, context_fn=contexts)
+
+    with kron_kernels_in_peft(model):
+        plain = torch.autograd.grad(model(x.requires_grad_()).square().sum(), x)[0]
+        assert torch.allclose(torch.autograd.grad(run(x).square().sum(), x)[0], plain, atol=1e-5)
+
+
+def test_function_transforms_work() -> None:
+    model, x = adapted(linear, **LOW).eval(), make_x(linear)
+    trained = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
+
+    def loss(values: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(model, values, (x,)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))
+    want = each(trained, x)
+    with kron_kernels_in_peft(model):
+        found = each(trained, x)
+    assert all(torch.allclose(found[name], want[name], rtol=1e-4, atol=1e-4) for name in want)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("case", ["linear-full", "linear-low-rank", "conv2d-stride"])
+def test_a_patched_model_compiles_to_one_graph(case: str) -> None:
+    make, options = CASES[case]
+    model, x = adapted(make, **options), make_x(make)
+    with kron_kernels_in_peft(model):
+        plain = outcome(model, x)
+        torch.compiler.reset()
+        found = outcome(torch.compile(model, fullgraph=True), x)
+    for name in ("y", "x"):
+        assert torch.allclose(found[name], plain[name], atol=1e-5), name
+    assert all(torch.allclose(found[f"_orig_mod.{name}"], plain[name], atol=1e-4) for name in plain if "lokr" in name)

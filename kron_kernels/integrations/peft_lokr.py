@@ -125,9 +125,16 @@ def _add_product(layer: Any, adapter: str, x: Tensor, result: Tensor, in_place: 
     if torch.promote_types(result.dtype, dtype) != dtype:  # the sum has a wider dtype than the product
         zeros = result.new_zeros(result.shape, dtype=dtype)
         return result + kron_addmm(zeros, x, a, b, alpha=layer.scaling[adapter])
-    in_place = in_place or (result.dtype != dtype and _in_place_is_seen_by_none())
-    add = kron_addmm_ if in_place else kron_addmm
-    return add(result.to(dtype), x, a, b, alpha=layer.scaling[adapter])
+    alpha = layer.scaling[adapter]
+    if result.dtype != dtype:
+        result, in_place = result.to(dtype), _in_place_is_seen_by_none()
+    if not in_place:
+        return kron_addmm(result, x, a, b, alpha=alpha)
+    if not result._is_view():
+        return kron_addmm_(result, x, a, b, alpha=alpha)
+    # Of batched x, F.linear with a bias gives a view of a matrix: writing through it, autograd would copy the gradient.
+    matrix: Any = result._base
+    return kron_addmm_(matrix, x.reshape(matrix.shape[0], -1), a, b, alpha=alpha).view(result.shape)
 
 
 def _get_delta_activations(layer: Any, adapter: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -219,7 +226,7 @@ def _warn(reason: str) -> None:
         warnings.warn(f"PEFT LoKr: {reason} keeps PEFT's own path, which builds the weight", stacklevel=3)
 
 
-def _is_fresh(base_layer: nn.Module, result: Tensor) -> bool:
+def _is_fresh(base_layer: Any, result: Any) -> bool:
     """Whether nobody else holds what the frozen layer gave, and its own backward does not need it.
 
     So it is for torch's plain layers, on plain weights and without hooks that could have kept or exchanged the result.
@@ -234,8 +241,8 @@ def _is_fresh(base_layer: nn.Module, result: Tensor) -> bool:
         and not torch_module._global_backward_hooks
         and not torch_module._global_backward_pre_hooks
         and type(base_layer.weight) in (Tensor, nn.Parameter)
+        and (not result._is_view() or result._base.shape == (result.numel() // result.shape[-1], result.shape[-1]))
         and type(result) is Tensor
-        and not result._is_view()
     )
 
 
