@@ -27,7 +27,7 @@ MEASURED_PATHS = (
     *("csrc", "kron_kernels", "setup.py", "CMakeLists.txt"),
     *("bench/worker.py", "bench/candidates.py", "bench/ffn_candidates.py", "bench/points.py"),
     *("bench/model_worker.py", "bench/encoder_candidates.py", "bench/process_worker.py", "bench/distill_worker.py"),
-    *("bench/distill_step_worker.py", "bench/distill_step_candidates.py"),
+    *("bench/distill_step_worker.py", "bench/distill_step_candidates.py", "bench/integrations"),
 )
 MACHINE_COLUMNS = ("cpu", "arch", "isa", "cores", "threads", "os", "python", "torch", "kron_kernels")
 STAMP_COLUMNS = ("commit", "date", *MACHINE_COLUMNS)

@@ -1,0 +1,85 @@
+"""The child process of bench.integrations.lokr: checks and times all ways of a point, or tells the memory of one.
+
+Messages are those of bench.worker.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from typing import Any
+
+import torch
+
+from bench.integrations.lokr_ways import BASE, PEFT, LokrCase, LokrProblem
+from bench.protocol import Say, protocol
+from bench.worker import make_all
+from kron_kernels.cli.bench import DTYPES
+from kron_kernels.timing import peak_memory_growth
+from kron_kernels.timing.compare import Result, compare
+
+# Names of the columns of the speed-up over these.
+OVER = {PEFT: "over_peft", BASE: "over_base"}
+_FEW_TOKENS = 2
+
+
+def main() -> None:
+    job = json.loads(sys.argv[1])
+    say = protocol()
+    torch.set_num_threads(job["threads"])
+    {"time": time_points, "memory": memory_points}[job["kind"]](job, say)
+
+
+def time_points(job: dict[str, Any], say: Say) -> None:
+    """Check and time the candidates of each point."""
+    for point in job["points"]:
+        problem = _problem(point)
+        results, ways = make_all(_makers(point), problem, say)
+        results += compare(
+            problem, ways, seconds=job["seconds"], starting=lambda name: say({"starting": name}), over=list(OVER)
+        )
+        for result in results:
+            say({"point": point["index"], "result": _row(result)})
+        say({"done": point["index"]})
+
+
+def memory_points(job: dict[str, Any], say: Say) -> None:
+    """What one call adds to the process at the peak, its results included; a process for one candidate."""
+    for point in job["points"]:
+        for name in point["candidates"]:
+            say({"starting": name})
+            few, problem = _problem({**point, "tokens": _FEW_TOKENS}), _problem(point)
+            # Thread stacks, code pages and libraries' buffers are there after this.
+            few.runner(few.way(name))()
+            run = problem.runner(problem.way(name))
+            del few
+            say({"point": point["index"], "result": {"variant": name, "peak": peak_memory_growth(run)}})
+        say({"done": point["index"]})
+
+
+def _problem(point: dict[str, Any]) -> LokrProblem:
+    case = LokrCase(point["n"], point["m"], point["rank"])
+    return LokrProblem(case, point["tokens"], DTYPES[point["dtype"]], point["backward"], point["part"])
+
+
+def _makers(point: dict[str, Any]) -> dict[str, Any]:
+    return {name: functools.partial(LokrProblem.way, name=name) for name in point["candidates"]}
+
+
+def _row(result: Result) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "variant": result.name,
+        "status": result.status,
+        "reason": result.reason,
+        "error": result.error,
+    }
+    if result.timing is not None:
+        row |= result.timing.columns("ms")
+    for name, over in (result.over or {}).items():
+        row |= {f"{OVER[name]}_{quantile}": getattr(over, quantile) for quantile in ("q10", "q50", "q90")}
+    return row
+
+
+if __name__ == "__main__":
+    main()
