@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench.harness import read_rows
-from bench.integrations import lokr, lokr_ways
+from bench.integrations import lokr, lokr_ways, lokr_worker
 from bench.integrations.lokr_ways import BASE, BYPASS, DENSE, OURS, PARTS, PEFT, WEIGHT, LokrCase, LokrProblem
 from kron_kernels.timing.compare import compare
 
@@ -30,14 +30,20 @@ def test_every_way_is_right_before_it_is_timed(part: str, name: str, rank: int, 
     assert problem.error(way) < 1e-5 or part == "adapter", "given is written to"
 
 
-@pytest.mark.parametrize("spoil", ["w1", "w2_a", "w2_b", "output"])
+def _steeper(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor + 0.001 * (tensor - tensor.detach())
+
+
+@pytest.mark.parametrize("spoil", ["w1", "w2_a", "w2_b", "x", "output"])
 def test_a_wrong_way_gets_no_time(spoil: str) -> None:
     problem = LokrProblem(LokrCase(64, 128, 2), 8, torch.float32, True, "layer")
     factors = {name: factor.detach().clone().requires_grad_() for name, factor in problem.factors.items()}
 
     def wrong(x: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
-        parts = {name: 1.001 * factor if name == spoil else factor for name, factor in factors.items()}
+        # The same values, and a gradient of one of them that is a thousandth too large.
+        parts = {name: _steeper(factor) if name == spoil else factor for name, factor in factors.items()}
         weight = torch.kron(parts["w1"], parts["w2_a"] @ parts["w2_b"])
+        x = _steeper(x) if spoil == "x" else x
         return problem.base(x) + lokr_ways.SCALING * (1.001 if spoil == "output" else 1) * (x @ weight.T)
 
     found = compare(problem, [problem.way(DENSE), lokr_ways.LokrWay("wrong", wrong, factors)], seconds=0.001)
@@ -58,6 +64,19 @@ def test_operations_and_what_they_allow() -> None:
     assert lokr_ways.ceiling(case, "layer", True) == 2.5
     assert lokr_ways.ceiling(case, "layer", False) == 2
     assert lokr_ways.ceiling(low, "adapter", True) == 3072 * 3072 / low.macs
+
+
+def test_a_child_gives_signs_of_life_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, signs = [0.0], []
+    monkeypatch.setattr(lokr_worker.time, "monotonic", lambda: now[0])
+    problem = LokrProblem(
+        *(LokrCase(64, 128, 2), 8, torch.float32, False, "layer"),
+        sign_of_life=lokr_worker._now_and_then(lambda: signs.append(now[0])),
+    )
+    run = problem.runner(problem.way(BASE))
+    for now[0] in (1.0, 11.0, 12.0, 20.0, 22.0):
+        run()
+    assert signs == [11.0, 22.0]
 
 
 def _measured(points: Any, names: Any, module: str, job: Any, store: Any, environment: Any) -> None:

@@ -96,8 +96,17 @@ class LokrWay:
 class LokrProblem:
     """One measurement: ``x (tokens, n)``, the frozen layer, and an adapter whose factors all ways share."""
 
-    def __init__(self, case: LokrCase, tokens: int, dtype: torch.dtype, backward: bool, part: str) -> None:
+    def __init__(
+        self,
+        case: LokrCase,
+        tokens: int,
+        dtype: torch.dtype,
+        backward: bool,
+        part: str,
+        sign_of_life: Callable[[], None] = lambda: None,
+    ) -> None:
         self.case, self.tokens, self.dtype, self.backward, self.part = case, tokens, dtype, backward, part
+        self._sign_of_life = sign_of_life
         normal = random_normal(dtype)
         (m1, n1), (m2, n2) = case.shapes
         self.x, self.grad = normal(tokens, case.n), normal(tokens, case.m)
@@ -227,17 +236,23 @@ class LokrProblem:
         return {**want, "w2": db[0]}
 
     def runner(self, way: LokrWay) -> Callable[[], object]:
-        """A function of no arguments that computes once."""
+        """A function of no arguments that computes once, and gives a sign of life."""
         if not self.backward:
 
             def forward() -> Tensor:
+                self._sign_of_life()
                 with torch.inference_mode():
                     return way.run(self.x, self.given)
 
             return forward
         x = self.x.detach().requires_grad_()
         leaves = [x, *way.leaves.values()]
-        return lambda: torch.autograd.grad(way.run(x, self.given.detach()), leaves, self.grad)
+
+        def forward_backward() -> tuple[Tensor, ...]:
+            self._sign_of_life()
+            return torch.autograd.grad(way.run(x, self.given.detach()), leaves, self.grad)
+
+        return forward_backward
 
 
 def _sample(size: int) -> Tensor:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import functools
 import json
 import sys
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from kron_kernels.timing.compare import Result, compare
 # Names of the columns of the speed-up over these.
 OVER = {PEFT: "over_peft", BASE: "over_base"}
 _FEW_TOKENS = 2
+_SIGN_SECONDS = 10.0
 
 
 def main() -> None:
@@ -34,7 +37,7 @@ def main() -> None:
 def time_points(job: dict[str, Any], say: Say) -> None:
     """Check and time the candidates of each point."""
     for point in job["points"]:
-        problem = _problem(point)
+        problem = _problem(point, _now_and_then(lambda: say({"starting": "timing"})))
         results, ways = make_all(_makers(point), problem, say)
         results += compare(
             problem, ways, seconds=job["seconds"], starting=lambda name: say({"starting": name}), over=list(OVER)
@@ -58,9 +61,23 @@ def memory_points(job: dict[str, Any], say: Say) -> None:
         say({"done": point["index"]})
 
 
-def _problem(point: dict[str, Any]) -> LokrProblem:
+def _now_and_then(action: Callable[[], None]) -> Callable[[], None]:
+    """``action``, at most once in ``_SIGN_SECONDS``: the rounds of a large layer may last longer than a child may be
+    silent, and a message at each call would count as part of a small one."""
+    last = time.monotonic()
+
+    def act() -> None:
+        nonlocal last
+        if time.monotonic() - last > _SIGN_SECONDS:
+            last = time.monotonic()
+            action()
+
+    return act
+
+
+def _problem(point: dict[str, Any], sign_of_life: Callable[[], None] = lambda: None) -> LokrProblem:
     case = LokrCase(point["n"], point["m"], point["rank"])
-    return LokrProblem(case, point["tokens"], DTYPES[point["dtype"]], point["backward"], point["part"])
+    return LokrProblem(case, point["tokens"], DTYPES[point["dtype"]], point["backward"], point["part"], sign_of_life)
 
 
 def _makers(point: dict[str, Any]) -> dict[str, Any]:
