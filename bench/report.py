@@ -14,6 +14,7 @@ from pathlib import Path
 from bench.harness import RESULTS, ROOT, Row, read_rows
 from bench.report_accuracy import accuracy_parts
 from bench.report_distill import attention_parts, judged_steps, step_parts
+from bench.report_integrations import gpt2_parts, judged_gpt2, judged_lokr, lokr_parts, transform_parts
 from bench.report_layers import judged_layers, layer_parts, memory_table, peak_in_rounds, troubles
 from bench.report_model import encoder_parts, judged_encoders, judged_processes, process_parts, profile_parts
 from bench.tables import details, link, machine_of, markdown, missed_table
@@ -21,7 +22,8 @@ from bench.tables import details, link, machine_of, markdown, missed_table
 BEGIN, END = "<!-- results: made by bench/report.py -->", "<!-- end of results -->"
 NONE_YET = "No results are in `bench/results` yet; `make bench` measures this machine."
 # What each script measured, by the names of the result files.
-FILES = ("model", "ffn", "layers", "memory", "process", "profile", "distill-steps", "distill-losses")
+INTEGRATIONS = ("integrations-lokr", "integrations-gpt2", "integrations-transform")
+FILES = ("model", "ffn", "layers", "memory", "process", "profile", "distill-steps", "distill-losses", *INTEGRATIONS)
 PLOTS = {
     "latency": "Latency of an encoder by sequence length and batch",
     "profile": "Time of an encoder by part",
@@ -101,6 +103,9 @@ def _machine_section(machine: tuple[str, ...], files: dict[str, list[Row]]) -> l
         *profile_parts(files["profile"]),
         *step_parts(files["distill-steps"]),
         *attention_parts(files["distill-losses"]),
+        *lokr_parts(files["integrations-lokr"]),
+        *gpt2_parts(files["integrations-gpt2"]),
+        *transform_parts(files["integrations-transform"]),
         *layer_parts(ffn, "FFN block (W1, GELU, W2)"),
         *layer_parts(layers, "Layers"),
     ]
@@ -115,6 +120,8 @@ def _machine_section(machine: tuple[str, ...], files: dict[str, list[Row]]) -> l
         *judged_encoders(model),
         *judged_processes(files["process"]),
         *judged_steps(files["distill-steps"]),
+        *judged_lokr(files["integrations-lokr"]),
+        *judged_gpt2(files["integrations-gpt2"]),
         *judged_layers(ffn),
         *judged_layers(layers),
     ]

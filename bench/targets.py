@@ -85,6 +85,10 @@ _ACCURACY_KEPT = {"K8": 97.0, "K21": 93.0}
 # A step of distillation in float32: at most this share of the time and of the memory of the best factored stock torch.
 _STEP_SIZES = ("minilm", "bert-base")
 _STEP_TIME, _STEP_MEMORY = 0.7, 0.6
+# LoKr layers in float32, forward and backward: times faster than PEFT, and at most this share of its memory.
+_LOKR_TIME, _LOKR_MEMORY, _LOKR_TOKENS = 3.0, 0.25, "4096"
+# Layers of several terms over the better of their two einsums, and text of a whole model over the dense one.
+_TERMS, _TEXT = 2.0, 1.0
 
 
 @dataclass(frozen=True)
@@ -141,3 +145,20 @@ def accuracy_reach(model: str) -> float | None:
 def step_reach(row: Mapping[str, str]) -> tuple[float | None, float | None]:
     """The shares of stock torch's time and memory to stay within, of a row of distill-steps.csv; None where not set."""
     return (_STEP_TIME, _STEP_MEMORY) if row["size"] in _STEP_SIZES else (None, None)
+
+
+def lokr_reach(row: Mapping[str, str]) -> tuple[float | None, float | None]:
+    """Times faster than PEFT and share of its memory, of a row of integrations-lokr.csv; None where none was set."""
+    if (row["dtype"], row["direction"], row["tokens"]) != ("fp32", "forward+backward", _LOKR_TOKENS):
+        return None, None
+    return _LOKR_TIME, _LOKR_MEMORY
+
+
+def terms_reach() -> float:
+    """The speed-up of a layer of several terms over its einsums."""
+    return _TERMS
+
+
+def text_reach() -> float:
+    """The speed-up of generated text over the dense model."""
+    return _TEXT

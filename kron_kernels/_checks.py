@@ -97,10 +97,10 @@ def check_low_rank_types(b: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
 
 def check_low_rank(a: Tensor, p: Tensor, q: Tensor) -> None:
     """Check ``p (1, m2, r)`` and ``q (r, n2)`` against each other, and that ``a`` has one term."""
-    if p.dim() != 3 or q.dim() != 2 or p.shape[2] != q.shape[0] or 0 in (*p.shape, *q.shape):
+    if p.dim() != 3 or p.shape[0] != 1 or q.dim() != 2 or p.shape[2] != q.shape[0] or 0 in (*p.shape, *q.shape):
         raise ValueError(
             "b: expected matrices (m2, r) and (r, n2) with no empty dimension, got shapes "
-            f"{tuple(p.shape[1:])} and {tuple(q.shape)}"
+            f"{tuple(p.shape[1:] if p.shape[0] == 1 else p.shape)} and {tuple(q.shape)}"
         )
     if a.dim() != 3 or a.shape[0] != 1:
         raise ValueError(f"a: expected one matrix (m1, n1) beside a low-rank b, got shape {tuple(a.shape)}")

@@ -138,29 +138,39 @@ def _prepare(
         x, a, p, q = cast_for_autocast(device_type, x, a, p, q)
         if not in_place:
             (base,) = cast_for_autocast(device_type, base)
-    if a.dim() == 2 and p.dim() == 2:
-        a, p = a.unsqueeze(0), p.unsqueeze(0)
-    elif q is not None:
-        p = p.unsqueeze(0)
-    if q is None:
-        check_operands(x, a, p, None)
-    else:
-        x, p = _folded(x, a, p, q)
+    a, p = stacked(a, p, q)
+    check_factors(x, a, p, q)
+    if q is not None:
+        x, p = (fold(x, a, q), p) if folding_pays(a, p, q) else (x, p @ q)
     check_base(base, x, a.shape[1] * p.shape[1])
     return base, x, a, p, _backends.resolve(backend, device_type)
 
 
-def _folded(x: Tensor, a: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-    """Checked input and right factor that give the product of ``x`` and ``a (x) (p q)``.
+def stacked(a: Tensor, p: Tensor, q: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Factors as stacks: two matrices are one term, and so is each of what a low-rank factor goes with."""
+    if q is None and (a.dim(), p.dim()) != (2, 2):
+        return a, p
+    return (a.unsqueeze(0) if a.dim() == 2 else a), (p.unsqueeze(0) if p.dim() == 2 else p)
 
-    ``a (x) (p q) = (a (x) p) (I (x) q)``: q first takes each of a token's n1 rows from n2 to r values.
-    """
+
+def check_factors(x: Tensor, a: Tensor, p: Tensor, q: Tensor | None) -> None:
+    """Check ``x (..., n1 * n2)`` against stacked factors, where ``q (r, n2)`` is given of low rank."""
+    if q is None:
+        check_operands(x, a, p, None)
+        return
     check_low_rank(a, p, q)
+    check_operands(x, a, q[:1, :1].expand(1, p.shape[1], q.shape[1]), None)  # a stand-in of p q, for its shape
+
+
+def folding_pays(a: Tensor, p: Tensor, q: Tensor) -> bool:
+    """Whether ``(a (x) p)(I (x) q)`` takes fewer multiply-adds than ``a (x) (p q)``."""
     (_, m1, n1), (_, m2, rank), n2 = a.shape, p.shape, q.shape[1]
-    check_operands(x, a, q[:1, :1].expand(1, m2, n2), None)  # a stand-in of p q: nothing but its shape is asked
-    if n1 * n2 * rank + min(order_cost(m1, n1, m2, rank)) >= min(order_cost(m1, n1, m2, n2)):
-        return x, p @ q
-    return F.linear(x.unflatten(-1, (n1, n2)), q).flatten(-2), p
+    return n1 * n2 * rank + min(order_cost(m1, n1, m2, rank)) < min(order_cost(m1, n1, m2, n2))
+
+
+def fold(x: Tensor, a: Tensor, q: Tensor) -> Tensor:
+    """``(I (x) q) x``: each of a token's n1 rows from n2 to r values, ``(..., n1 * n2) -> (..., n1 * r)``."""
+    return F.linear(x.unflatten(-1, (a.shape[2], q.shape[1])), q).flatten(-2)
 
 
 def _shares_memory(base: Tensor, *operands: Tensor) -> bool:

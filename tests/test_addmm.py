@@ -234,7 +234,7 @@ P, Q = torch.zeros(7, 3), torch.zeros(3, 2)
         ({"b": (P, Q, Q)}, TypeError, r"b: expected a Tensor or a pair .*, got \(Tensor, Tensor, Tensor\)"),
         ({"b": (P, 1.0)}, TypeError, r"b: expected a Tensor or a pair \(p, q\) of Tensors, got \(Tensor, float\)"),
         ({"b": (P, P)}, ValueError, r"b: expected matrices \(m2, r\) and \(r, n2\) .*got shapes \(7, 3\) and \(7, 3\)"),
-        ({"b": (P[None], Q)}, ValueError, r"b: expected matrices .*got shapes \(1, 7, 3\) and \(3, 2\)"),
+        ({"b": (P.expand(2, 7, 3), Q)}, ValueError, r"b: expected matrices .*got shapes \(2, 7, 3\) and \(3, 2\)"),
         ({"b": (P, Q[None])}, ValueError, r"b: expected matrices .*got shapes \(7, 3\) and \(1, 3, 2\)"),
         ({"b": (P[:, :0], Q[:0])}, ValueError, r"b: expected matrices .*got shapes \(7, 0\) and \(0, 2\)"),
         ({"a": torch.zeros(2, 3, 5), "b": (P, Q)}, ValueError, r"a: expected one matrix .*got shape \(2, 3, 5\)"),

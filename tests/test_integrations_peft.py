@@ -519,3 +519,53 @@ def test_a_patched_model_compiles_to_one_graph(case: str) -> None:
     for name in ("y", "x"):
         assert torch.allclose(found[name], plain[name], atol=1e-5), name
     assert all(torch.allclose(found[f"_orig_mod.{name}"], plain[name], atol=1e-4) for name in plain if "lokr" in name)
+
+
+CONDITIONS: dict[str, tuple[dict[str, Any], bool]] = {
+    "plain": ({}, True),
+    "no gradients": ({"inference": True}, True),
+    "two adapters": ({"adapters": 2}, False),
+    "trained layer": ({"trained": True}, False),
+    "hook before": ({"hook": True}, False),
+    "rank dropout": ({"rank_dropout": 0.5}, False),
+    "adapter of another dtype": ({"adapter_dtype": torch.float64}, False),
+    "autocast": ({"autocast": True}, False),
+}
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_one_adapter_on_a_plain_frozen_layer_shares_its_gradient(
+    condition: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes, shared = CONDITIONS[condition]
+    options = {name: changes[name] for name in ("adapters", "rank_dropout") if name in changes}
+    model, x = adapted(linear, **FULL, **options), make_x(linear)
+    layer = model.base_model.model.layer
+    layer.base_layer.weight.requires_grad_("trained" in changes)
+    if "hook" in changes:
+        layer.base_layer.register_forward_pre_hook(lambda module, operands: (2 * operands[0],))
+    if "adapter_dtype" in changes:
+        layer.lokr_w2.to(changes["adapter_dtype"])
+    torch.manual_seed(0)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled="autocast" in changes):
+        want = model(x)
+    calls = []
+    op = peft_lokr.frozen_linear_kron
+    monkeypatch.setattr(peft_lokr, "frozen_linear_kron", lambda *args, **kwargs: calls.append(1) or op(*args, **kwargs))
+    torch.manual_seed(0)
+    with (
+        kron_kernels_in_peft(model),
+        torch.inference_mode("inference" in changes),
+        torch.autocast("cpu", torch.bfloat16, enabled="autocast" in changes),
+    ):
+        y = model(x)
+    assert torch.allclose(
+        y, want, rtol=0.02 if "autocast" in changes else 1e-4, atol=0.1 if "autocast" in changes else 1e-4
+    )
+    assert bool(calls) == shared
+
+
+def test_module_dropout_leaves_the_layer_alone() -> None:
+    model, x = adapted(linear, **FULL, module_dropout=0.999999), make_x(linear)
+    with kron_kernels_in_peft(model):
+        assert torch.equal(model(x), model.base_model.model.layer.base_layer(x))

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..addmm import kron_addmm, kron_addmm_
+from ..frozen import frozen_linear_kron, is_plain_frozen
 from ..nn import Shapes
 from ..nn.factored import check_product_shape, empty_factors
 from ..presets import KronConfig, as_kron_config
@@ -81,6 +82,8 @@ class KronA(KronAdapter):
         self.merged = False
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.merged and is_plain_frozen(self.base):
+            return frozen_linear_kron(x, self.base.weight, self.base.bias, self.a, self.b, alpha=self.scale)
         y = self.base(x)
         return y if self.merged else kron_addmm_(y, x, self.a, self.b, alpha=self.scale)
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from ..addmm import RightFactor, kron_addmm, kron_addmm_
+from ..frozen import frozen_linear_kron, is_plain_frozen
 from ._versions import check_version
 
 PEFT_VERSIONS = ">=0.21,<0.22"
@@ -105,6 +106,12 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """``LoKrLayer.forward``: ``x (..., n)``, or ``(..., n, *space)`` of a convolution, to m channels in place of n."""
     if layer.disable_adapters or layer.merged:
         return _own(LoKrLayer, "forward")(layer, x, *args, **kwargs)
+    if not args and not kwargs and (adapter := _only_adapter(layer, x)):
+        if _drops_module(layer, adapter):
+            return layer.base_layer(x)
+        _, a, b = _operands(layer, adapter, x)
+        frozen = layer.base_layer
+        return frozen_linear_kron(x, frozen.weight, frozen.bias, a, b, alpha=layer.scaling[adapter])
     result = layer.base_layer(x, *args, **kwargs)
     in_place = _in_place_is_seen_by_none() and _is_fresh(layer.base_layer, result)
     for adapter in layer.active_adapters:
@@ -116,6 +123,21 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             result = result + layer._get_delta_activations(adapter, x, *args, **kwargs)
         in_place = _in_place_is_seen_by_none()  # the result is now our own
     return result.to(x.dtype)
+
+
+def _only_adapter(layer: Any, x: Tensor) -> str:
+    """The adapter that alone is added to a plain frozen layer, all of one dtype; "" where that is not so."""
+    adapters = [adapter for adapter in layer.active_adapters if adapter in layer._available_adapters]
+    if len(adapters) != 1 or not isinstance(layer, Linear) or not _in_place_is_seen_by_none():
+        return ""
+    (adapter,) = adapters
+    frozen = layer.base_layer
+    if not is_plain_frozen(frozen) or _drops_rows(layer, adapter) or _unsupported(layer, adapter):
+        return ""
+    factors = (getattr(layer, name) for name in layer.adapter_layer_names)
+    used = [frozen.weight, *(factor[adapter] for factor in factors if adapter in factor)]
+    alike = all(tensor.dtype is x.dtype for tensor in used) and _computed_dtype(x) is x.dtype
+    return adapter if alike else ""
 
 
 def _add_product(layer: Any, adapter: str, x: Tensor, result: Tensor, in_place: bool) -> Tensor:
