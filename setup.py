@@ -19,7 +19,9 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-BUILT = ("_C.so", "libkron_core.so", "_introspect*.so", "_build_info.json")
+BUILT = ("_C.so", "libkron_core.so*", "_introspect*.so", "_build_info.json")
+# For C++ projects that use the core: headers, and what find_package(kron_kernels) reads.
+BUILT_FOLDERS = ("include", "share")
 
 
 class BuildError(Exception):
@@ -47,6 +49,8 @@ def configure_arguments(output: Path) -> list[str]:
         f"-DKRON_KERNELS_OUTPUT_DIR={output}",
         f"-DKRON_KERNELS_TORCH_DIR={torch}",
         f"-DPython_EXECUTABLE={sys.executable}",
+        # Inside the package the library lies at the top.
+        "-DCMAKE_INSTALL_LIBDIR=.",
         *shlex.split(os.environ.get("KRON_KERNELS_CMAKE_ARGS", "")),
     ]
     pybind11 = package_folder("pybind11")
@@ -68,6 +72,8 @@ class CMakeBuild(build_ext):
         for pattern in BUILT:
             for stale in output.glob(pattern):
                 stale.unlink()
+        for folder in BUILT_FOLDERS:
+            shutil.rmtree(output / folder, ignore_errors=True)
         try:
             self.build_libraries(output)
         except (BuildError, OSError) as error:
@@ -99,9 +105,13 @@ class CMakeBuild(build_ext):
             )
         if subprocess.run([*cmake, "--build", str(build), "--parallel", jobs], check=False).returncode:
             raise BuildError("the C++ sources did not compile: see the output of the build")
+        install = [*cmake, "--install", str(build), "--prefix", str(output), "--component", "development"]
+        if subprocess.run(install, check=False).returncode:
+            raise BuildError("CMake could not install the headers: see the output of the build")
 
     def get_outputs(self) -> list[str]:
-        return [str(path) for pattern in BUILT for path in (Path(self.build_lib) / "kron_kernels").glob(pattern)]
+        patterns = (*BUILT, *(f"{folder}/**/*.*" for folder in BUILT_FOLDERS))
+        return [str(path) for pattern in patterns for path in (Path(self.build_lib) / "kron_kernels").glob(pattern)]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}

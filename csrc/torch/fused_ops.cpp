@@ -284,7 +284,7 @@ Tensor kron_embedding(const Tensor& ids, const Tensor& a, const Tensor& b, const
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(kron_kernels, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(KRON_KERNELS_OPS, CPU, m) {
     m.impl("kron_pack", TORCH_BOX(&kron_pack));
     m.impl("kron_mm_norm", TORCH_BOX(&kron_mm_norm));
     m.impl("kron_ffn", TORCH_BOX(&kron_ffn));

@@ -97,7 +97,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kron_mm_backward(const Tensor& grad_a
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(kron_kernels, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(KRON_KERNELS_OPS, CPU, m) {
     m.impl("kron_mm", TORCH_BOX(&kron_mm));
     m.impl("kron_mm_add", TORCH_BOX(&kron_mm_add));
     m.impl("kron_mm_add_", TORCH_BOX(&kron_mm_add_));

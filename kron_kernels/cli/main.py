@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from .. import __version__
-from . import bench, compress, distill, env, evaluate, export, report
+from . import bench, cmake_dir, compress, distill, env, evaluate, export, report
 
 # In the order of a model's way.
 _COMMANDS: dict[str, Any] = {
@@ -22,6 +22,7 @@ _COMMANDS: dict[str, Any] = {
     "report": report,
     "export": export,
     "bench": bench,
+    "cmake-dir": cmake_dir,
 }
 
 
