@@ -5,6 +5,7 @@ from ._version import __version__
 from .addmm import kron_addmm, kron_addmm_
 from .functional import kron_matmul
 from .fused import AddNorm, kron_embedding, kron_ffn, kron_matmul_norm, kron_qkv, pack_factors
+from .transform import kron_matmul_int8
 
 __all__ = [
     "AddNorm",
@@ -15,6 +16,7 @@ __all__ = [
     "kron_embedding",
     "kron_ffn",
     "kron_matmul",
+    "kron_matmul_int8",
     "kron_matmul_norm",
     "kron_qkv",
     "pack_factors",

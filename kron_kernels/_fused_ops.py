@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._ops import _ACTIVATION_NAMES, _TAGS, _only_needed
+from ._ops import _ACTIVATION_NAMES, _TAGS, _only_needed, _unbind
 
 _FACTORS_1, _FACTORS_2 = (f"Tensor a{i}, Tensor b{i}, Tensor? bias{i}" for i in (1, 2))
 _SCHEMAS = {
     "kron_pack": "(Tensor a, Tensor b) -> Tensor",
     "kron_mm_norm": "(Tensor x, Tensor a, Tensor b, Tensor? bias, Tensor residual, Tensor norm_weight, "
     "Tensor norm_bias, float eps, Tensor? packed=None) -> Tensor",
+    "kron_mm_int8": "(Tensor x, Tensor a, Tensor b) -> (Tensor, Tensor)",
     "kron_ffn": f"(Tensor x, {_FACTORS_1}, {_FACTORS_2}, int activation, Tensor? residual, Tensor? norm_weight, "
     "Tensor? norm_bias, float eps, Tensor? packed1=None, Tensor? packed2=None) -> Tensor",
     "kron_ffn_backward": f"(Tensor grad, Tensor x, {_FACTORS_1}, Tensor a2, Tensor b2, int activation, int needs)"
@@ -35,6 +36,7 @@ for _name, _schema in _SCHEMAS.items():
 
 kron_pack = torch.ops.kron_kernels.kron_pack.default
 kron_mm_norm = torch.ops.kron_kernels.kron_mm_norm.default
+kron_mm_int8 = torch.ops.kron_kernels.kron_mm_int8.default
 kron_ffn = torch.ops.kron_kernels.kron_ffn.default
 kron_ffn_backward = torch.ops.kron_kernels.kron_ffn_backward.default
 kron_qkv = torch.ops.kron_kernels.kron_qkv.default
@@ -61,6 +63,13 @@ def _kron_mm_norm_reference(
 ) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         return reference.kron_mm_norm(x, a, b, bias, residual, norm_weight, norm_bias, eps)
+
+
+def _kron_mm_int8_reference(x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    if a.dim() == 2 and b.dim() == 2:
+        a, b = a.unsqueeze(0), b.unsqueeze(0)
+    with torch.autocast(x.device.type, enabled=False):
+        return reference.kron_mm_int8(x, a, b)
 
 
 def _kron_ffn_reference(
@@ -123,6 +132,23 @@ for _name in _SCHEMAS:
 @torch.library.register_fake("kron_kernels::kron_mm_norm")
 def _kron_mm_norm_fake(x: Tensor, a: Tensor, b: Tensor, *_rest: Any, **_packed: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], a.shape[1] * b.shape[1])
+
+
+@torch.library.register_fake("kron_kernels::kron_mm_int8")
+def _kron_mm_int8_fake(x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    rows = x.shape[:-1]
+    q = x.new_empty(*rows, a.shape[-2] * b.shape[-2], dtype=torch.int8)
+    return q, x.new_empty(*rows, 1, dtype=torch.float32)
+
+
+@torch.library.register_vmap("kron_kernels::kron_mm_int8")
+def _kron_mm_int8_vmap(
+    info: Any, in_dims: tuple, x: Tensor, a: Tensor, b: Tensor
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    if in_dims[1] is None and in_dims[2] is None:
+        return kron_mm_int8(x.movedim(in_dims[0], 0), a, b), (0, 0)
+    q, scale = zip(*(kron_mm_int8(*sample) for sample in _unbind(info.batch_size, in_dims, (x, a, b))), strict=True)
+    return (torch.stack(q), torch.stack(scale)), (0, 0)
 
 
 @torch.library.register_fake("kron_kernels::kron_ffn")

@@ -9,7 +9,9 @@
 #include "forward.h"
 
 void amx_emulated_forward(const kron::ForwardArgs& args, const kron::Executor& executor) {
-    kron::amx_emulated::forward<float, kron::amx_emulated::bf16, kron::amx_emulated::AmxGemm>(args, executor);
+    using namespace kron::amx_emulated;
+    if (args.int8.q) return forward<float, bf16, AmxGemm, float>(args, executor);
+    forward<float, bf16, AmxGemm>(args, executor);
 }
 
 void amx_emulated_ffn(const kron::FfnArgs& args, const kron::Executor& executor) {

@@ -10,6 +10,7 @@
 #include "support.h"
 
 void test_blocks(int rounds, bool only_random);  // test_blocks.cpp
+void test_int8(int rounds, bool only_random);    // test_int8.cpp
 
 namespace {
 
@@ -247,6 +248,7 @@ int main(int argc, char** argv) {
                   pick(0, 2)},
                  int(pick(0, 15)));
     test_blocks(rounds, only_random);
+    test_int8(rounds, only_random);
     std::printf("%d checks at levels portable..%s\n", checks, kron::isa_name(kron::detected_isa()));
     std::printf("%d passed, %d failed\n", checks - failures, failures);
     return failures != 0;

@@ -136,23 +136,31 @@ inline kron::Factor factor(const Tensor& stack) {
 }
 
 // torch::stable::new_empty would go through the dispatcher, at the price of a small product.
-inline Tensor empty(int64_t dimensions, const int64_t* sizes, const Tensor& like) {
+inline Tensor empty_of(int64_t dimensions, const int64_t* sizes, int32_t dtype) {
     std::array<int64_t, kMaxDimensions> strides;
     int64_t stride = 1;
     for (int64_t i = dimensions; i-- > 0; stride *= sizes[i]) strides[i] = stride;
     AtenTensorHandle handle;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dimensions, sizes, strides.data(), dtype_code(like),
-                                                    aoti_torch_device_type_cpu(), 0, &handle));
+    TORCH_ERROR_CODE_CHECK(
+        aoti_torch_empty_strided(dimensions, sizes, strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &handle));
     return Tensor(handle);
 }
 
+inline Tensor empty(int64_t dimensions, const int64_t* sizes, const Tensor& like) {
+    return empty_of(dimensions, sizes, dtype_code(like));
+}
+
 // Shape of x with another last dimension.
-inline Tensor empty_rows(const Tensor& x, int64_t last) {
+inline Tensor empty_rows(const Tensor& x, int64_t last, int32_t dtype) {
     const auto size = x.sizes();
     std::array<int64_t, kMaxDimensions> sizes;
     std::copy(size.begin(), size.end(), sizes.begin());
     sizes[size.size() - 1] = last;
-    return empty(static_cast<int64_t>(size.size()), sizes.data(), x);
+    return empty_of(static_cast<int64_t>(size.size()), sizes.data(), dtype);
+}
+
+inline Tensor empty_rows(const Tensor& x, int64_t last) {
+    return empty_rows(x, last, dtype_code(x));
 }
 
 inline void zero(const Tensor& tensor) {

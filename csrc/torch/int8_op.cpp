@@ -1,0 +1,33 @@
+// The CPU kernel of kron_kernels::kron_mm_int8: a product whose result leaves the kernel as bytes. Schema:
+// kron_kernels/_fused_ops.py.
+#include <tuple>
+
+#include "operands.h"
+
+namespace {
+
+using namespace kron_torch;
+
+std::tuple<Tensor, Tensor> kron_mm_int8(const Tensor& x_any, const Tensor& a, const Tensor& b) {
+    kron::ForwardArgs args{};
+    args.shape = checked_shape(x_any, a, b, true);
+    Tensor q = empty_rows(x_any, args.shape.m1 * args.shape.m2, aoti_torch_dtype_int8());
+    Tensor scale = empty_rows(x_any, 1, aoti_torch_dtype_float32());
+    if (args.shape.tokens == 0) return {q, scale};
+    std::optional<Tensor> no_bias;
+    kron::Projection only = projection(args.shape, x_any, a, b, no_bias, std::nullopt, nullptr);
+    const Rows x = rows_of(x_any);
+    args.x = x.data();
+    args.x_stride = x.stride;
+    args.count = 1;
+    args.projections = &only;
+    args.int8 = {static_cast<int8_t*>(q.mutable_data_ptr()), static_cast<float*>(scale.mutable_data_ptr())};
+    kron::kron_mm_forward(args, torch_executor());
+    return {q, scale};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(KRON_KERNELS_OPS, CPU, m) {
+    m.impl("kron_mm_int8", TORCH_BOX(&kron_mm_int8));
+}
