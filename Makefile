@@ -76,6 +76,7 @@ bench-model: bench-peers
 	$(PY) -m bench.profile
 	$(PY) -m bench.distill_losses
 	$(PY) -m bench.distill_steps
+	$(PY) -m bench.integrations.transform
 	$(PY) -m bench.ffn
 	$(PY) -m bench.model
 	$(PY) -m bench.report
@@ -87,6 +88,7 @@ bench-smoke: bench-peers
 	$(PY) -m bench.process_memory --smoke --out build/bench
 	$(PY) -m bench.distill_losses --smoke --out build/bench
 	$(PY) -m bench.distill_steps --smoke --out build/bench
+	$(PY) -m bench.integrations.transform --smoke --out build/bench
 	$(PY) -m bench.profile --smoke --out build/bench
 	$(PY) -m bench.report --results build/bench --readme build/bench/README.md
 
