@@ -150,7 +150,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 def run(command: list[str]) -> None:
     """Run a command of the build from the source tree; exits with its name where it fails."""
-    print("--", " ".join(command[:4]), "..." if len(command) > 4 else "", flush=True)
+    print("--", " ".join(command[:3]).splitlines()[0], "...", flush=True)
     if subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL).returncode:
         sys.exit(f"hub_kernel: failed: {command[0]} (its messages are above)")
 

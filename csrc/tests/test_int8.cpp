@@ -118,9 +118,11 @@ void test_rounding(DType dtype) {
 
 void test_int8(int rounds, bool only_random) {
     if (!only_random) {
-        // Both orders and layouts of the plan, whole and broken panels, few and many tokens; then every dtype.
+        // Both orders and layouts of the plan, whole and broken panels, few and many tokens; last, right factors whose
+        // panels would be shared out if tokens were not to stay whole.
         const int64_t shapes[][5] = {{1, 24, 24, 32, 32}, {1, 64, 64, 64, 64}, {2, 48, 48, 2, 2}, {1, 8, 2, 40, 48},
-                                     {1, 2, 8, 48, 40},   {3, 5, 3, 7, 2},     {1, 1, 1, 1, 1},   {1, 3, 40, 33, 24}};
+                                     {1, 2, 8, 48, 40},   {3, 5, 3, 7, 2},     {1, 1, 1, 1, 1},   {1, 3, 40, 33, 24},
+                                     {1, 2, 2, 200, 180}, {1, 190, 180, 2, 2}};
         for (const auto& s : shapes)
             for (const DType dtype : {DType::f32, DType::bf16, DType::f64, DType::f16})
                 for (const int64_t tokens : {0, 1, 5, 40}) {
