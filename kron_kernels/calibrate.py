@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._conv1d import is_conv1d
 from ._input_recorder import InputRecorder, InputStatistics
 
 _FORMAT = "kron_kernels.calibration"
@@ -121,9 +122,9 @@ def calibrate(
     Each batch is a mapping of keyword arguments, as a tokenizer returns it, a tuple of positional ones, or one tensor;
     tensors are moved to the model's device. Where a mapping holds an ``attention_mask`` (B, L), inputs of shape
     (B, L, n) or (B*L, n) leave out the tokens it marks with 0. ``modules`` names the modules to watch (any that
-    take a tensor of fixed width first); every nn.Linear that runs, unless given. ``dtype`` is that of sums and moments,
-    float32 or float64; the memory needed is one (n, n) matrix for each distinct input. The first batch runs twice:
-    once to see which modules share an input. ``progress(done, total, what)`` is called after each pass.
+    take a tensor of fixed width first); every nn.Linear and Conv1D that runs, unless given. ``dtype`` is that of sums
+    and moments, float32 or float64; the memory needed is one (n, n) matrix for each distinct input. The first batch
+    runs twice: once to see which modules share an input. ``progress(done, total, what)`` is called after each pass.
 
     The model runs in evaluation mode, without gradients, and is left as it was, its hooks removed, also after an
     error. Raises ValueError for unknown names, no batches, a batch of another kind, a mask of another shape and
@@ -178,7 +179,7 @@ def _watched(model: nn.Module, modules: Sequence[str] | None) -> dict[str, nn.Mo
     named = dict(model.named_modules())
     if modules is None:
         watched: dict[str, nn.Module] = {
-            name: module for name, module in named.items() if isinstance(module, nn.Linear)
+            name: module for name, module in named.items() if isinstance(module, nn.Linear) or is_conv1d(module)
         }
         if not watched:
             raise ValueError("model: expected at least one nn.Linear, got none; name the modules to calibrate")

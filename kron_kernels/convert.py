@@ -1,4 +1,4 @@
-"""Replace an encoder's linear layers and word embedding by Kronecker-factored ones, in place."""
+"""Replace a model's linear layers and word embedding by Kronecker-factored ones, in place."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from ._conv1d import Conv1DLike, as_linear, is_conv1d, weight_shape
 from .calibrate import Calibration
 from .counting import count_parameters
 from .nn import KronDecoder, KronEmbedding, KronLinear, Shape, Shapes, fit_embedding, fit_linear
@@ -59,10 +60,12 @@ class ConversionReport:
 
 
 @dataclass(frozen=True)
-class _Target:
+class Target:
+    """A dense layer to replace: its name in the model, its role, and the shapes and number of its factors."""
+
     name: str
     role: str
-    module: nn.Linear | nn.Embedding
+    module: nn.Linear | Conv1DLike | nn.Embedding
     shapes: Shapes
     terms: int
 
@@ -79,11 +82,12 @@ def kronify_(
 ) -> ConversionReport:
     """Replace the layers that ``config`` names by their nearest Kronecker products, in place.
 
-    Works on encoders whose module names match the config's patterns: BERT and its kin with any head, MPNet. Poolers,
-    heads, LayerNorms, position and type embeddings stay as they are. An output layer tied to the word embedding
-    becomes one on the embedding's factors and stays tied. The conversion is recorded in the ``kron`` field of a
-    transformers configuration. The files of a model converted in place load into one given the same structure with
-    ``fit=False``; those of ``KronBertModel.from_dense`` and its kin load by themselves.
+    Works on models whose module names match the config's patterns: BERT and its kin with any head, MPNet, and GPT-2,
+    whose Conv1D layers (weights of (in, out)) become what an nn.Linear of the transposed weight does. Poolers, heads,
+    LayerNorms, position and type embeddings stay as they are. An output layer tied to the word embedding becomes one
+    on the embedding's factors and stays tied. The conversion is recorded in the ``kron`` field of a transformers
+    configuration. The files of a model converted in place load into one given the same structure with ``fit=False``;
+    those of ``KronBertModel.from_dense`` and its kin load by themselves.
 
     Args:
         model: changed only once every layer has been fitted; after an error it is as it was.
@@ -98,13 +102,13 @@ def kronify_(
         progress: called as ``progress(done, total, name)`` after each layer.
 
     Raises:
-        ValueError: a role without modules, a module of a role that is neither nn.Linear nor nn.Embedding or shares
-            its weight, a shape that does not divide, a layer without calibration, a model converted before.
+        ValueError: a role without modules, a module of a role that is not nn.Linear, Conv1D or nn.Embedding or
+            shares its weight, a shape that does not divide, a layer without calibration, a model converted before.
     """
     config = as_kron_config(config)
     if weight_dtype is not None:
         config = replace(config, weight_dtype=weight_dtype)
-    targets = _plan(model, config, calibration if fit else None, fit)
+    targets = plan_layers(model, config, calibration if fit else None, fit)
     params_before = count_parameters(model)
     replacements: list[nn.Module] = []
     layers = []
@@ -183,7 +187,7 @@ def _factor_ties(
     return ties
 
 
-def _plan(model: nn.Module, config: KronConfig, calibration: Calibration | None, fit: bool) -> list[_Target]:
+def plan_layers(model: nn.Module, config: KronConfig, calibration: Calibration | None, fit: bool) -> list[Target]:
     """Every layer to replace, in the order of the model, after all checks that need no fit."""
     if any(isinstance(module, (KronLinear, KronEmbedding, KronDecoder)) for module in model.modules()):
         raise ValueError("model: expected a dense model, got one that has Kronecker layers already")
@@ -213,14 +217,14 @@ def _plan(model: nn.Module, config: KronConfig, calibration: Calibration | None,
     return targets
 
 
-def _target(name: str, role: str, module: nn.Module, config: KronConfig) -> _Target:
-    if not isinstance(module, (nn.Linear, nn.Embedding)):
+def _target(name: str, role: str, module: nn.Module, config: KronConfig) -> Target:
+    if not isinstance(module, (nn.Linear, nn.Embedding)) and not is_conv1d(module):
         got = type(module).__name__
-        raise ValueError(f"model: expected {name} ({role}) to be nn.Linear or nn.Embedding, got {got}")
+        raise ValueError(f"model: expected {name} ({role}) to be nn.Linear, Conv1D or nn.Embedding, got {got}")
     if not module.weight.is_floating_point():
         raise ValueError(f"model: expected {name} ({role}) to have a floating-point weight, got {module.weight.dtype}")
     rule = config.rules[role]
-    rows, cols = module.weight.shape
+    rows, cols = weight_shape(module)
     try:
         (m1, n1), (m2, n2) = rule.resolve(rows, cols)
         if isinstance(module, nn.Embedding) and m2 != 1:
@@ -229,30 +233,30 @@ def _target(name: str, role: str, module: nn.Module, config: KronConfig) -> _Tar
             raise ValueError(f"terms: expected at most min(m1*n1, m2*n2) = {min(m1 * n1, m2 * n2)}, got {rule.terms}")
     except ValueError as error:
         raise ValueError(f"{name} ({role}): {error}") from None
-    return _Target(name, role, module, ((m1, n1), (m2, n2)), rule.terms)
+    return Target(name, role, module, ((m1, n1), (m2, n2)), rule.terms)
 
 
-def _check_fit(target: _Target, calibration: Calibration | None) -> None:
+def _check_fit(target: Target, calibration: Calibration | None) -> None:
     if not torch.isfinite(target.module.weight).all():
         raise ValueError(f"model: expected finite weights, got NaN or inf in {target.name}")
-    if calibration is None or not isinstance(target.module, nn.Linear):
+    if calibration is None or isinstance(target.module, nn.Embedding):
         return
     if target.name not in calibration:
         raise ValueError(f"calibration: expected a moment for {target.name}, got none")
 
 
-def _fresh(target: _Target) -> KronLinear | KronEmbedding:
+def _fresh(target: Target) -> KronLinear | KronEmbedding:
     module, (a_shape, b_shape) = target.module, target.shapes
     factory: dict[str, Any] = {"device": module.weight.device, "dtype": module.weight.dtype}
     if isinstance(module, nn.Embedding):
         rows, dim, padding_idx = module.num_embeddings, module.embedding_dim, module.padding_idx
         return KronEmbedding(rows, dim, b_shape[1], target.terms, padding_idx, **factory)
-    bias = module.bias is not None
-    return KronLinear(module.in_features, module.out_features, (a_shape, b_shape), target.terms, bias, **factory)
+    (rows, cols), bias = weight_shape(module), module.bias is not None
+    return KronLinear(cols, rows, (a_shape, b_shape), target.terms, bias, **factory)
 
 
 def _fitted(
-    target: _Target, calibration: Calibration | None, token_counts: Tensor | None
+    target: Target, calibration: Calibration | None, token_counts: Tensor | None
 ) -> tuple[KronLinear | KronEmbedding, float, float | None]:
     module: KronLinear | KronEmbedding
     if isinstance(target.module, nn.Embedding):
@@ -260,5 +264,5 @@ def _fitted(
     else:
         moment: Tensor | None = None if calibration is None else calibration[target.name]
         mean: Tensor | None = None if calibration is None else calibration.input_mean[target.name]
-        module, factors = fit_linear(target.module, target.shapes[0], target.terms, moment, mean)
+        module, factors = fit_linear(as_linear(target.module), target.shapes[0], target.terms, moment, mean)
     return module, factors.relative_error, factors.weighted_error

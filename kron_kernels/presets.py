@@ -14,16 +14,17 @@ from .nn import Shape, Shapes
 VERSIONS = (1, 2)
 WEIGHT_DTYPES = (None, "int8")
 
-# Module names of BERT and its kin (RoBERTa, ELECTRA, ...) and of MPNet. Poolers and heads match none of them.
+# Module names of BERT and its kin (RoBERTa, ELECTRA, ...), of MPNet and of GPT-2. Poolers and heads match none of them.
 DEFAULT_PATTERNS: dict[str, tuple[str, ...]] = {
     "attention": (
         r"(^|\.)layer\.\d+\.(cross)?attention\.self\.(query|key|value)$",
         r"(^|\.)layer\.\d+\.(cross)?attention\.output\.dense$",
         r"(^|\.)layer\.\d+\.attention\.attn\.[qkvo]$",
+        r"(^|\.)h\.\d+\.attn\.c_(attn|proj)$",
     ),
-    "ffn_in": (r"(^|\.)layer\.\d+\.intermediate\.dense$",),
-    "ffn_out": (r"(^|\.)layer\.\d+\.output\.dense$",),
-    "embedding": (r"(^|\.)word_embeddings$",),
+    "ffn_in": (r"(^|\.)layer\.\d+\.intermediate\.dense$", r"(^|\.)h\.\d+\.mlp\.c_fc$"),
+    "ffn_out": (r"(^|\.)layer\.\d+\.output\.dense$", r"(^|\.)h\.\d+\.mlp\.c_proj$"),
+    "embedding": (r"(^|\.)word_embeddings$", r"(^|\.)wte$"),
 }
 
 
@@ -175,6 +176,30 @@ _PRESETS: dict[str, dict[str, ShapeRule]] = {
         "ffn_out": ShapeRule(a=(2, 16)),
         "embedding": ShapeRule(b=(1, 16)),
     },
+    "KnGPT2": {
+        "attention": ShapeRule(b=(1, 2)),
+        "ffn_in": ShapeRule(b=(1, 2)),
+        "ffn_out": ShapeRule(b=(1, 2)),
+        "embedding": ShapeRule(b=(1, 2)),
+    },
+    "TQCompressor": {
+        "ffn_in": ShapeRule(b=(4, 2), terms=4),
+        "ffn_out": ShapeRule(b=(2, 4), terms=4),
+        "embedding": ShapeRule(b=(1, 4)),
+    },
+    "TQCompressor-QKV": {
+        "attention": ShapeRule(b=(1, 2)),
+        "ffn_in": ShapeRule(b=(4, 2), terms=4),
+        "ffn_out": ShapeRule(b=(2, 4), terms=4),
+        "embedding": ShapeRule(b=(1, 4)),
+    },
+}
+# Blocks 0, 2, 4, ... of GPT-2, which its presets leave dense.
+_EVEN_BLOCKS = r"(^|\.)h\.\d*[02468]\."
+_SKIPS: dict[str, tuple[str, ...]] = {
+    "KnGPT2": (_EVEN_BLOCKS,),
+    "TQCompressor": (_EVEN_BLOCKS,),
+    "TQCompressor-QKV": (_EVEN_BLOCKS, r"(^|\.)attn\.c_proj$"),
 }
 
 
@@ -189,6 +214,13 @@ def preset(name: str, hidden_size: int | None = None, intermediate_size: int | N
     pairs of one large and one tiny factor (2 to 16 wide) within about 1 % of 19 times: spare parameters bring most
     in the embedding (more than in attention or in the feed-forward, fitted to a real encoder without training),
     and the one choice with 2 % fewer multiply-adds keeps a lower-rank feed-forward.
+
+    "KnGPT2", of GPT-2's odd blocks (1, 3, ...), word embedding and tied head, each matrix halved (Edalati et al.,
+    "Kronecker Decomposition for GPT Compression", 2021): 83,907,506 parameters of GPT-2 small's 124,439,808, where the
+    paper has 83M. "TQCompressor": the feed-forward of the odd blocks by 4 terms of (768, 384) (x) (4, 2) and
+    (384, 768) (x) (2, 4), the embedding by a row of 4 (Abronin et al., "TQCompressor", 2024, in the shapes of their
+    published configuration): 81,336,388, where the paper has 81M. "TQCompressor-QKV" halves queries, keys and values of
+    those blocks too. GPT-2 keeps queries, keys and values in one matrix: its three parts share their tiny factor.
 
     Given ``hidden_size`` and ``intermediate_size``, also checks that the shapes divide those of an encoder of that
     size. Raises ValueError for an unknown name and for a size that does not divide.
@@ -209,7 +241,7 @@ def preset(name: str, hidden_size: int | None = None, intermediate_size: int | N
             except ValueError as error:
                 sizes = f"hidden_size={hidden_size}, intermediate_size={intermediate_size}"
                 raise ValueError(f"preset {name} does not fit {sizes}: {role}: {error}") from None
-    return KronConfig(rules=rules, name=name)
+    return KronConfig(rules=rules, name=name, skip=_SKIPS.get(name, ()))
 
 
 def as_kron_config(config: KronConfig | Mapping[str, Any] | str) -> KronConfig:
