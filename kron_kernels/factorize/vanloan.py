@@ -35,7 +35,7 @@ def van_loan(weight: Tensor, a_shape: tuple[int, int], terms: int) -> tuple[Tens
     """The ``terms`` leading pairs, fp64: a (S, m1, n1) and b (S, m2, n2), each pair's singular value split evenly."""
     (m1, n1), (m2, n2) = a_shape, (weight.shape[0] // a_shape[0], weight.shape[1] // a_shape[1])
     a_is_small = m1 * n1 < m2 * n2
-    gram = _gram(weight, a_shape, a_is_small)
+    gram = gram_matrix(weight, a_shape, a_is_small)
     small = leading_eigenvectors(gram, terms)
     # (S, large side); the length of each row is the singular value.
     large = torch.cat([block @ small for block in rearranged_blocks(weight, a_shape, a_is_small)]).T
@@ -59,7 +59,7 @@ def with_fixed_signs(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 def van_loan_error(weight: Tensor, a_shape: tuple[int, int], terms: int) -> float:
     """Relative Frobenius error of the nearest sum of ``terms`` Kronecker products, without building the factors."""
     a_is_small = a_shape[0] * a_shape[1] * a_shape[0] * a_shape[1] < weight.numel()
-    gram = _gram(weight, a_shape, a_is_small)
+    gram = gram_matrix(weight, a_shape, a_is_small)
     total = float(gram.trace())
     vectors = leading_eigenvectors(gram, terms)
     captured = float(((gram @ vectors) * vectors).sum())
@@ -74,7 +74,7 @@ def leading_eigenvectors(gram: Tensor, count: int) -> Tensor:
     return _block_lanczos(gram, count)
 
 
-def _gram(weight: Tensor, a_shape: tuple[int, int], a_is_small: bool) -> Tensor:
+def gram_matrix(weight: Tensor, a_shape: tuple[int, int], a_is_small: bool) -> Tensor:
     """The Gram matrix of R's smaller side, fp64."""
     blocks = rearranged_blocks(weight, a_shape, a_is_small)
     first = next(blocks)
