@@ -22,11 +22,11 @@ def is_conv1d(module: nn.Module) -> TypeGuard[Conv1DLike]:
 
 
 def as_linear(module: nn.Linear | Conv1DLike) -> nn.Linear:
-    """``module`` itself, or an nn.Linear that computes as a Conv1D, its weight (nf, nx) a view of the other's."""
+    """``module`` itself, or an nn.Linear that computes as a Conv1D, with a copy (nf, nx) of its weight."""
     if isinstance(module, nn.Linear):
         return module
     linear: Any = nn.Linear(module.nx, module.nf, bias=module.bias is not None, device="meta")
-    linear.weight = nn.Parameter(module.weight.detach().T, module.weight.requires_grad)
+    linear.weight = nn.Parameter(module.weight.detach().T.contiguous(), module.weight.requires_grad)
     linear.bias = module.bias
     return linear.train(module.training)
 

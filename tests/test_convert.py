@@ -261,7 +261,7 @@ ODD = preset("K8").rules
         (integer_linear, "K8", r"model: expected encoder.layer.1.output.dense .* floating-point weight, got .*int8"),
         (identity_layer, "K8", "model: expected encoder.layer.1.output.dense .* got Identity"),
         (shared_weight, "K8", "model: encoder.layer.0.output.dense shares its weight: .*, encoder.layer.1.output"),
-        (None, "K9", "preset: expected one of K8, K19, K21, got 'K9'"),
+        (None, "K9", "preset: expected one of K8, K19, K21, KnGPT2, TQCompressor, TQCompressor-QKV, got 'K9'"),
     ],
 )
 def test_errors_leave_the_model_as_it_was(spoil, config, match):

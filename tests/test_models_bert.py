@@ -216,7 +216,9 @@ def test_damaged_and_missing_checkpoints_name_their_folder(tmp_path):
 
 
 def test_bad_configurations():
-    with pytest.raises(ValueError, match="preset: expected one of K8, K19, K21, got 'K9'"):
+    with pytest.raises(
+        ValueError, match="preset: expected one of K8, K19, K21, KnGPT2, TQCompressor, TQCompressor-QKV, got 'K9'"
+    ):
         KronBertConfig(kron="K9")
     with pytest.raises(ValueError, match="preset K21 does not fit hidden_size=200"):
         KronBertConfig(kron="K21", hidden_size=200, intermediate_size=800)

@@ -58,7 +58,9 @@ def test_a_size_that_does_not_divide_is_named():
 
 
 def test_unknown_preset_lists_the_known_ones():
-    with pytest.raises(ValueError, match="preset: expected one of K8, K19, K21, got 'K9'"):
+    with pytest.raises(
+        ValueError, match="preset: expected one of K8, K19, K21, KnGPT2, TQCompressor, TQCompressor-QKV, got 'K9'"
+    ):
         preset("K9", 768, 3072)
 
 
