@@ -1,0 +1,58 @@
+"""The child process of bench.integrations.gpt2; messages are those of bench.worker."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from typing import Any
+
+import torch
+
+from bench.integrations.gpt2_ways import A_FIRST, B_FIRST, CASES, TermsProblem, TextProblem, layer_way
+from bench.protocol import protocol
+from bench.worker import make_all
+from kron_kernels.timing.compare import Result, compare
+
+# Names of the columns of the speed-up over the einsum forms.
+OVER = {B_FIRST: "over_b_first", A_FIRST: "over_a_first"}
+
+
+def main() -> None:
+    job = json.loads(sys.argv[1])
+    say = protocol()
+    torch.set_num_threads(job["threads"])
+    for point in job["points"]:
+        problem: Any
+        if point["case"] in CASES:
+            problem = TermsProblem(CASES[point["case"]], point["tokens"], point["backward"])
+            makers = {name: functools.partial(layer_way, name=name) for name in point["candidates"]}
+        else:
+            problem = TextProblem(point["prompt"], point["tokens"], **job["sizes"])
+            makers = {name: functools.partial(TextProblem.way, name=name) for name in point["candidates"]}
+        results, ways = make_all(makers, problem, say)
+        results += compare(
+            problem, ways, seconds=job["seconds"], starting=lambda name: say({"starting": name}), over=list(OVER)
+        )
+        for result in results:
+            say({"point": point["index"], "result": row(result)})
+        say({"done": point["index"]})
+
+
+def row(result: Result) -> dict[str, Any]:
+    """A result in columns."""
+    columns: dict[str, Any] = {
+        "variant": result.name,
+        "status": result.status,
+        "reason": result.reason,
+        "error": result.error,
+    }
+    if result.timing is not None:
+        columns |= result.timing.columns("ms")
+        for name, over in (result.over or {}).items():
+            columns |= {f"{OVER[name]}_{q}": getattr(over, q) for q in ("q10", "q50", "q90")}
+    return columns
+
+
+if __name__ == "__main__":
+    main()
