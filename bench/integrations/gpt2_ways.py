@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from kron_kernels import kron_matmul, pack_factors, reference
+from kron_kernels import pack_factors, reference
 from kron_kernels.factorize import order_cost
 from kron_kernels.integrations.gpt2 import KronGPT2Config, KronGPT2LMHeadModel, reconstruct_dense
+from kron_kernels.nn.linear import kron_linear
 from kron_kernels.timing.problem import Candidate, Problem, random_normal, relative_error
 
 DENSE, B_FIRST, A_FIRST, OURS = "dense", "einsum B first", "einsum A first", "kron_kernels"
@@ -109,12 +110,12 @@ def layer_way(problem: TermsProblem, name: str) -> Candidate:
         return Candidate(name, F.linear, lambda weights, _: (weights.weight, weights.bias), ("weight", "bias"))
     if name == OURS and not problem.backward:
         return Candidate(name, _packed, lambda w, _: (w.a, w.b, w.bias, pack_factors(w.a, w.b)), None)
-    function: Callable[..., Tensor] = {B_FIRST: einsum_b_first, A_FIRST: einsum_a_first, OURS: kron_matmul}[name]
+    function: Callable[..., Tensor] = {B_FIRST: einsum_b_first, A_FIRST: einsum_a_first, OURS: kron_linear}[name]
     return Candidate(name, function, lambda weights, _: (weights.a, weights.b, weights.bias), factors)
 
 
 def _packed(x: Tensor, a: Tensor, b: Tensor, bias: Tensor, packed: Tensor) -> Tensor:
-    return kron_matmul(x, a, b, bias, packed=packed)
+    return kron_linear(x, a, b, bias, packed=packed)
 
 
 @dataclass(frozen=True)

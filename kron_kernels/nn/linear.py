@@ -8,11 +8,18 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .._checks import activation_code
-from ..factorize import KronFactors, mean_corrected_bias, nearest_kronecker
+from ..factorize import KronFactors, mean_corrected_bias, nearest_kronecker, order_cost
 from ..functional import kron_matmul
+from ..reference import kron_weight
 from .factored import KronFactored, Shape, Shapes, check_product_shape, empty_factors
+
+# From so many tokens on, the dense product saves more than building its weight takes.
+_MANY_TOKENS = 512
+# The share of the dense multiply-adds from which on nothing is saved: the dense product runs at a higher rate.
+_NO_SAVING = 0.9
 
 
 class KronLinear(KronFactored):
@@ -67,7 +74,7 @@ class KronLinear(KronFactored):
 
     def forward(self, x: Tensor) -> Tensor:
         a, b, bias, packed = self.operands()
-        return kron_matmul(x, a, b, bias, activation=self.activation, packed=packed)
+        return kron_linear(x, a, b, bias, activation=self.activation, packed=packed)
 
     @classmethod
     def from_linear(
@@ -105,6 +112,36 @@ class KronLinear(KronFactored):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"{self.factor_repr()}{activation}"
         )
+
+
+def kron_linear(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    packed: Tensor | None = None,
+) -> Tensor:
+    """``kron_matmul`` with factors ``(S, ...)``, or for many tokens the dense product where that takes no more work.
+
+    Several terms of large factors, TQCompressor's for instance, have as many multiply-adds as their sum has. For many
+    tokens, on the CPU in float32 or float64, the weight is then built and multiplied whole. It and its gradient take
+    memory as in a dense layer. Few tokens read the factors alone.
+    """
+    terms = a.shape[0]
+    if terms > 1 and activation is None and _many_tokens(x):
+        (_, m1, n1), (_, m2, n2) = a.shape, b.shape
+        if min(order_cost(m1, n1, m2, n2, terms)) >= _NO_SAVING * m1 * m2 * n1 * n2:
+            return F.linear(x, kron_weight(a, b), bias)
+    return kron_matmul(x, a, b, bias, activation=activation, packed=packed)
+
+
+def _many_tokens(x: Tensor) -> bool:
+    # A captured graph should not depend on the number of tokens, and autocast computes in another dtype.
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return False
+    return x.is_cpu and x.dtype in (torch.float32, torch.float64) and x.numel() >= _MANY_TOKENS * x.shape[-1]
 
 
 def fit_linear(
