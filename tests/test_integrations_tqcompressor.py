@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kron_kernels.integrations.tqcompressor import feed_forward_from_tq, linear_from_tq
 
-R, M1, M2, N1, N2 = 3, 4, 2, 5, 3
+R, M1, M2, N1, N2 = 3, 7, 2, 5, 3
 
 
 def kron_order(groups: int, places: int) -> Tensor:
@@ -57,7 +57,7 @@ def test_hidden_orders_of_a_feed_forward_fold_as_one():
     ("options", "match"),
     [
         (
-            {"input_order": torch.arange(8).roll(1)},
+            {"input_order": torch.arange(14).roll(1)},
             "input_order: expected an order of whole groups of 2 .* got one that",
         ),
         ({"output_order": torch.arange(15).roll(1)}, "output_order: expected an order of whole groups of 3"),
@@ -71,5 +71,5 @@ def test_what_does_not_fold_is_named(options, match):
 
 
 def test_factors_that_do_not_fit_are_named():
-    with pytest.raises(ValueError, match=r"a, b: expected \(r, n1, m1\) and \(r, m2, n2\), got \(2, 5, 4\) and \(3, 2"):
+    with pytest.raises(ValueError, match=r"a, b: expected \(r, n1, m1\) and \(r, m2, n2\), got \(2, 5, 7\) and \(3, 2"):
         linear_from_tq(torch.randn(2, N1, M1), torch.randn(R, M2, N2))

@@ -37,19 +37,17 @@ def test_errors_fall_and_are_those_of_the_permuted_weight(name, terms):
 
 
 def test_an_order_that_several_weights_share_serves_their_sum():
-    # Both like the same partners, in other places of each weight.
-    order, noise = torch.randperm(32), 0.05
-    first = torch.kron(torch.randn(16, 20), torch.randn(2, 1)) + noise * torch.randn(32, 20)
-    second = torch.kron(torch.randn(24, 16), torch.randn(1, 2)) + noise * torch.randn(24, 32)
+    # Only the second has partners to find.
+    second = torch.kron(torch.randn(24, 16), torch.randn(1, 2)) + 0.05 * torch.randn(24, 32)
     weights = [
-        OrderedWeight(first[order], (16, 20), rows=(("hidden", 0),)),
-        OrderedWeight(second[:, order], (24, 16), columns=(("hidden", 0),)),
+        OrderedWeight(torch.randn(32, 20), (16, 20), rows=(("hidden", 0),)),
+        OrderedWeight(second[:, torch.randperm(32)], (24, 16), columns=(("hidden", 0),)),
     ]
-    runs = [search_permutations(weights, {"hidden": 32}, seed=seed, rounds=30) for seed in range(3)]
-    for found in runs:
-        sums = [sum(1 - error**2 for error in errors) for errors in (found.errors_before, found.errors_after)]
-        assert sums[1] > sums[0] + 0.2
-    assert torch.equal(runs[0].permutations["hidden"].sort().values, torch.arange(32))
+    found = search_permutations(weights, {"hidden": 32}, rounds=30)
+    sums = [sum(1 - error**2 for error in errors) for errors in (found.errors_before, found.errors_after)]
+    assert sums[1] > sums[0] + 0.1
+    assert found.errors_after[1] < 0.8 * found.errors_before[1]
+    assert torch.equal(found.permutations["hidden"].sort().values, torch.arange(32))
 
 
 def test_more_rounds_never_lose():
@@ -59,6 +57,12 @@ def test_more_rounds_never_lose():
     assert errors[-1] < errors[0]
 
 
+def test_what_is_a_product_already_stays_one():
+    weight = OrderedWeight(hidden_product(8, 8, (1, 1), 0).kron(torch.randn(2, 2)), (8, 8), 1, (("r", 0),), (("c", 0),))
+    found = search_permutations([weight], {"r": 16, "c": 16})
+    assert max(*found.errors_before, *found.errors_after) < 1e-3
+
+
 def test_channels_stay_in_their_blocks_and_offsets_hold():
     weight = torch.randn(20, 48)
     places = (("heads", 24),)
@@ -66,6 +70,7 @@ def test_channels_stay_in_their_blocks_and_offsets_hold():
     order = found.permutations["heads"]
     assert torch.equal(order // 8, torch.arange(24) // 8)
     assert not torch.equal(order, torch.arange(24))
+    assert found.errors_after[0] < 0.98 * found.errors_before[0]
     permuted = torch.cat([weight[:, :24], weight[:, 24:][:, order]], 1)
     assert nearest_kronecker(permuted, (20, 24)).relative_error == pytest.approx(found.errors_after[0], abs=1e-4)
 

@@ -81,6 +81,10 @@ class TermsProblem(Problem):
         b = normal(case.terms, m2, n2, scale=(n2 * case.terms) ** -0.5)
         self.weights = [TermsWeights(a, b, normal(m1 * m2), reference.kron_weight(a, b))]
 
+    def tolerance(self, candidate: Candidate) -> float:
+        # A gradient of B's is a sum of a million products that all but cancel, here two such sums are the whole of it.
+        return 3e-4 if self.backward else super().tolerance(candidate)
+
     def reference(self) -> dict[str, Tensor]:
         weights, x, grad = self.weights[0], self.x.double(), self.grad.double()
         a, b = weights.a.double(), weights.b.double()

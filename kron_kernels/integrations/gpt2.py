@@ -26,7 +26,7 @@ from ..nn import KronDecoder, KronEmbedding, KronLinear
 from ..presets import KronConfig, as_kron_config, preset
 from ._versions import check_version
 
-TRANSFORMERS_VERSIONS = ">=5,<6"
+TRANSFORMERS_VERSIONS = ">=5.24,<6"
 check_version("transformers", TRANSFORMERS_VERSIONS)
 
 
