@@ -279,6 +279,7 @@ def test_models_and_data_that_do_not_suit_are_one_clear_line(folder: Path, tmp_p
     assert "source: " in run_error(absent, capsys)
     positions = f"finetune {bert} {sst2}f --max-length 64"
     assert "max_length: expected at most the model's 32, got 64" in run_error(positions, capsys)
+    assert not list(tmp_path.iterdir()), "what is refused leaves nothing"
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").touch()
     assert "holds other things" in run_error(f"finetune {bert} {sst2}full", capsys)

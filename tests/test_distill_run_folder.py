@@ -106,6 +106,22 @@ def test_what_is_no_run_is_left_alone(tmp_path: Path) -> None:
     assert RunFolder.create(tmp_path / "empty", CONFIG).config["task"] == "sst2"
 
 
+def test_a_new_run_can_be_discarded_and_one_that_was_there_stays(tmp_path: Path) -> None:
+    held = len(run_folder._HELD)
+    run = RunFolder.create(tmp_path / "run", CONFIG)
+    save_checkpoint(run, 3)
+    RunFolder(run.path).discard()
+    RunFolder.create(run.path, CONFIG).discard()
+    assert run.last_checkpoint() is not None
+    run.discard()
+    assert not run.path.exists()
+    (tmp_path / "empty").mkdir()
+    RunFolder.create(tmp_path / "empty", CONFIG).discard()
+    assert list(tmp_path.iterdir()) == [tmp_path / "empty"]
+    assert not list((tmp_path / "empty").iterdir())
+    assert len(run_folder._HELD) == held, "the locks are given up"
+
+
 def test_configurations_must_be_plain(tmp_path: Path) -> None:
     for bad in ({"model": torch.nn.Linear(1, 1)}, {"rate": float("nan")}):
         with pytest.raises(TypeError, match="config: expected plain values, what JSON can hold: "):

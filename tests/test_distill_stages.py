@@ -259,13 +259,13 @@ def test_models_that_do_not_match_are_refused_before_training(folder: Path, tmp_
     KronBertModel.from_dense(transformers.BertModel(other), "K8").save_pretrained(tmp_path / "student")
     with pytest.raises(ValueError, match="student: expected the teacher's vocabulary"):
         run_stage(task_config(folder, student=str(tmp_path / "student")), tmp_path / "b")
-    assert not (tmp_path / "b" / "metrics.jsonl").exists()
     dense = transformers.BertModel.from_pretrained(folder / "bert")
     KronBertModel.from_dense(dense, {**preset("K8").to_dict(), "version": 2, "weight_dtype": "int8"}).save_pretrained(
         tmp_path / "int8"
     )
     with pytest.raises(ValueError, match="student: expected factors in floating point to train, got int8 ones"):
         run_stage(task_config(folder, student=str(tmp_path / "int8")), tmp_path / "c")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["int8", "student"], "a refused run leaves no folder"
 
 
 def test_another_configuration_in_the_same_folder_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -280,6 +280,7 @@ def test_arguments_of_transformers_pass_through_and_unknown_ones_do_not(folder: 
     assert set(losses(tmp_path / "run", "learning_rate")) == {3e-3}
     with pytest.raises(ValueError, match=r"trainer: 'lr_schedule' is no argument of transformers\.TrainingArguments"):
         run_stage(task_config(folder, trainer={"lr_schedule": "constant"}), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_attention_probabilities_may_be_matched_instead(folder: Path, tmp_path: Path) -> None:
@@ -356,6 +357,7 @@ def test_a_disk_too_small_for_the_checkpoints_is_told_before_training(
             with pytest.raises(OSError, match=message) as caught:
                 finetune(folder, tmp_path / "run", max_steps=1)
             assert caught.value.errno == errno.ENOSPC
+            assert (tmp_path / "run" / "config.yaml").is_file(), "to go on with once there is room"
         else:
             assert finetune(folder, tmp_path / "run", max_steps=1).score is not None
 

@@ -54,6 +54,7 @@ class RunFolder:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        self._is_new = self._has_new_folder = False
         if not self.config_path.is_file():
             raise FileNotFoundError(f"run: expected a run's folder, with config.yaml, got {self.path}")
 
@@ -82,10 +83,13 @@ class RunFolder:
                 raise FileExistsError(f"run: expected a new folder or a run's, got {path}, which holds other things")
             if resume:
                 raise FileNotFoundError(f"run: expected a run to resume, got {path}, which is none")
+            existed = path.is_dir()
             path.mkdir(parents=True, exist_ok=True)
             _lock(path)
             write_text(path / "config.yaml", _to_yaml(plain))
-            return cls(path)._start()
+            run = cls(path)
+            run._is_new, run._has_new_folder = True, not existed
+            return run._start()
         if resume is False:
             raise FileExistsError(f"run: {path} exists; resume it, or choose another folder")
         run = cls(path)
@@ -107,6 +111,21 @@ class RunFolder:
         starts.append({**describe_environment(), "step": 0 if last is None else checkpoint_step(last)})
         write_text(path, json.dumps(starts, indent=2) + "\n")
         return self
+
+    def discard(self) -> None:
+        """Delete the run where ``create`` began it here, with the folder unless that was there before; else nothing."""
+        if not self._is_new:
+            return
+        lock = _lock_key(self.path / _LOCK)
+        for entry in self.path.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+        if self._has_new_folder:
+            self.path.rmdir()
+        # Not before: another process may have the place from here on.
+        _HELD.pop(lock).close()
 
     @property
     def config_path(self) -> Path:
@@ -289,8 +308,8 @@ def _lock(folder: Path) -> None:
     path = folder / _LOCK
     path.touch()
     # Closing any descriptor of a file gives up the process's lock on it, so each is opened once and
-    # never closed; forked processes do not inherit it.
-    key = (os.getpid(), path.stat().st_dev, path.stat().st_ino)
+    # closed only when the folder goes; forked processes do not inherit it.
+    key = _lock_key(path)
     if key in _HELD:
         return
     file = open(path, "ab")  # noqa: SIM115
@@ -300,6 +319,10 @@ def _lock(folder: Path) -> None:
         file.close()
         raise BlockingIOError(f"run: another process is at work in {folder}") from None
     _HELD[key] = file
+
+
+def _lock_key(path: Path) -> tuple[int, int, int]:
+    return (os.getpid(), path.stat().st_dev, path.stat().st_ino)
 
 
 def _is_ours(entry: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import shutil
@@ -39,7 +40,8 @@ def run_stage(
     """Carry out one stage and leave everything in the folder ``out``; see ``RunFolder`` for what is there.
 
     A run that was interrupted goes on from its last whole checkpoint when it is called again with the same
-    configuration; one that is finished returns its result. Works in several processes under ``torchrun`` or
+    configuration; one that is finished returns its result. One that is refused before it trains leaves nothing, unless
+    the folder held a run before or the disk is full. Works in several processes under ``torchrun`` or
     ``accelerate launch``, as any program on transformers' Trainer.
 
     Args:
@@ -56,13 +58,14 @@ def run_stage(
     folder = _open(config, out, resume)
     if folder.result is not None:
         return folder.result
-    prepare = prepare_pretraining if config.stage == "pretrain" else prepare_task
-    work = prepare(config, folder, progress)
-    if work.config.dropout is not None:
-        set_dropout(work.student, work.config.dropout)
+    try:
+        work, trainer = _prepare(config, folder, progress)
+    except (ValueError, TypeError, OSError) as refusal:
+        # A run without room is the one to go on with once there is some.
+        if getattr(refusal, "errno", None) != errno.ENOSPC:
+            folder.discard()
+        raise
     checkpoint = folder.last_checkpoint()
-    check_space(folder.path, _space(work.student, len(folder.complete_checkpoints())), "checkpoints")
-    trainer = _trainer(work, folder)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.close()
     # The result is what the saved model does: not in the precision of the training.
@@ -87,6 +90,15 @@ def _open(config: DistillConfig, out: str | os.PathLike[str], resume: bool | Non
     folder = RunFolder.create(out, config.to_dict(), resume) if state.is_main_process else None
     state.wait_for_everyone()
     return folder or RunFolder(out)
+
+
+def _prepare(config: DistillConfig, folder: RunFolder, progress: Progress | None) -> tuple[Work, DistillTrainer]:
+    prepare = prepare_pretraining if config.stage == "pretrain" else prepare_task
+    work = prepare(config, folder, progress)
+    if work.config.dropout is not None:
+        set_dropout(work.student, work.config.dropout)
+    check_space(folder.path, _space(work.student, len(folder.complete_checkpoints())), "checkpoints")
+    return work, _trainer(work, folder)
 
 
 def _space(student: torch.nn.Module, present: int) -> int:
