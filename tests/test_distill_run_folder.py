@@ -106,6 +106,27 @@ def test_what_is_no_run_is_left_alone(tmp_path: Path) -> None:
     assert RunFolder.create(tmp_path / "empty", CONFIG).config["task"] == "sst2"
 
 
+def test_the_peak_memory_is_kept_over_all_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = [5]
+    monkeypatch.setattr(run_folder, "peak_memory", lambda: memory[0])
+    run = RunFolder.create(tmp_path / "run", CONFIG)
+    assert run.peak_memory_bytes == 5
+    for memory[0] in (9, 8):
+        run.note_memory()
+    memory[0] = 3
+    again = RunFolder.create(tmp_path / "run", CONFIG)
+    memory[0] = 7
+    again.note_memory()
+    path = run.path / "environment.json"
+    starts = json.loads(path.read_text())
+    assert [start["peak_memory_bytes"] for start in starts] == [9, 7]
+    assert again.peak_memory_bytes == 9
+    # Begun by a version that did not note it.
+    del starts[0]["peak_memory_bytes"]
+    path.write_text(json.dumps(starts))
+    assert again.peak_memory_bytes is None
+
+
 def test_a_new_run_can_be_discarded_and_one_that_was_there_stays(tmp_path: Path) -> None:
     held = len(run_folder._HELD)
     run = RunFolder.create(tmp_path / "run", CONFIG)

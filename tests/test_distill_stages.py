@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import shutil
 import signal
@@ -235,7 +236,6 @@ def test_a_killed_run_goes_on_and_ends_as_one_that_was_not(folder: Path, tmp_pat
     result = run_stage(killed_config(folder), out)
     whole = run_stage(killed_config(folder), tmp_path / "whole")
     assert result.metrics == whole.metrics
-    assert (result.peak_memory_bytes is None, whole.peak_memory_bytes is None) == (True, False)
     assert result.steps == whole.steps == 14
     for key in ("loss", "loss/scores", "eval/accuracy"):
         assert losses(out, key) == losses(tmp_path / "whole", key)
@@ -244,6 +244,7 @@ def test_a_killed_run_goes_on_and_ends_as_one_that_was_not(folder: Path, tmp_pat
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
     starts = json.loads((out / "environment.json").read_text())
     assert [start["step"] for start in starts] == [0, 5, 5]
+    assert result.peak_memory_bytes == max(start["peak_memory_bytes"] for start in starts) > 10**8
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(folder: Path, tmp_path: Path) -> None:
@@ -360,6 +361,22 @@ def test_a_disk_too_small_for_the_checkpoints_is_told_before_training(
             assert (tmp_path / "run" / "config.yaml").is_file(), "to go on with once there is room"
         else:
             assert finetune(folder, tmp_path / "run", max_steps=1).score is not None
+
+
+def test_the_memory_of_a_resumed_run_is_that_of_its_largest_start(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    growing = itertools.count(100)
+    with monkeypatch.context() as patch:
+        patch.setattr("kron_kernels.distill.run_folder.peak_memory", lambda: next(growing))
+        patch.setattr("kron_kernels.distill.trainer.DistillTrainer.evaluate", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(folder, tmp_path / "run", max_steps=1)
+    monkeypatch.setattr("kron_kernels.distill.run_folder.peak_memory", lambda: 50)
+    result = finetune(folder, tmp_path / "run", max_steps=1)
+    first, second = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert result.peak_memory_bytes == first["peak_memory_bytes"] > 100
+    assert second["peak_memory_bytes"] == 50
 
 
 def interrupt(*_: Any, **__: Any) -> None:

@@ -68,11 +68,13 @@ class RunLogger(TrainerCallback):
             values = {_name(key): value for key, value in logs.items() if key != "epoch"}
             seconds = round(time.monotonic() - self._start, 3)
             self._run.log({"step": state.global_step, "epoch": state.epoch, "seconds": seconds, **values})
+            self._run.note_memory()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Mark the checkpoint that was just written as complete, and delete what is not to be kept."""
         if state.is_world_process_zero:
             self._run.mark_complete(self._checkpoint(state.global_step))
+            self._run.note_memory()
             self._run.prune(self._keep, state.best_model_checkpoint)
             write_curves(self._run)
 

@@ -8,7 +8,9 @@ import json
 import logging
 import math
 import os
+import resource
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,6 +24,7 @@ from .run_result import RunResult
 _LOG = logging.getLogger(__name__)
 _MARKER = "complete.json"
 _LOCK = ".lock"
+_PEAK = "peak_memory_bytes"  # of a start
 _HELD: dict[tuple[int, int, int], BinaryIO] = {}
 _MISSING = object()
 
@@ -32,7 +35,7 @@ class RunFolder:
     | entry | what |
     | --- | --- |
     | ``config.yaml`` | the run's configuration |
-    | ``environment.json`` | a list with, for each start, the machine, the versions and the step it started at |
+    | ``environment.json`` | a list with, for each start, the machine, the versions, the step and the peak memory |
     | ``metrics.jsonl`` | a JSON object a line: ``step``, ``epoch``, ``seconds`` and losses or ``eval/...`` metrics |
     | ``curves.png`` | the same, drawn (``curves.write_curves``) |
     | ``checkpoints/checkpoint-N`` | transformers' checkpoints |
@@ -106,11 +109,31 @@ class RunFolder:
         self.checkpoints_path.mkdir(exist_ok=True)
         last = self.last_checkpoint()
         self.rewind(last)
-        path = self.path / "environment.json"
-        starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-        starts.append({**describe_environment(), "step": 0 if last is None else checkpoint_step(last)})
-        write_text(path, json.dumps(starts, indent=2) + "\n")
+        step = 0 if last is None else checkpoint_step(last)
+        self._write_starts([*self._starts(), {**describe_environment(), "step": step, _PEAK: peak_memory()}])
         return self
+
+    def note_memory(self) -> None:
+        """Keep the peak memory of this process, where it has grown, as that of the last start."""
+        starts = self._starts()
+        if (peak := peak_memory()) > starts[-1][_PEAK]:
+            starts[-1][_PEAK] = peak
+            self._write_starts(starts)
+
+    @property
+    def peak_memory_bytes(self) -> int | None:
+        """The largest peak of all starts, as far as it was noted; None where one of them has none."""
+        starts = self._starts()
+        if not all(_PEAK in start for start in starts):
+            return None
+        return max((start[_PEAK] for start in starts), default=None)
+
+    def _starts(self) -> list[dict[str, Any]]:
+        path = self.path / "environment.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+
+    def _write_starts(self, starts: list[dict[str, Any]]) -> None:
+        write_text(self.path / "environment.json", json.dumps(starts, indent=2) + "\n")
 
     def discard(self) -> None:
         """Delete the run where ``create`` began it here, with the folder unless that was there before; else nothing."""
@@ -279,6 +302,14 @@ def describe_environment() -> dict[str, Any]:
     """Machine, versions and device of this process."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {**describe_machine(), "transformers": importlib.metadata.version("transformers"), "device": device}
+
+
+def peak_memory() -> int:
+    """Bytes: of the GPU's allocator where there is one, else the largest resident set of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -28,7 +28,7 @@ class RunResult:
         teacher_parameters: of the teacher; None without one.
         steps: updates of the weights.
         seconds: of training.
-        peak_memory_bytes: largest memory in use; None where it was not measured.
+        peak_memory_bytes: largest memory in use, over all starts of the run; None where it was not measured.
         train_tokens: tokens seen in training, padding left out; None where they were not counted.
     """
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,7 +69,9 @@ def run_stage(
     # The result is what the saved model does: not in the precision of the training.
     trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     metrics = trainer.evaluate()
-    result = _result(work, trainer, metrics, folder, resumed=checkpoint is not None)
+    if trainer.is_world_process_zero():
+        folder.note_memory()
+    result = _result(work, trainer, metrics, folder)
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathered where they are sharded
     if trainer.is_world_process_zero():
         with new_folder(folder.model_path) as model:
@@ -186,9 +186,7 @@ def _arguments(config: DistillConfig, folder: RunFolder) -> TrainingArguments:
     return TrainingArguments(**{**settings, **config.trainer})
 
 
-def _result(
-    work: Work, trainer: DistillTrainer, metrics: dict[str, float], folder: RunFolder, resumed: bool
-) -> RunResult:
+def _result(work: Work, trainer: DistillTrainer, metrics: dict[str, float], folder: RunFolder) -> RunResult:
     config = work.config
     # Those of training, over all its starts.
     seconds = max((record.get("seconds", 0.0) for record in folder.metrics()), default=0.0)
@@ -207,15 +205,6 @@ def _result(
         seed=config.seed,
         steps=trainer.state.global_step,
         seconds=seconds,
-        # Of a run with several starts only the last is known.
-        peak_memory_bytes=None if resumed else _peak_memory(),
+        peak_memory_bytes=folder.peak_memory_bytes,
         train_tokens=round(trainer.state.epoch * sum(work.train["length"])),
     )
-
-
-def _peak_memory() -> int:
-    """Bytes: of the GPU's allocator where there is one, else the largest resident set of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
