@@ -7,6 +7,8 @@ import itertools
 import json
 import math
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,13 @@ from bench.harness import read_rows
 from kron_kernels.distill import DistillConfig, RunFolder, RunResult
 
 SOURCES = Sources("bert", Path("glue"), ["wiki.txt"])
+MORE = Sources("bert", Path("glue"), ["wiki.txt", "news.txt", "books.txt"])
 # Leaves a finished run, or fails where there is no result for it; writes down what it was called with.
 PRETENCE = """#!/bin/sh
 [ "$1 $2 $3" = "-m kron_kernels.cli distill" ] && [ "$5" = --config ] && [ "$7" = --out ] || exit 3
 name=$(basename "$8")
 echo "$name $4 $OMP_NUM_THREADS $HF_HUB_OFFLINE" >> {folder}/calls
-if [ ! -f "{folder}/$name.json" ]; then printf 'begun\\nkron-kernels distill: error: no such data\\n\\n'; exit 2; fi
+if [ ! -f "{folder}/$name.json" ]; then printf 'begun\\nkron-kernels distill: error: no such data\\n\\n' >&2; exit 2; fi
 mkdir -p "$8"
 cp "$6" "$8/config.yaml"
 echo '{{"step": 1, "loss": 2.0}}' > "$8/metrics.jsonl"
@@ -35,8 +38,14 @@ cp "{folder}/$name.json" "$8/result.json"
 """
 
 
-def jobs(*tasks: str, presets: tuple[str, ...] = ("K8", "K21", "K19"), seeds: int = 1, scale: float = 1.0) -> list[Job]:
-    return list(plan(SOURCES, presets, tasks or list(FOLDERS), scale, seeds))
+def jobs(
+    *tasks: str,
+    presets: tuple[str, ...] = ("K8", "K21", "K19"),
+    seeds: int = 1,
+    scale: float = 1.0,
+    sources: Sources = SOURCES,
+) -> list[Job]:
+    return list(plan(sources, presets, tasks or list(FOLDERS), scale, seeds))
 
 
 def result_of(job: Job) -> RunResult:
@@ -97,11 +106,11 @@ def call_main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, minutes: float = 
 
 @pytest.mark.parametrize("tasks", [(), ("mrpc",), ("sst2", "cola")])
 @pytest.mark.parametrize("presets", [("K8", "K21", "K19"), ("K21",)])
-@pytest.mark.parametrize("seeds", [1, 3])
+@pytest.mark.parametrize(("seeds", "sources"), [(1, SOURCES), (3, MORE)])
 def test_every_need_is_planned_before_and_every_job_is_a_run(
-    tasks: tuple[str, ...], presets: tuple[str, ...], seeds: int
+    tasks: tuple[str, ...], presets: tuple[str, ...], seeds: int, sources: Sources
 ) -> None:
-    planned = jobs(*tasks, presets=presets, seeds=seeds)
+    planned = jobs(*tasks, presets=presets, seeds=seeds, sources=sources)
     names: list[str] = []
     for job in planned:
         assert set(job.needs.values()) <= set(names), job.name
@@ -113,6 +122,14 @@ def test_every_need_is_planned_before_and_every_job_is_a_run(
     # Rows of the table are told apart by these.
     keys = {(result.kind, result.label, result.task, result.seed) for result in map(result_of, planned)}
     assert len(keys) == len(planned)
+
+
+def test_with_more_texts_a_longer_stage_1_goes_on_with_those_after_the_first() -> None:
+    planned = {job.name: job for job in jobs("mrpc", presets=("K8",), sources=MORE)}
+    assert planned["stage1-K8"].settings["data"] == ["wiki.txt"]
+    assert planned["stage1-K8-longer"].settings["data"] == ["news.txt", "books.txt"]
+    assert planned["stage1-K8-longer"].needs == {"student": "stage1-K8"}
+    assert planned["K8-mrpc-stage-1-twice-as-long"].needs["student"] == "stage1-K8-longer"
 
 
 def test_the_table_comes_before_the_ablations_and_those_before_more_seeds() -> None:
@@ -137,8 +154,11 @@ def test_scale_stretches_the_passes_alone() -> None:
 
 
 def test_a_row_of_a_finished_run(tmp_path: Path) -> None:
-    job = next(job for job in jobs() if job.name == "K21-cola")
-    run = RunFolder.create(tmp_path / job.name, job.config(tmp_path))
+    job = next(job for job in jobs() if job.name == "K8-cola")
+    config = job.config(tmp_path)
+    # Left to the paper, whose rate depends on preset and task.
+    del config["learning_rate"]
+    run = RunFolder.create(tmp_path / job.name, config)
     run.finish(result_of(job))
     row = distill.row_of(run.path, "BERT", {"commit": "abc", "threads": 1})
     assert set(row) <= {*distill.RUN_KEY, *distill.COLUMNS, "commit", "threads"}
@@ -146,7 +166,7 @@ def test_a_row_of_a_finished_run(tmp_path: Path) -> None:
     assert row == {
         "model": "BERT",
         "kind": "task",
-        "name": "K21",
+        "name": "K8",
         "variant": "",
         "task": "cola",
         "seed": 0,
@@ -155,11 +175,10 @@ def test_a_row_of_a_finished_run(tmp_path: Path) -> None:
         "kept": 93.75,
         "parameters": 1000,
         "teacher_parameters": 8000,
-        # The learning rate is the paper's for K21: the run was given none.
         "epochs": 6.0,
         "train_limit": None,
         "batch_size": 32,
-        "learning_rate": 5e-4,
+        "learning_rate": 5e-5,
         "max_length": 128,
         "steps": 10,
         "train_tokens": 500,
@@ -173,6 +192,64 @@ def test_a_row_of_a_finished_run(tmp_path: Path) -> None:
     run.finish(result_of(teacher))
     row = distill.row_of(run.path, "BERT", {})
     assert (row["kept"], row["train_limit"], row["learning_rate"]) == (None, 24_000, 1e-4)
+
+
+class Pretended:
+    """A process that is done when it is asked for the third time, or never."""
+
+    returncode = 0
+
+    def __init__(self, ended: Callable[[], object], endless: bool = False) -> None:
+        self.killed = self.waited = False
+        self._ended, self._endless, self._asked = ended, endless, 0
+
+    def poll(self) -> int | None:
+        self._asked += 1
+        if self._endless or self._asked < 3:
+            return None
+        self._ended()
+        return 0
+
+    def kill(self) -> None:
+        self.killed = True
+
+    def wait(self) -> None:
+        self.waited = True
+
+
+@pytest.mark.parametrize("at_a_time", [1, 3])
+def test_so_many_runs_at_a_time_and_none_before_its_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_a_time: int
+) -> None:
+    running: set[str] = set()
+    finished: set[str] = set()
+    at_once: list[int] = []
+
+    def start(job: Job, arguments: argparse.Namespace) -> Pretended:
+        assert finished.issuperset(job.needs.values())
+        running.add(job.name)
+        at_once.append(len(running))
+        return Pretended(lambda: (running.discard(job.name), finished.add(job.name)))
+
+    monkeypatch.setattr(distill, "start", start)
+    monkeypatch.setattr(distill, "POLL_SECONDS", 0)
+    planned = jobs("mrpc", presets=("K8",))
+    done, _ = distill.run_all(planned, options(tmp_path, at_a_time), math.inf)
+    assert done == [job.name for job in planned]
+    assert max(at_once) == at_a_time
+
+
+def test_when_time_is_up_what_runs_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    processes: list[Pretended] = []
+
+    def start(job: Job, arguments: argparse.Namespace) -> Pretended:
+        processes.append(Pretended(lambda: None, endless=True))
+        return processes[-1]
+
+    monkeypatch.setattr(distill, "start", start)
+    monkeypatch.setattr(distill, "POLL_SECONDS", 0.01)
+    assert distill.run_all(jobs("mrpc"), options(tmp_path, 2), time.monotonic() + 0.1) == ([], None)
+    assert [(process.killed, process.waited) for process in processes] == 2 * [(True, True)]
 
 
 @pytest.mark.parametrize("at_a_time", [1, 3])
