@@ -15,9 +15,9 @@ import torch
 
 from bench.distill_step_candidates import COMPILED, SIZES, STOCK, StepProblem, StepWay, Students, TrainStep
 from bench.protocol import Say, protocol
-from bench.worker import make_all
+from bench.worker import make_all, result_row
 from kron_kernels.counting import count_parameters
-from kron_kernels.timing import Quantiles, peak_memory_growth
+from kron_kernels.timing import peak_memory_growth
 from kron_kernels.timing.compare import Result, compare
 
 # Names of the columns of the speed-up over stock torch's layers.
@@ -78,23 +78,10 @@ def _several(step: TrainStep, sign_of_life: Callable[[], None]) -> None:
 
 
 def _row(result: Result, way: StepWay | None) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "variant": result.name,
-        "status": result.status,
-        "reason": result.reason,
-        "error": result.error,
-    }
+    row = result_row(result, "ms", OVER)
     if way is not None:
         row["parameters"] = count_parameters(way.step.student)
-    if result.timing is not None:
-        row |= result.timing.columns("ms")
-    for name, over in (result.over or {}).items():
-        row |= _columns(OVER[name], over)
     return row
-
-
-def _columns(prefix: str, quantiles: Quantiles) -> dict[str, float]:
-    return {f"{prefix}_{name}": getattr(quantiles, name) for name in ("q10", "q50", "q90")}
 
 
 if __name__ == "__main__":

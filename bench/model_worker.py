@@ -15,7 +15,7 @@ import torch
 
 from bench.encoder_candidates import COMPILED_DENSE, Models, make_way
 from bench.protocol import Say, protocol
-from bench.worker import make_all
+from bench.worker import make_all, result_row
 from kron_kernels.counting import count_parameters
 from kron_kernels.timing import peak_memory_growth
 from kron_kernels.timing.compare import Result, compare
@@ -83,19 +83,9 @@ def _models(job: dict[str, Any]) -> Models:
 
 
 def _row(result: Result, way: EncoderWay | None) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "variant": result.name,
-        "status": result.status,
-        "reason": result.reason,
-        "error": result.error,
-    }
+    row = result_row(result, "ms", {COMPILED_DENSE: "over_compiled"})
     if way is not None:
         row |= {"parameters": count_parameters(way.model), "tolerance": way.tolerance}
-    if result.timing is not None:
-        row |= result.timing.columns("ms")
-    if result.over and COMPILED_DENSE in result.over:
-        over = result.over[COMPILED_DENSE]
-        row |= {"over_compiled_q10": over.q10, "over_compiled_q50": over.q50, "over_compiled_q90": over.q90}
     return row
 
 

@@ -99,8 +99,11 @@ def _makers(problem: LayerProblem | FfnProblem) -> Mapping[str, Callable[[Any], 
     return FFN_MAKERS if isinstance(problem, FfnProblem) else MAKERS
 
 
-def _row(result: Result, peak: GemmPeak, rate: float = 0.0) -> dict[str, Any]:
-    """A result in columns; ``rate`` is that of the square product of the same run, operations a second."""
+def result_row(result: Result, unit: str, over: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """A result in columns, times in ``unit`` ("us", "ms").
+
+    ``over`` names the ways whose ratios become columns, with the prefixes of those.
+    """
     row: dict[str, Any] = {
         "variant": result.name,
         "status": result.status,
@@ -108,8 +111,18 @@ def _row(result: Result, peak: GemmPeak, rate: float = 0.0) -> dict[str, Any]:
         "error": result.error,
     }
     if result.timing is not None:
-        row |= result.timing.columns("us") | {"peak_gflops": rate / 1e9, "peak_flop": peak.flop}
-        row["over_peak"] = (result.over or {})[PEAK].q50
+        row |= result.timing.columns(unit)
+    for name, prefix in (over or {}).items():
+        if (ratio := (result.over or {}).get(name)) is not None:
+            row |= {f"{prefix}_{quantile}": getattr(ratio, quantile) for quantile in ("q10", "q50", "q90")}
+    return row
+
+
+def _row(result: Result, peak: GemmPeak, rate: float = 0.0) -> dict[str, Any]:
+    """A result in columns; ``rate`` is that of the square product of the same run, operations a second."""
+    row = result_row(result, "us")
+    if result.timing is not None:
+        row |= {"peak_gflops": rate / 1e9, "peak_flop": peak.flop, "over_peak": (result.over or {})[PEAK].q50}
     if result.name == PEAK:
         row["factors"] = peak.label
     return row
