@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from . import __version__, models
+from ._files import new_folder
 from .calibrate import Calibration, calibrate
 from .convert import ConversionReport
 from .counting import linear_flops
@@ -285,22 +285,13 @@ def _check_target(target: Path, overwrite: bool, model_dir: str | os.PathLike[st
 
 
 def _save(model: Any, report: CompressReport, model_dir: str | os.PathLike[str], target: Path) -> None:
-    """Write everything to a folder beside the target, then move it there."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
+    with new_folder(target) as partial:
         model.save_pretrained(partial)
         if Path(model_dir).is_dir():
             _copy_companions(Path(model_dir), partial)
         else:
             transformers.AutoTokenizer.from_pretrained(model_dir).save_pretrained(partial)
         (partial / REPORT_NAME).write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
-        _share(partial)
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _copy_companions(source: Path, target: Path) -> None:
@@ -309,11 +300,3 @@ def _copy_companions(source: Path, target: Path) -> None:
             shutil.copytree(source / name, target / name)
         elif (source / name).is_file():
             shutil.copy2(source / name, target / name)
-
-
-def _share(folder: Path) -> None:
-    """Give files the permissions of any new file: temporary folders and safetensors keep theirs to the owner."""
-    mask = os.umask(0)
-    os.umask(mask)
-    for path in (folder, *folder.rglob("*")):
-        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)

@@ -23,10 +23,11 @@ yaml = pytest.importorskip("yaml")
 pytest.importorskip("matplotlib")
 import transformers  # noqa: E402
 
-from kron_kernels.distill import files, run_folder  # noqa: E402
+from kron_kernels import _files  # noqa: E402
+from kron_kernels._files import check_space, new_folder, write_text  # noqa: E402
+from kron_kernels.distill import run_folder  # noqa: E402
 from kron_kernels.distill.callbacks import NonFiniteLossError, RunLogger, check_finite  # noqa: E402
 from kron_kernels.distill.curves import read_series, write_curves  # noqa: E402
-from kron_kernels.distill.files import check_space, new_folder, write_text  # noqa: E402
 from kron_kernels.distill.run_folder import RunFolder, checkpoint_step  # noqa: E402
 from kron_kernels.distill.run_result import RunResult  # noqa: E402
 
@@ -525,7 +526,7 @@ def test_text_is_there_whole_or_not_at_all(where: str, tmp_path: Path, monkeypat
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(files if where == "sync" else os, where, killed)
+    monkeypatch.setattr(_files if where == "sync" else os, where, killed)
     with pytest.raises(KeyboardInterrupt):
         write_text(path, "new")
     assert path.read_text() == "old"
@@ -535,7 +536,10 @@ def test_folders_are_there_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "run" / "model"
     with new_folder(path) as folder:
         (folder / "weights").write_text("old")
+        (folder / "weights").chmod(0o600)
         assert not path.exists()
+    (tmp_path / "plain").touch()
+    assert (path / "weights").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
     def broken_off() -> None:
         with new_folder(path) as folder:

@@ -17,8 +17,8 @@ from typing import Any, BinaryIO
 
 import torch
 
+from .._files import NoSpaceError, sync, write_text
 from ..timing import describe_machine
-from .files import NoSpaceError, sync, write_text
 from .run_result import RunResult
 
 _LOG = logging.getLogger(__name__)
@@ -165,7 +165,7 @@ class RunFolder:
 
     @property
     def model_path(self) -> Path:
-        """The final model; written in ``files.new_folder(run.model_path)`` it is there whole or not at all."""
+        """The final model; written in ``_files.new_folder(run.model_path)`` it is there whole or not at all."""
         return self.path / "model"
 
     @property

@@ -13,11 +13,11 @@ import torch
 from accelerate import PartialState
 from transformers import TrainingArguments
 
+from .._files import check_space, new_folder
 from ..counting import count_parameters
 from .cached_teacher import CachedTeacher
 from .callbacks import RunLogger, check_finite
 from .config import DistillConfig
-from .files import check_space, new_folder
 from .objectives import MaskedLanguageModel
 from .run_folder import RunFolder
 from .run_result import RunResult

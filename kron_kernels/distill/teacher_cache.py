@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .._files import NoSpaceError, check_space, new_folder, write_text
 from .cache_layout import Entry, layout, total_bytes
-from .files import NoSpaceError, check_space, new_folder, write_text
 
 VERSION = 1
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}

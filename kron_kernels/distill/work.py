@@ -13,6 +13,7 @@ from accelerate import PartialState
 from torch import nn
 from transformers import AutoTokenizer, BertForPreTraining
 
+from .._files import new_folder
 from ..compress import ARCHITECTURES, BATCH
 from ..models import KronBertPreTrainedModel
 from ..presets import preset
@@ -32,7 +33,6 @@ from .data import (
 )
 from .data.squad import window_sizes
 from .evaluate import evaluate
-from .files import new_folder
 from .losses import check_pair
 from .objectives import Classification, MaskedLanguageModel, Objective, QuestionAnswering, Regression
 from .run_folder import RunFolder

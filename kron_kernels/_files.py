@@ -33,7 +33,10 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """An empty folder beside ``path`` to fill, which takes the place of ``path`` once the block is through."""
+    """An empty folder beside ``path`` to fill, which takes the place of ``path`` once the block is through.
+
+    Its files have the permissions of any new file then: safetensors keeps its own to the owner.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.tmp")
     # What a killed process left.
@@ -41,7 +44,10 @@ def new_folder(path: Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
+        mask = os.umask(0)
+        os.umask(mask)
         for entry in (*partial.rglob("*"), partial):
+            entry.chmod((0o777 if entry.is_dir() else 0o666) & ~mask)
             sync(entry)
         if path.exists():
             shutil.rmtree(path)
