@@ -266,7 +266,15 @@ def test_models_that_do_not_match_are_refused_before_training(folder: Path, tmp_
     )
     with pytest.raises(ValueError, match="student: expected factors in floating point to train, got int8 ones"):
         run_stage(task_config(folder, student=str(tmp_path / "int8")), tmp_path / "c")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["int8", "student"], "a refused run leaves no folder"
+    longer = transformers.BertModel(
+        transformers.BertConfig.from_pretrained(folder / "bert", max_position_embeddings=64)
+    )
+    KronBertModel.from_dense(longer, "K8").save_pretrained(tmp_path / "longer")
+    with pytest.raises(ValueError, match="max_length: expected at most the model's 32, got 64"):
+        run_stage(task_config(folder, student=str(tmp_path / "longer"), max_length=64), tmp_path / "d")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["int8", "longer", "student"], (
+        "a refused run leaves no folder"
+    )
 
 
 def test_another_configuration_in_the_same_folder_is_refused(folder: Path, tmp_path: Path) -> None:

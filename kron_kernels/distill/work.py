@@ -76,10 +76,7 @@ def prepare_task(config: DistillConfig, folder: RunFolder, progress: Progress | 
         train = train.shuffle(seed=config.seed).select(range(config.train_limit))
     tokenizer = _tokenizer(config)
     teacher = None if config.teacher is None else _teacher(config, task)
-    loaded = None if config.student is None else load_student(config.student)
-    preset_name = config.preset or _preset_of(loaded)
-    shaped: Any = loaded or teacher
-    config = config.resolved(preset_name, shaped.config.max_position_embeddings)
+    loaded, preset_name, config = _resolved(config, teacher)
     assert config.max_length is not None
 
     def scores(model: Any) -> Mapping[str, float]:
@@ -123,9 +120,7 @@ def prepare_pretraining(config: DistillConfig, folder: RunFolder, progress: Prog
     teacher = load_model(_named(config.teacher))
     if config.next_sentence and not isinstance(teacher, BertForPreTraining):
         raise ValueError(f"next_sentence: expected a BertForPreTraining as teacher, got {type(teacher).__name__}")
-    loaded = None if config.student is None else load_student(config.student)
-    preset_name = config.preset or _preset_of(loaded)
-    config = config.resolved(preset_name, teacher.config.max_position_embeddings)
+    loaded, preset_name, config = _resolved(config, teacher)
     assert config.max_length is not None
     length = config.max_length
     packed = pack(documents, tokenizer, length, next_sentence=config.next_sentence, seed=config.seed)
@@ -191,6 +186,17 @@ def _teacher(config: DistillConfig, task: Task) -> Any:
     return teacher
 
 
+def _resolved(config: DistillConfig, teacher: Any) -> tuple[Any, str | None, DistillConfig]:
+    """The student where a folder has it, the name of its preset, and the configuration with every number in place."""
+    loaded = None if config.student is None else load_student(config.student)
+    name = config.preset
+    if isinstance(loaded, KronBertPreTrainedModel):
+        name = loaded.config.kron["name"]
+    # A student's position table may be longer than its teacher's.
+    shaped: Any = loaded if teacher is None else teacher
+    return loaded, name, config.resolved(name, shaped.config.max_position_embeddings)
+
+
 def _student(
     config: DistillConfig,
     loaded: Any,
@@ -230,10 +236,6 @@ def _fitted(rows: Any, tokenizer: Any) -> list[dict[str, torch.Tensor]]:
     chosen, collate = rows.select_columns(wanted).select(order), PaddingCollator(tokenizer)
     parts = (range(start, min(start + BATCH, count)) for start in range(0, count, BATCH))
     return [dict(collate([chosen[index] for index in part])) for part in parts]
-
-
-def _preset_of(student: Any) -> str | None:
-    return student.config.kron["name"] if isinstance(student, KronBertPreTrainedModel) else None
 
 
 def _numbered(rows: Any) -> Any:
