@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from bench import distill_losses, distill_step_candidates, distill_step_worker, distill_steps, points
 from bench.distill_step_candidates import (
@@ -41,6 +42,8 @@ def students(request: pytest.FixtureRequest) -> Students:
 def test_losses_and_gradients_of_each_way_are_right(name: str, students: Students) -> None:
     way = students.way(name)
     outcome = way.step.outcome()
+    layer = {DENSE: nn.Linear, STOCK: StockLinear, OURS: KronLinear}[name]
+    assert type(way.step.student.bert.encoder.layer[0].output.dense) is layer
     trained = {name for name, parameter in way.step.student.named_parameters() if parameter.requires_grad}
     assert set(outcome) == {"embedding", "scores", "ffn", "logits", "supervised", "loss"} | trained
     assert StepProblem(students).error(way) < 1e-5
@@ -64,7 +67,20 @@ def test_a_step_that_is_wrong_is_found(students: Students) -> None:
         assert not StepProblem(Students(SIZES["smoke"], "K8")).error(way) <= TOLERANCE
 
 
-def test_a_step_trains_the_student_and_nothing_else(students: Students) -> None:
+@pytest.mark.parametrize("name", ["scores", "bert.encoder.layer.1.output.dense.b"])
+@pytest.mark.parametrize(("factor", "error"), [(1.01, 0.01), (float("nan"), float("nan"))])
+def test_one_wrong_term_or_gradient_is_found(
+    name: str, factor: float, error: float, students: Students, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    way = students.way(OURS)
+    outcome = way.step.outcome()
+    monkeypatch.setattr(way.step, "outcome", lambda: {**outcome, name: factor * outcome[name]})
+    assert StepProblem(students).error(way) == pytest.approx(error, rel=1e-2, nan_ok=True)
+
+
+def test_a_step_trains_the_student_and_nothing_else(students: Students, monkeypatch: pytest.MonkeyPatch) -> None:
+    clipped: list[float] = []
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda _, most: clipped.append(most))
     way = students.way(STOCK)
     before = copy.deepcopy(way.step.student.state_dict())
     teacher = copy.deepcopy(students.teacher.state_dict())
@@ -73,9 +89,13 @@ def test_a_step_trains_the_student_and_nothing_else(students: Students) -> None:
     assert not [name for name, value in way.step.student.state_dict().items() if torch.equal(value, before[name])]
     assert all(torch.equal(value, teacher[name]) for name, value in students.teacher.state_dict().items())
     assert all(parameter.grad is None for parameter in way.step.student.parameters())
+    assert clipped == [1.0]
 
 
-@pytest.mark.parametrize(("shapes", "order"), [(((8, 2), (16, 32)), "b_first"), (((2, 8), (32, 16)), "a_first")])
+@pytest.mark.parametrize(
+    ("shapes", "order"),
+    [(((8, 2), (16, 32)), "b_first"), (((2, 8), (32, 16)), "a_first"), (((4, 4), (8, 8)), "a_first")],
+)
 def test_stock_layers_compute_the_layer_in_the_cheaper_order(
     shapes: Any, order: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,9 +112,14 @@ def test_stock_layers_compute_the_layer_in_the_cheaper_order(
 def test_stock_embeddings_compute_the_embedding() -> None:
     table = KronEmbedding(7, 12, 4, padding_idx=0)
     ids = torch.tensor([[1, 6, 0], [2, 2, 5]])
+    grad = torch.randn(2, 3, 12)
     want = table(ids)
+    gradients = torch.autograd.grad(want, (table.a, table.b), grad)
     table.__class__ = StockEmbedding
-    torch.testing.assert_close(table(ids), want)
+    got = table(ids)
+    torch.testing.assert_close(got, want)
+    # The row of the padding gets none.
+    torch.testing.assert_close(torch.autograd.grad(got, (table.a, table.b), grad), gradients)
 
 
 def test_worker_times_and_weighs_each_way(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,6 +134,7 @@ def test_worker_times_and_weighs_each_way(monkeypatch: pytest.MonkeyPatch) -> No
     assert [(row["variant"], row["status"]) for row in rows] == [(name, "ok") for name in names]
     for row in rows:
         assert 0 < row["error"] < 1e-5
+        assert row["time_ms_q50"] > 0
         assert set(row) <= {"variant", *distill_steps.COLUMNS}
     assert rows[1]["over_matmul_q50"] == rows[2]["over_compiled_q50"] == 1
     assert rows[2]["over_matmul_q50"] > 0
