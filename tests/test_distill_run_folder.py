@@ -25,10 +25,11 @@ import transformers  # noqa: E402
 
 from kron_kernels import _files  # noqa: E402
 from kron_kernels._files import check_space, new_folder, write_text  # noqa: E402
-from kron_kernels.distill import run_folder  # noqa: E402
+from kron_kernels.distill import locks, run_folder  # noqa: E402
 from kron_kernels.distill.callbacks import NonFiniteLossError, RunLogger, check_finite  # noqa: E402
+from kron_kernels.distill.checkpoints import step_of  # noqa: E402
 from kron_kernels.distill.curves import read_series, write_curves  # noqa: E402
-from kron_kernels.distill.run_folder import RunFolder, checkpoint_step  # noqa: E402
+from kron_kernels.distill.run_folder import RunFolder  # noqa: E402
 from kron_kernels.distill.run_result import RunResult  # noqa: E402
 
 CONFIG: dict[str, Any] = {"task": "sst2", "seed": 1, "training": {"learning_rate": 5e-5, "epochs": (1, 2)}}
@@ -129,7 +130,7 @@ def test_the_peak_memory_is_kept_over_all_starts(tmp_path: Path, monkeypatch: py
 
 
 def test_a_new_run_can_be_discarded_and_one_that_was_there_stays(tmp_path: Path) -> None:
-    held = len(run_folder._HELD)
+    held = len(locks._HELD)
     run = RunFolder.create(tmp_path / "run", CONFIG)
     save_checkpoint(run, 3)
     RunFolder(run.path).discard()
@@ -141,7 +142,7 @@ def test_a_new_run_can_be_discarded_and_one_that_was_there_stays(tmp_path: Path)
     RunFolder.create(tmp_path / "empty", CONFIG).discard()
     assert list(tmp_path.iterdir()) == [tmp_path / "empty"]
     assert not list((tmp_path / "empty").iterdir())
-    assert len(run_folder._HELD) == held, "the locks are given up"
+    assert len(locks._HELD) == held, "the locks are given up"
 
 
 def test_configurations_must_be_plain(tmp_path: Path) -> None:
@@ -472,7 +473,7 @@ def work_until_killed(path: Path) -> None:
     """Log, save and delete without end."""
     run = RunFolder.create(path, CONFIG)
     last = run.last_checkpoint()
-    step = checkpoint_step(last) if last else 0
+    step = step_of(last) if last else 0
     while True:
         step += 1
         run.log({"step": step, "text": "x" * 2000})
@@ -509,7 +510,7 @@ def test_killed_processes_leave_a_folder_to_go_on_with(tmp_path: Path, monkeypat
             continue
         run = RunFolder(path)
         last = run.last_checkpoint()
-        step = checkpoint_step(last) if last else 0
+        step = step_of(last) if last else 0
         assert step >= reached
         reached = step
         for name in ("model", "optimizer", "state") if last else ():

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import fcntl
-import importlib.metadata
 import json
 import logging
 import math
 import os
-import resource
 import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import torch
-
-from .._files import NoSpaceError, sync, write_text
-from ..timing import describe_machine
+from .._files import NoSpaceError, write_text
+from . import checkpoints, locks
+from .environment import describe_environment, peak_memory
 from .run_result import RunResult
 
 _LOG = logging.getLogger(__name__)
-_MARKER = "complete.json"
 _LOCK = ".lock"
 _PEAK = "peak_memory_bytes"  # of a start
-_HELD: dict[tuple[int, int, int], BinaryIO] = {}
 _MISSING = object()
 
 
@@ -57,7 +50,8 @@ class RunFolder:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._is_new = self._has_new_folder = False
+        self._lock: locks.Lock | None = None  # of a run that create began
+        self._has_new_folder = False
         if not self.config_path.is_file():
             raise FileNotFoundError(f"run: expected a run's folder, with config.yaml, got {self.path}")
 
@@ -88,10 +82,10 @@ class RunFolder:
                 raise FileNotFoundError(f"run: expected a run to resume, got {path}, which is none")
             existed = path.is_dir()
             path.mkdir(parents=True, exist_ok=True)
-            _lock(path)
+            lock = locks.acquire(path / _LOCK)
             write_text(path / "config.yaml", _to_yaml(plain))
             run = cls(path)
-            run._is_new, run._has_new_folder = True, not existed
+            run._lock, run._has_new_folder = lock, not existed
             return run._start()
         if resume is False:
             raise FileExistsError(f"run: {path} exists; resume it, or choose another folder")
@@ -100,7 +94,7 @@ class RunFolder:
         if differing:
             more = f" (and {len(differing) - 3} more)" if len(differing) > 3 else ""
             raise ValueError(f"config: {path} holds a run with another one: {'; '.join(differing[:3])}{more}")
-        _lock(path)
+        locks.acquire(path / _LOCK)
         return run._start()
 
     def _start(self) -> RunFolder:
@@ -109,7 +103,7 @@ class RunFolder:
         self.checkpoints_path.mkdir(exist_ok=True)
         last = self.last_checkpoint()
         self.rewind(last)
-        step = 0 if last is None else checkpoint_step(last)
+        step = 0 if last is None else checkpoints.step_of(last)
         self._write_starts([*self._starts(), {**describe_environment(), "step": step, _PEAK: peak_memory()}])
         return self
 
@@ -137,10 +131,10 @@ class RunFolder:
 
     def discard(self) -> None:
         """Delete the run where ``create`` began it here, with the folder unless that was there before; else nothing."""
-        if not self._is_new:
+        if self._lock is None:
             return
-        lock = _lock_key(self.path / _LOCK)
-        for entry in self.path.iterdir():
+        # The configuration last: killed in between, it is a run still.
+        for entry in sorted(self.path.iterdir(), key=lambda entry: entry == self.config_path):
             if entry.is_dir():
                 shutil.rmtree(entry)
             else:
@@ -148,7 +142,7 @@ class RunFolder:
         if self._has_new_folder:
             self.path.rmdir()
         # Not before: another process may have the place from here on.
-        _HELD.pop(lock).close()
+        locks.release(self._lock)
 
     @property
     def config_path(self) -> Path:
@@ -245,19 +239,11 @@ class RunFolder:
 
     def mark_complete(self, checkpoint: Path) -> None:
         """Say that everything in the checkpoint is written, once it is on the disk."""
-        files = {}
-        for path in sorted(checkpoint.rglob("*")):
-            if path.name != _MARKER:
-                sync(path)
-                if path.is_file():
-                    files[path.relative_to(checkpoint).as_posix()] = path.stat().st_size
-        sync(checkpoint)
-        marker = {"step": checkpoint_step(checkpoint), "metrics": len(self.metrics()), "files": files}
-        write_text(checkpoint / _MARKER, json.dumps(marker, indent=2) + "\n")
+        checkpoints.mark_complete(checkpoint, metrics=len(self.metrics()))
 
     def complete_checkpoints(self) -> list[Path]:
         """Those that are whole, by step."""
-        return [path for path in _checkpoints(self.checkpoints_path) if _read_marker(path) is not None]
+        return [path for path in checkpoints.find(self.checkpoints_path) if checkpoints.read_marker(path) is not None]
 
     def last_checkpoint(self) -> Path | None:
         """The newest whole one: what ``Trainer.train(resume_from_checkpoint=...)`` takes."""
@@ -270,7 +256,7 @@ class RunFolder:
         kept = None if best is None else Path(best).resolve()
         for path in self.complete_checkpoints()[:-keep]:
             if path.resolve() != kept:
-                _delete(path)
+                checkpoints.delete(path)
 
     def rewind(self, checkpoint: Path | None) -> None:
         """Put the run back to where it was as ``checkpoint`` was saved, or to its beginning.
@@ -279,81 +265,19 @@ class RunFolder:
         """
         step, kept = 0, 0
         if checkpoint is not None:
-            marker = _read_marker(checkpoint)
+            marker = checkpoints.read_marker(checkpoint)
             if marker is None:
                 raise ValueError(f"checkpoint: expected a complete one, got {checkpoint}")
             step, kept = marker["step"], marker["metrics"]
-        for path in _checkpoints(self.checkpoints_path):
-            if checkpoint_step(path) > step or _read_marker(path) is None:
-                _LOG.warning("deleting %s: %s", path, "partial" if _read_marker(path) is None else "of a later step")
-                _delete(path)
+        for path in checkpoints.find(self.checkpoints_path):
+            partial = checkpoints.read_marker(path) is None
+            if partial or checkpoints.step_of(path) > step:
+                _LOG.warning("deleting %s: %s", path, "partial" if partial else "of a later step")
+                checkpoints.delete(path)
         if self.metrics_path.exists():
             lines = self.metrics_path.read_bytes().splitlines(keepends=True)
             if len(lines) > kept:
                 write_text(self.metrics_path, b"".join(lines[:kept]).decode())
-
-
-def checkpoint_step(checkpoint: Path) -> int:
-    """The step of ``checkpoint-N``."""
-    return int(checkpoint.name.removeprefix("checkpoint-"))
-
-
-def describe_environment() -> dict[str, Any]:
-    """Machine, versions and device of this process."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {**describe_machine(), "transformers": importlib.metadata.version("transformers"), "device": device}
-
-
-def peak_memory() -> int:
-    """Bytes: of the GPU's allocator where there is one, else the largest resident set of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=checkpoint_step)
-
-
-def _read_marker(checkpoint: Path) -> dict[str, Any] | None:
-    """The marker, None where there is none or a file lacks, in whole or in part."""
-    try:
-        marker = json.loads((checkpoint / _MARKER).read_text(encoding="utf-8"))
-        whole = all((checkpoint / name).stat().st_size == size for name, size in marker["files"].items())
-    except (OSError, ValueError):
-        return None
-    return marker if whole else None
-
-
-def _delete(checkpoint: Path) -> None:
-    # The marker first: a process killed halfway must not leave it on a checkpoint without its weights.
-    (checkpoint / _MARKER).unlink(missing_ok=True)
-    sync(checkpoint)
-    shutil.rmtree(checkpoint)
-
-
-def _lock(folder: Path) -> None:
-    """Lock the folder for this process until it ends, however it ends; BlockingIOError where another one has it."""
-    path = folder / _LOCK
-    path.touch()
-    # Closing any descriptor of a file gives up the process's lock on it, so each is opened once and
-    # closed only when the folder goes; forked processes do not inherit it.
-    key = _lock_key(path)
-    if key in _HELD:
-        return
-    file = open(path, "ab")  # noqa: SIM115
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        file.close()
-        raise BlockingIOError(f"run: another process is at work in {folder}") from None
-    _HELD[key] = file
-
-
-def _lock_key(path: Path) -> tuple[int, int, int]:
-    return (os.getpid(), path.stat().st_dev, path.stat().st_ino)
 
 
 def _is_ours(entry: Path) -> bool:
