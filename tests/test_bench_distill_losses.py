@@ -38,6 +38,30 @@ def test_a_way_that_is_wrong_is_told_and_not_timed(term: str, monkeypatch: pytes
     assert said[1]["error"] == pytest.approx(1e-3, rel=1e-2)
 
 
+@pytest.mark.parametrize(
+    ("timed", "status", "weighed"),
+    [(None, ["crashed", "crashed"], []), (["wrong", "ok"], ["wrong", "ok"], ["ours"])],
+)
+def test_only_ways_that_are_right_are_weighed(
+    timed: list[str] | None, status: list[str], weighed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def child(module: str, job: dict[str, Any], environment: dict[str, str]) -> Any:
+        if job["kind"] == "memory":
+            asked.append(job["way"])
+            return [{"memory_mib": 7.0}]
+        if timed is None:
+            raise Crash("died of SIGSEGV", "start")
+        return [{"way": way, "status": each} for way, each in zip(distill_losses.WAYS, timed, strict=True)]
+
+    monkeypatch.setattr(distill_losses, "child", child)
+    rows = distill_losses.measure(SHAPE, threads=1, seconds=0.02)
+    assert [(row["way"], row["status"]) for row in rows] == list(zip(distill_losses.WAYS, status, strict=True))
+    assert asked == weighed
+    assert [row.get("reason") for row in rows] == 2 * [None if timed else "died of SIGSEGV"]
+
+
 def test_a_run_writes_its_file_and_tells_of_a_crash(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def child(module: str, job: dict[str, Any], environment: dict[str, str]) -> Any:
         if job["kind"] == "memory" and job["way"] == "plain":
