@@ -38,6 +38,15 @@ def test_a_way_that_is_wrong_is_told_and_not_timed(term: str, monkeypatch: pytes
     assert said[1]["error"] == pytest.approx(1e-3, rel=1e-2)
 
 
+@pytest.mark.parametrize("term", distill_losses.TERMS)
+def test_both_ways_give_the_gradients_of_all_queries_and_keys(term: str) -> None:
+    job = {**SHAPE, "term": term}
+    layers = distill_worker.make_layers(job)
+    (loss, gradients), (other, others) = distill_worker.ours(job, layers), distill_worker.plain(job, layers)
+    assert [gradient.shape for gradient in gradients] == 4 * [(2, 40, 16)]
+    torch.testing.assert_close((loss.float(), gradients), (other, others), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("timed", "status", "weighed"),
     [(None, ["crashed", "crashed"], []), (["wrong", "ok"], ["wrong", "ok"], ["ours"])],
