@@ -253,6 +253,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(folder: Path, tmp_path: Path) -
         run_stage(config, tmp_path / "run")
 
 
+def save_longer(folder: Path, path: Path) -> None:
+    """A student with twice the positions."""
+    config = transformers.BertConfig.from_pretrained(folder / "bert", max_position_embeddings=64)
+    KronBertModel.from_dense(transformers.BertModel(config), "K8").save_pretrained(path)
+
+
 def test_models_that_do_not_match_are_refused_before_training(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="teacher: expected a model fine-tuned on sst2"):
         run_stage(task_config(folder, teacher=str(folder / "bert")), tmp_path / "a")
@@ -266,15 +272,22 @@ def test_models_that_do_not_match_are_refused_before_training(folder: Path, tmp_
     )
     with pytest.raises(ValueError, match="student: expected factors in floating point to train, got int8 ones"):
         run_stage(task_config(folder, student=str(tmp_path / "int8")), tmp_path / "c")
-    longer = transformers.BertModel(
-        transformers.BertConfig.from_pretrained(folder / "bert", max_position_embeddings=64)
-    )
-    KronBertModel.from_dense(longer, "K8").save_pretrained(tmp_path / "longer")
+    save_longer(folder, tmp_path / "longer")
     with pytest.raises(ValueError, match="max_length: expected at most the model's 32, got 64"):
         run_stage(task_config(folder, student=str(tmp_path / "longer"), max_length=64), tmp_path / "d")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kron_kernels.distill.work.load_model", refuse_to_load)
+        with pytest.raises(RuntimeError, match="size mismatch"):
+            run_stage(task_config(folder), tmp_path / "e")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["int8", "longer", "student"], (
         "a refused run leaves no folder"
     )
+
+
+def test_a_student_may_have_more_positions_than_its_teacher(folder: Path, tmp_path: Path) -> None:
+    save_longer(folder, tmp_path / "longer")
+    run_stage(task_config(folder, student=str(tmp_path / "longer"), max_steps=1), tmp_path / "run")
+    assert load_model(tmp_path / "run" / "model").config.max_position_embeddings == 64
 
 
 def test_another_configuration_in_the_same_folder_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -385,6 +398,10 @@ def test_the_memory_of_a_resumed_run_is_that_of_its_largest_start(
     first, second = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert result.peak_memory_bytes == first["peak_memory_bytes"] > 100
     assert second["peak_memory_bytes"] == 50
+
+
+def refuse_to_load(*_: Any, **__: Any) -> None:
+    raise RuntimeError("size mismatch")
 
 
 def interrupt(*_: Any, **__: Any) -> None:

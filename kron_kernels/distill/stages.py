@@ -58,7 +58,7 @@ def run_stage(
         return folder.result
     try:
         work, trainer = _prepare(config, folder, progress)
-    except (ValueError, TypeError, OSError) as refusal:
+    except (ValueError, TypeError, OSError, RuntimeError) as refusal:
         # A run without room is the one to go on with once there is some.
         if getattr(refusal, "errno", None) != errno.ENOSPC:
             folder.discard()
@@ -69,8 +69,6 @@ def run_stage(
     # The result is what the saved model does: not in the precision of the training.
     trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     metrics = trainer.evaluate()
-    if trainer.is_world_process_zero():
-        folder.note_memory()
     result = _result(work, trainer, metrics, folder)
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathered where they are sharded
     if trainer.is_world_process_zero():

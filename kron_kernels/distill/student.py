@@ -77,6 +77,7 @@ def with_teachers_head(student: Any, teacher: Any) -> Any:
     if type(student) is target:
         return student
     config = KronBertConfig.from_dense(teacher.config, student.config.kron)
+    config.max_position_embeddings = student.config.max_position_embeddings
     options = {"add_pooling_layer": teacher.pooler is not None} if target is models.KronBertModel else {}
     headed = target(config, **options)
     _copy_encoder(student, headed)
