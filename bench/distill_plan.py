@@ -64,6 +64,9 @@ def plan(sources: Sources, presets: Sequence[str], tasks: Sequence[str], scale: 
             yield _stage_2(sources, preset, task, scale, student=student, variant="scores weigh 0.1", losses=light)
             yield _stage_2(sources, preset, task, scale, variant="no stage 1", warm_start="blockwise")
             yield _stage_2(sources, preset, task, scale, variant="no stage 1, plain start", warm_start="plain")
+            # A start that is already near its teacher is undone by the high rate within a hundred steps.
+            gentle = "no stage 1, rate 1e-4"
+            yield _stage_2(sources, preset, task, scale, variant=gentle, warm_start="blockwise", learning_rate=1e-4)
             yield _without_teacher(sources, preset, task, scale)
     for seed in range(1, seeds):
         for task in ablated:
@@ -113,6 +116,7 @@ def _stage_2(
     warm_start: str | None = None,
     variant: str = "",
     losses: dict[str, float] | None = None,
+    learning_rate: float = LEARNING_RATE,
     seed: int = 0,
 ) -> Job:
     settings: dict[str, Any] = {
@@ -122,7 +126,7 @@ def _stage_2(
         "teacher_precision": "bf16",
         "epochs": EPOCHS[task][1] * scale,
         "batch_size": 32,
-        "learning_rate": LEARNING_RATE,
+        "learning_rate": learning_rate,
         "seed": seed,
     }
     if losses is not None:

@@ -19,7 +19,7 @@ pytest.importorskip("datasets", reason="the extra 'distill' is not installed")
 
 from bench import distill
 from bench.distill_curves import FILE, MOST_POINTS, curve_rows, plot_curves, write_curve_rows
-from bench.distill_plan import ABLATED, FOLDERS, Job, Sources, plan
+from bench.distill_plan import ABLATED, FOLDERS, LEARNING_RATE, Job, Sources, plan
 from bench.harness import read_rows
 from kron_kernels.distill import DistillConfig, RunFolder, RunResult
 
@@ -141,11 +141,18 @@ def test_the_table_comes_before_the_ablations_and_those_before_more_seeds() -> N
     order = list(dict.fromkeys(kinds))
     assert order == ["finetune", "pretrain", "task", "ablation", "seed"]
     assert kinds.index("ablation") == len(FOLDERS) + 3 * (1 + len(FOLDERS))
-    assert kinds.count("ablation") == 4 * 2 * len(ABLATED)
+    assert kinds.count("ablation") == 5 * 2 * len(ABLATED)
     assert kinds.count("seed") == 2 * len(ABLATED)
     assert {job.name.split("-")[0] for job, kind in zip(planned, kinds, strict=True) if kind == "ablation"} == {
         *("K8", "K21")
     }
+
+
+def test_a_variant_that_names_a_rate_has_it() -> None:
+    for job in jobs():
+        rate = job.settings.get("variant", "").partition("rate ")[2]
+        if job.settings["stage"] == "task":
+            assert job.settings["learning_rate"] == float(rate or LEARNING_RATE)
 
 
 def test_scale_stretches_the_passes_alone() -> None:
@@ -290,6 +297,7 @@ def test_a_failing_run_says_why_and_what_was_done_is_kept(
         ("K8", "scores weigh 0.1", "93.75"),
         ("K8", "no stage 1", "93.75"),
         ("K8", "no stage 1, plain start", "93.75"),
+        ("K8", "no stage 1, rate 1e-4", "93.75"),
         ("K8", "no KD in stage 2", ""),
     ]
     curves = read_rows(tmp_path / "results" / FILE)
@@ -299,7 +307,7 @@ def test_a_failing_run_says_why_and_what_was_done_is_kept(
 
 def test_without_time_nothing_is_started(tmp_path: Path, pretence: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare(pretence, jobs("mrpc", presets=("K8",)))
-    with pytest.raises(SystemExit, match=r"^0 of 7 runs are done; start again to go on$"):
+    with pytest.raises(SystemExit, match=r"^0 of 8 runs are done; start again to go on$"):
         call_main(tmp_path, monkeypatch, minutes=0)
     assert calls(pretence) == []
     assert read_rows(tmp_path / "results" / "distill.csv") == []
