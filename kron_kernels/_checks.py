@@ -87,6 +87,23 @@ def check_base(base: Any, x: Tensor, m: int) -> None:
     _match("base", base, x)
 
 
+def check_alpha(alpha: Any) -> None:
+    """Raise TypeError for what is no number: of a tensor the ops would take the value, and give it no gradient."""
+    if not isinstance(alpha, (float, int, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"alpha: expected a number, got {type(alpha).__name__} (a factor takes a learned scale)")
+
+
+def check_frozen(name: str, tensor: Any, shape: tuple[int, ...], x: Tensor) -> None:
+    """Check a weight or bias of a frozen layer of ``x``."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+    if tensor.shape != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+    if tensor.requires_grad:
+        raise ValueError(f"{name}: expected a frozen tensor, got one that requires gradients")
+    _match(name, tensor, x)
+
+
 def check_low_rank_types(b: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     """The two tensors of a right factor ``(p, q)``."""
     if len(b) != 2 or not all(isinstance(part, Tensor) for part in b):

@@ -40,6 +40,16 @@ def needs_autograd(*tensors: Tensor | None) -> bool:
     return False
 
 
+def in_place_is_observed() -> bool:
+    """Whether a compiler, a function transform or a dispatch mode looks on, which may keep results or have no memory:
+    selective checkpointing and fake tensors."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or bool(torch._C._len_torch_dispatch_stack())
+    )
+
+
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """``function.apply`` without inspecting its signature on every call, which costs as much as five small products."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():

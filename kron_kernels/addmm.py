@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import _backends, reference
-from ._checks import check_base, check_low_rank, check_low_rank_types, check_operands, check_types
+from ._checks import check_alpha, check_base, check_low_rank, check_low_rank_types, check_operands, check_types
 from ._observers import apply, cast_for_autocast, needs_autograd
 from ._ops import kron_mm_add, kron_mm_add_
 from .functional import gradients, only_needed
@@ -32,7 +32,7 @@ def kron_addmm(
         a: left factors, ``(m1, n1)`` or ``(S, m1, n1)``, dtype and device of ``x``.
         b: right factors, ``(m2, n2)`` or ``(S, m2, n2)``, with as many terms as ``a``; or a pair ``(p, q)`` of matrices
             ``(m2, r)`` and ``(r, n2)`` whose product is the right factor. It is formed only where that is cheaper.
-        alpha: factor of the product.
+        alpha: factor of the product, a number.
         backend: as for ``kron_matmul``.
 
     Returns:
@@ -43,7 +43,7 @@ def kron_addmm(
 
     Differentiable to any order in all tensors; only ``x`` and the factors are kept for backward.
     """
-    base, x, a, b, name = _prepare(base, x, a, b, backend, in_place=False)
+    base, x, a, b, name = _prepare(base, x, a, b, alpha, backend, in_place=False)
     if name == "reference":
         return reference.kron_mm_add(base, x, a, b, alpha)
     if not needs_autograd(base, x, a, b):
@@ -59,18 +59,21 @@ def kron_addmm_(
     """``kron_addmm`` written into ``base``, which is returned: no tensor of the result's size is made.
 
     ``base`` may not be a leaf that needs gradients, nor what backward of another operation needs, as for every in-place
-    operation of torch. Inside autocast ``base`` must have the autocast dtype. Where ``base`` is not contiguous, or is
-    part of the memory of an operand, and under a compiler or a function transform, the result takes memory of its own
-    first.
+    operation of torch. Inside autocast ``base`` must have the autocast dtype. Where ``base`` is not contiguous, of a
+    subclass of Tensor, or part of the memory of an operand, and under a compiler or a function transform, the result
+    takes memory of its own first.
     """
     target = base
-    base, x, a, b, name = _prepare(base, x, a, b, backend, in_place=True)
+    base, x, a, b, name = _prepare(base, x, a, b, alpha, backend, in_place=True)
     observed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if name == "reference" or observed or not base.is_contiguous() or _shares_memory(base, x, a, b):
+    plain = type(base) in (Tensor, torch.nn.Parameter)  # a subclass, such as a fake tensor, may have no memory
+    if name == "reference" or observed or not plain or not base.is_contiguous() or _shares_memory(base, x, a, b):
         return target.copy_(kron_addmm(base, x, a, b, alpha=alpha, backend=name))
     if needs_autograd(base, x, a, b):
         return apply(KronAddmmInPlace, base, x, a, b, alpha)
     kron_mm_add_(base, x, a, b, alpha)
+    if not base.is_inference():
+        torch.autograd.graph.increment_version(base)  # as torch's own do: a backward that needs what was here fails
     return base
 
 
@@ -127,12 +130,13 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _prepare(
-    base: Any, x: Any, a: Any, b: Any, backend: str | None, in_place: bool
+    base: Any, x: Any, a: Any, b: Any, alpha: Any, backend: str | None, in_place: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, str]:
     """Checked and cast operands with stacked factors, the low-rank factor folded, and the name of the backend."""
     low_rank = isinstance(b, tuple)
     p, q = check_low_rank_types(b) if low_rank else (b, None)
     check_types(x, a, p, None)
+    check_alpha(alpha)
     device_type = x.device.type
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
         x, a, p, q = cast_for_autocast(device_type, x, a, p, q)

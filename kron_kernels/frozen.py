@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
-from ._checks import check_low_rank_types
+from ._checks import check_alpha, check_frozen, check_low_rank_types, check_types
 from ._observers import apply
 from .addmm import RightFactor, check_factors, fold, folding_pays, kron_addmm, kron_addmm_, stacked
 from .functional import gradients
@@ -34,24 +34,23 @@ def frozen_linear_kron(
         ``(..., m1 * m2)``, contiguous. For backward ``x`` and the factors are kept, and ``weight`` is held.
 
     Raises:
-        ValueError: ``weight`` or ``bias`` of another shape, or one that asks for gradients; what ``kron_addmm`` raises.
+        ValueError: ``weight`` or ``bias`` of another shape or device, or one that asks for gradients.
+        TypeError: one of another dtype. Both also as ``kron_addmm``.
 
     Differentiable to any order. Inside autocast, a compiler or a function transform it is ``kron_addmm`` of
     ``F.linear``.
     """
     p, q = check_low_rank_types(b) if isinstance(b, tuple) else (b, None)
+    check_types(x, a, p, None)
+    check_alpha(alpha)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or _autocasts(x):
         return kron_addmm(F.linear(x, weight, bias), x, a, b, alpha=alpha)
     a, p = stacked(a, p, q)
     check_factors(x, a, p, q)
     m = a.shape[1] * p.shape[1]
-    for name, tensor, shape in (("weight", weight, (m, x.shape[-1])), ("bias", bias, (m,))):
-        if tensor is None:
-            continue
-        if tensor.shape != shape:
-            raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
-        if tensor.requires_grad:
-            raise ValueError(f"{name}: expected a frozen tensor, got one that requires gradients")
+    check_frozen("weight", weight, (m, x.shape[-1]), x)
+    if bias is not None:
+        check_frozen("bias", bias, (m,), x)
     if q is not None and not folding_pays(a, p, q):
         p, q = p @ q, None
     # As a matrix: of batched x, F.linear gives a view.
@@ -67,6 +66,26 @@ def is_plain_frozen(layer: nn.Module) -> bool:
         and not any(getattr(layer, f"_{kind}") or getattr(torch_module, f"_global_{kind}") for kind in _HOOKS)
         and all(type(each) in (Tensor, nn.Parameter) and not each.requires_grad for each in layer.parameters())
         and "weight" in layer._parameters
+    )
+
+
+def is_fresh(layer: Any, result: Any) -> bool:
+    """Whether nobody else holds what a layer gave, and its own backward does not need it.
+
+    So it is for torch's plain layers, on plain weights and without hooks that could have kept or exchanged the result.
+    """
+    return (
+        type(layer) in (nn.Linear, nn.Conv1d, nn.Conv2d)
+        and "forward" not in vars(layer)
+        and not layer._forward_hooks
+        and not layer._backward_hooks
+        and not layer._backward_pre_hooks
+        and not torch_module._global_forward_hooks
+        and not torch_module._global_backward_hooks
+        and not torch_module._global_backward_pre_hooks
+        and type(layer.weight) in (Tensor, nn.Parameter)
+        and (not result._is_view() or result._base.shape == (result.numel() // result.shape[-1], result.shape[-1]))
+        and type(result) is Tensor
     )
 
 

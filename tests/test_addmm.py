@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 import cases
 from kron_kernels import _backends, _ops, addmm, kron_addmm, kron_addmm_, reference
@@ -133,6 +135,24 @@ def test_in_place_into_its_own_input(offset: int) -> None:
     torch.testing.assert_close(kron_addmm_(base, x, o.a, o.b), expected)
 
 
+def test_a_backward_that_needs_what_was_overwritten_fails() -> None:
+    o = cases.make(cases.Case("odd", 6))
+    base = o.grad.clone()
+    needs_base = (torch.ones_like(base, requires_grad=True) * base).sum()
+    kron_addmm_(base, o.x, o.a, o.b)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        needs_base.backward()
+    with torch.inference_mode():
+        torch.testing.assert_close(kron_addmm_(o.grad.clone(), o.x, o.a, o.b), base)
+
+
+def test_fake_tensors() -> None:
+    with FakeTensorMode(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        base = torch.zeros(4, 21)
+        assert kron_addmm_(base, torch.zeros(4, 10), torch.zeros(3, 5), torch.zeros(7, 2)) is base
+
+
 def test_in_place_makes_nothing_of_the_results_size() -> None:
     o = cases.make_operands(((8, 8), (12, 12)), 500)
     base = o.grad.clone()
@@ -241,6 +261,8 @@ P, Q = torch.zeros(7, 3), torch.zeros(3, 2)
         ({"b": (P.double(), Q)}, TypeError, r"b\[0\]: expected the dtype of b\[1\], torch.float32, got torch.float64"),
         ({"b": (P.double(), Q.double())}, TypeError, r"b: expected the dtype of x, torch.float32, got torch.float64"),
         ({"backend": "cuda9"}, ValueError, r"backend: expected one of"),
+        ({"alpha": torch.tensor(2.0)}, TypeError, r"alpha: expected a number, got Tensor"),
+        ({"alpha": None}, TypeError, r"alpha: expected a number, got NoneType"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("function", [kron_addmm, kron_addmm_])

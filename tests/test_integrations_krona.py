@@ -114,13 +114,23 @@ def test_a_block_gets_what_else_is_passed_and_keeps_what_it_gives():
     assert torch.equal(x, before)
 
 
-def test_the_product_is_added_in_the_layers_own_output():
-    layer = KronA(nn.Linear(24, 36), *FORMS["balanced"])
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_product_is_added_in_the_layers_own_output_where_no_hook_keeps_it(trained, monkeypatch):
+    layer, x = KronA(nn.Linear(24, 36), *FORMS["balanced"]), torch.randn(5, 24)
     draw(layer)
-    given = []
-    layer.base.register_forward_hook(lambda module, args, y: given.append(y.data_ptr()))
-    assert layer(torch.randn(5, 24)).data_ptr() == given[0]
-    assert layer.requires_grad_(False)(torch.randn(5, 24)).data_ptr() == given[1]
+    layer.base.requires_grad_(trained)
+    made = []
+
+    def linear(*args):
+        made.append(torch._C._nn.linear(*args))
+        return made[-1]
+
+    monkeypatch.setattr(F, "linear", linear)
+    y = layer(x)
+    assert y.data_ptr() == made[0].data_ptr()
+    layer.base.register_forward_hook(lambda module, args, kept: made.append(kept))
+    torch.testing.assert_close(layer(x), y)
+    torch.testing.assert_close(made[-1], torch._C._nn.linear(x, layer.base.weight, layer.base.bias))
 
 
 def test_adapters_start_as_nothing_and_are_all_that_is_trained():

@@ -277,6 +277,25 @@ def test_a_context_undoes_what_it_did_and_no_more(of_classes: bool) -> None:
     assert type(layer).forward is peft_lokr._forward
 
 
+def test_a_context_leaves_layers_patched_before_and_undoes_the_others() -> None:
+    first, second = adapted(linear, **FULL), adapted(linear, **FULL)
+    apply_kron_kernels_to_peft(first)
+    with kron_kernels_in_peft(nn.ModuleList([first, second])):
+        assert type(second.base_model.model.layer).forward is peft_lokr._forward
+    assert type(first.base_model.model.layer).forward is peft_lokr._forward
+    assert type(second.base_model.model.layer).forward is OWN[lokr.LoKrLayer]["forward"]
+
+
+def test_a_scaling_that_is_no_number_keeps_pefts_path() -> None:
+    model, x = adapted(linear, **FULL), make_x(linear)
+    scale = torch.tensor(0.5, requires_grad=True)
+    model.base_model.model.layer.scaling["adapter0"] = scale
+    (want,) = torch.autograd.grad(model(x).sum(), scale)
+    with pytest.warns(UserWarning, match="PEFT LoKr: a scaling of class Tensor keeps PEFT's own path"):
+        apply_kron_kernels_to_peft(model)
+    torch.testing.assert_close(torch.autograd.grad(model(x).sum(), scale)[0], want)
+
+
 def test_a_forward_taken_from_the_class_before_still_builds_no_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = adapted(linear, **FULL), make_x(linear)
     layer = model.base_model.model.layer

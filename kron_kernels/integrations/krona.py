@@ -16,8 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .._observers import in_place_is_observed
 from ..addmm import kron_addmm, kron_addmm_
-from ..frozen import frozen_linear_kron, is_plain_frozen
+from ..frozen import frozen_linear_kron, is_fresh, is_plain_frozen
 from ..nn import Shapes
 from ..nn.factored import check_product_shape, empty_factors
 from ..presets import KronConfig, as_kron_config
@@ -67,9 +68,9 @@ class KronA(KronAdapter):
     """``W x + bias + scale * (sum_s A_s (x) B_s) x`` around a frozen nn.Linear (Edalati et al., 2022: KronA).
 
     ``x`` is ``(..., in_features)``, the result ``(..., out_features)``; ``shapes`` is ``((m1, n1), (m2, n2))`` with
-    ``m1 * m2 == out_features`` and ``n1 * n2 == in_features``. The product is added in place to what the layer gives:
-    no weight and no second result of full size is made. Raises ValueError where shapes, terms or scale do not fit,
-    TypeError where ``base`` is no nn.Linear.
+    ``m1 * m2 == out_features`` and ``n1 * n2 == in_features``. No weight is built. Where nobody else can hold
+    what the layer gives, as with hooks, the product is added to it in place: no second result of full size is made.
+    Raises ValueError where shapes, terms or scale do not fit, TypeError where ``base`` is no nn.Linear.
     """
 
     base: nn.Linear
@@ -85,7 +86,10 @@ class KronA(KronAdapter):
         if not self.merged and is_plain_frozen(self.base):
             return frozen_linear_kron(x, self.base.weight, self.base.bias, self.a, self.b, alpha=self.scale)
         y = self.base(x)
-        return y if self.merged else kron_addmm_(y, x, self.a, self.b, alpha=self.scale)
+        if self.merged:
+            return y
+        add = kron_addmm_ if is_fresh(self.base, y) and not in_place_is_observed() else kron_addmm
+        return add(y, x, self.a, self.b, alpha=self.scale)
 
     def merge(self) -> None:
         """Add the product to the weight of ``base``: from then on the layer costs what it did without an adapter.

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
+from .._observers import in_place_is_observed
 from ..addmm import RightFactor, kron_addmm, kron_addmm_
-from ..frozen import frozen_linear_kron, is_plain_frozen
+from ..frozen import frozen_linear_kron, is_fresh, is_plain_frozen
 from ._versions import check_version
 
 PEFT_VERSIONS = ">=0.21,<0.22"
@@ -84,13 +84,16 @@ def remove_kron_kernels_from_peft(model: nn.Module | None = None) -> None:
 @contextmanager
 def kron_kernels_in_peft(model: nn.Module | None = None) -> Iterator[None]:
     """``apply_kron_kernels_to_peft(model)`` inside; what was patched before stays so afterwards."""
-    before = bool(_saved) if model is None else all(type(layer) not in _BY_FACTORS for layer in _layers(model))
+    before = bool(_saved)
+    own = [] if model is None else [(layer, type(layer)) for layer in _layers(model)]
     apply_kron_kernels_to_peft(model)
     try:
         yield
     finally:
-        if not before:
-            remove_kron_kernels_from_peft(model)
+        for layer, kind in own:
+            layer.__class__ = kind
+        if model is None and not before:
+            remove_kron_kernels_from_peft()
 
 
 def _layers(model: nn.Module) -> list[Any]:
@@ -113,7 +116,7 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         frozen = layer.base_layer
         return frozen_linear_kron(x, frozen.weight, frozen.bias, a, b, alpha=layer.scaling[adapter])
     result = layer.base_layer(x, *args, **kwargs)
-    in_place = _in_place_is_seen_by_none() and _is_fresh(layer.base_layer, result)
+    in_place = not in_place_is_observed() and is_fresh(layer.base_layer, result)
     for adapter in layer.active_adapters:
         if adapter not in layer._available_adapters or _drops_module(layer, adapter):
             continue
@@ -121,14 +124,14 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             result = _add_product(layer, adapter, x, result, in_place)
         else:
             result = result + layer._get_delta_activations(adapter, x, *args, **kwargs)
-        in_place = _in_place_is_seen_by_none()  # the result is now our own
+        in_place = not in_place_is_observed()  # the result is now our own
     return result.to(x.dtype)
 
 
 def _only_adapter(layer: Any, x: Tensor) -> str:
     """The adapter that alone is added to a plain frozen layer, all of one dtype; "" where that is not so."""
     adapters = [adapter for adapter in layer.active_adapters if adapter in layer._available_adapters]
-    if len(adapters) != 1 or not isinstance(layer, Linear) or not _in_place_is_seen_by_none():
+    if len(adapters) != 1 or not isinstance(layer, Linear) or in_place_is_observed():
         return ""
     (adapter,) = adapters
     frozen = layer.base_layer
@@ -149,7 +152,7 @@ def _add_product(layer: Any, adapter: str, x: Tensor, result: Tensor, in_place: 
         return result + kron_addmm(zeros, x, a, b, alpha=layer.scaling[adapter])
     alpha = layer.scaling[adapter]
     if result.dtype != dtype:
-        result, in_place = result.to(dtype), _in_place_is_seen_by_none()
+        result, in_place = result.to(dtype), not in_place_is_observed()
     if not in_place:
         return kron_addmm(result, x, a, b, alpha=alpha)
     if not result._is_view():
@@ -173,7 +176,7 @@ def _get_delta_activations(layer: Any, adapter: str, x: Tensor, *args: Any, **kw
         index: tuple[Any, ...] = (..., *(slice(None, None, step) for step in base_layer.stride))
         x = x[index].movedim(-space - 1, -1)
     zeros = x.new_zeros((*x.shape[:-1], layer.out_features), dtype=_computed_dtype(x))
-    add = kron_addmm_ if _in_place_is_seen_by_none() else kron_addmm
+    add = kron_addmm if in_place_is_observed() else kron_addmm_
     delta = add(zeros, x, a, b, alpha=layer.scaling[adapter])
     if _drops_rows(layer, adapter):
         delta = delta * _row_mask(layer, adapter).to(delta)
@@ -235,6 +238,8 @@ def _unsupported(layer: Any, adapter: str) -> str:
             return f"a convolution of {base_layer.groups} groups"
         if base_layer.padding not in ("same", "valid") and any(base_layer.padding):
             return f"a convolution of kernel size 1 with padding {tuple(base_layer.padding)}"
+    if not isinstance(layer.scaling[adapter], (float, int)):
+        return f"a scaling of class {type(layer.scaling[adapter]).__name__}"
     for name in layer.adapter_layer_names:
         factors = getattr(layer, name)
         if adapter in factors and type(factors[adapter]) not in (Tensor, nn.Parameter):
@@ -246,35 +251,6 @@ def _warn(reason: str) -> None:
     if reason not in _warned:
         _warned.add(reason)
         warnings.warn(f"PEFT LoKr: {reason} keeps PEFT's own path, which builds the weight", stacklevel=3)
-
-
-def _is_fresh(base_layer: Any, result: Any) -> bool:
-    """Whether nobody else holds what the frozen layer gave, and its own backward does not need it.
-
-    So it is for torch's plain layers, on plain weights and without hooks that could have kept or exchanged the result.
-    """
-    return (
-        type(base_layer) in (nn.Linear, nn.Conv1d, nn.Conv2d)
-        and "forward" not in vars(base_layer)
-        and not base_layer._forward_hooks
-        and not base_layer._backward_hooks
-        and not base_layer._backward_pre_hooks
-        and not torch_module._global_forward_hooks
-        and not torch_module._global_backward_hooks
-        and not torch_module._global_backward_pre_hooks
-        and type(base_layer.weight) in (Tensor, nn.Parameter)
-        and (not result._is_view() or result._base.shape == (result.numel() // result.shape[-1], result.shape[-1]))
-        and type(result) is Tensor
-    )
-
-
-def _in_place_is_seen_by_none() -> bool:
-    """Whether no compiler, function transform or dispatch mode looks on: selective checkpointing keeps results."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
-    )
 
 
 def _own(owner: type, name: str) -> Callable[..., Tensor]:
