@@ -68,6 +68,19 @@ def test_all_else_is_computed_from_the_factors(terms, tokens, options, products)
     assert products == [tokens]
 
 
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (torch.zeros(600, 11), ValueError, "x: expected last dimension"),
+        (torch.zeros(600, 12).double(), TypeError, "a: expected the dtype of x, torch.float64, got torch.float32"),
+        ([0.0], TypeError, "x: expected a Tensor, got list"),
+    ],
+)
+def test_bad_input_is_named_as_by_the_factors(x, error, message):
+    with pytest.raises(error, match=message):
+        make()(x)
+
+
 def test_autocast_is_left_to_the_factors(products):
     with torch.autocast("cpu", torch.bfloat16):
         y = make()(torch.randn(600, 12))

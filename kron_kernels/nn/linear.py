@@ -132,7 +132,8 @@ def kron_linear(
     terms = a.shape[0]
     if terms > 1 and activation is None and _many_tokens(x):
         (_, m1, n1), (_, m2, n2) = a.shape, b.shape
-        if min(order_cost(m1, n1, m2, n2, terms)) >= _NO_SAVING * m1 * m2 * n1 * n2:
+        fits = x.shape[-1] == n1 * n2 and x.dtype is a.dtype  # kron_matmul says what does not
+        if fits and min(order_cost(m1, n1, m2, n2, terms)) >= _NO_SAVING * m1 * m2 * n1 * n2:
             return F.linear(x, kron_weight(a, b), bias)
     return kron_matmul(x, a, b, bias, activation=activation, packed=packed)
 
@@ -141,7 +142,9 @@ def _many_tokens(x: Tensor) -> bool:
     # A captured graph should not depend on the number of tokens, and autocast computes in another dtype.
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
-    return x.is_cpu and x.dtype in (torch.float32, torch.float64) and x.numel() >= _MANY_TOKENS * x.shape[-1]
+    if not isinstance(x, Tensor) or not x.is_cpu or x.dtype not in (torch.float32, torch.float64):
+        return False
+    return x.numel() >= _MANY_TOKENS * x.shape[-1]
 
 
 def fit_linear(
