@@ -6,6 +6,9 @@ import importlib.metadata
 
 from packaging.specifiers import SpecifierSet
 
+# Where GPT-2's and ViT's modules have the names and options that are used here; tested with 5.24.
+TRANSFORMERS_VERSIONS = ">=5.24,<6"
+
 
 def check_version(package: str, supported: str) -> None:
     """Raise ImportError where ``package`` is not installed in a version of the range ``supported`` (PEP 440)."""

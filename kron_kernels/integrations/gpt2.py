@@ -24,9 +24,8 @@ from ..calibrate import Calibration
 from ..convert import ConversionReport, Progress, kronify_, tie_decoders_
 from ..nn import KronDecoder, KronEmbedding, KronLinear
 from ..presets import KronConfig, as_kron_config, preset
-from ._versions import check_version
+from ._versions import TRANSFORMERS_VERSIONS, check_version
 
-TRANSFORMERS_VERSIONS = ">=5.24,<6"
 check_version("transformers", TRANSFORMERS_VERSIONS)
 
 

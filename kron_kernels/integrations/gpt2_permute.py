@@ -23,6 +23,9 @@ from .._conv1d import as_linear
 from ..convert import Target, plan_layers
 from ..factorize.permutations import OrderedWeight, PermutationSearch, Place, search_permutations
 from ..presets import KronConfig, as_kron_config
+from ._versions import TRANSFORMERS_VERSIONS, check_version
+
+check_version("transformers", TRANSFORMERS_VERSIONS)
 
 # A parameter, the dimension that an order runs along, and where on it the order begins.
 _Use = tuple[Tensor, int, int]

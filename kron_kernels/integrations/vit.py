@@ -10,10 +10,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..convert import kronify_
 from ..nn import KronEmbedding, KronLinear
 from ..presets import KronConfig, preset
-from ._versions import check_version
+from ._versions import TRANSFORMERS_VERSIONS, check_version
 
-# Where ViT's modules have the names below; tested with 5.24.
-TRANSFORMERS = ">=5.24,<6"
+check_version("transformers", TRANSFORMERS_VERSIONS)
 
 # ViT and kin of the same layers: DeiT, ViTMAE, ViTMSN. The patch embedding, a convolution, and the head match none.
 VIT_PATTERNS: dict[str, tuple[str, ...]] = {
@@ -21,6 +20,8 @@ VIT_PATTERNS: dict[str, tuple[str, ...]] = {
     "ffn_in": (r"(^|\.)layers\.\d+\.mlp\.fc1$",),
     "ffn_out": (r"(^|\.)layers\.\d+\.mlp\.fc2$",),
 }
+# Not those of GPT-2, which leave half of its blocks out by names that a ViT does not have.
+VIT_PRESETS = ("K8", "K19", "K21")
 
 
 def vit_config(name: str = "K8") -> KronConfig:
@@ -29,9 +30,10 @@ def vit_config(name: str = "K8") -> KronConfig:
     On ViT-base (768 wide, 3072 in between) K8's are 384x384 (x) 2x2 and 8x2 (x) 384x384, 8.0 times fewer parameters in
     the encoder's weights. Patch embedding, class token, positions, norms and head stay dense.
 
-    Raises ValueError for an unknown preset, ImportError for a transformers outside ``TRANSFORMERS``.
+    Raises ValueError for a preset that is none of ``VIT_PRESETS``.
     """
-    check_version("transformers", TRANSFORMERS)
+    if name not in VIT_PRESETS:
+        raise ValueError(f"name: expected one of {', '.join(VIT_PRESETS)}, got {name!r}")
     rules = {role: rule for role, rule in preset(name).rules.items() if role in VIT_PATTERNS}
     return KronConfig(rules, name=f"ViT-{name}", patterns=VIT_PATTERNS)
 
@@ -43,7 +45,6 @@ def load_kronified(model_class: type[PreTrainedModel], folder: str | Path, **opt
     names of older releases, so that a plain ``load_state_dict`` of the file does not do. Raises ValueError where the
     folder's configuration has no ``kron``, and OSError where factors are missing from its tensors.
     """
-    check_version("transformers", TRANSFORMERS)
 
     class Kronified(model_class):  # type: ignore[misc, valid-type]
         def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
