@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -90,3 +92,19 @@ def test_a_package_without_its_compiled_part_says_why(
         cpp.cmake_dir()
     assert main(["cmake-dir"]) == 2
     assert "is absent: no compiler" in capsys.readouterr().err
+
+
+def test_a_source_distribution_holds_all_that_is_compiled(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools", reason="setuptools is not installed")
+    for name in ("setup.py", "pyproject.toml", "README.md", "MANIFEST.in", "CMakeLists.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("csrc", "kron_kernels"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so*", "__pycache__"))
+    command = [sys.executable, "setup.py", "-q", "sdist"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (archive,) = (tmp_path / "dist").iterdir()
+    with tarfile.open(archive) as file:
+        held = {name.partition("/")[2] for name in file.getnames()}
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")}
+    assert sources | {"CMakeLists.txt", "setup.py", "kron_kernels/integrations/krona.py"} <= held
