@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -195,14 +195,7 @@ def plan_layers(model: nn.Module, config: KronConfig, calibration: Calibration |
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
     targets = []
-    roles = set()
-    for name, module in model.named_modules():
-        role = config.role_of(name)
-        if role is None or role not in config.rules:
-            continue
-        roles.add(role)
-        if config.skips(name):
-            continue
+    for name, role, module in named_roles(model, config):
         target = _target(name, role, module, config)
         shared = len(owners[id(target.module.weight)]) - 1 - len(tied_decoders(model, module))
         if shared:
@@ -210,11 +203,33 @@ def plan_layers(model: nn.Module, config: KronConfig, calibration: Calibration |
         if fit:
             _check_fit(target, calibration)
         targets.append(target)
+    return targets
+
+
+def named_roles(model: nn.Module, config: KronConfig) -> Iterator[tuple[str, str, nn.Module]]:
+    """Name, role and module of all that ``config`` names and does not skip; at last ValueError for a role without."""
+    roles = set()
+    for name, module in model.named_modules():
+        role = config.role_of(name)
+        if role is None or role not in config.rules:
+            continue
+        roles.add(role)
+        if not config.skips(name):
+            yield name, role, module
     for role in config.rules:
         if role not in roles:
             patterns = ", ".join(config.patterns[role])
             raise ValueError(f"model: no module plays the role {role!r}; its patterns: {patterns}")
-    return targets
+
+
+def init_factored_(module: nn.Module, std: float) -> bool:
+    """Draw a KronLinear or KronEmbedding as transformers draws weights, biases zero; False for other modules."""
+    if not isinstance(module, (KronLinear, KronEmbedding)):
+        return False
+    module.reset_parameters(std)
+    if isinstance(module, KronLinear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+    return True
 
 
 def _target(name: str, role: str, module: nn.Module, config: KronConfig) -> Target:

@@ -21,7 +21,7 @@ from transformers import (
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention
 
 from ..calibrate import Calibration
-from ..convert import ConversionReport, Progress, kronify_, tie_decoders_
+from ..convert import ConversionReport, Progress, init_factored_, kronify_, tie_decoders_
 from ..nn import KronDecoder, KronEmbedding, KronLinear
 from ..presets import KronConfig, as_kron_config, preset
 from ._versions import TRANSFORMERS_VERSIONS, check_version
@@ -76,11 +76,7 @@ class KronGPT2PreTrainedModel(GPT2PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # transformers does not come here with loaded modules, and guards torch's init functions for single parameters.
-        if isinstance(module, (KronLinear, KronEmbedding)):
-            module.reset_parameters(self.config.initializer_range)
-            if isinstance(module, KronLinear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
-        else:
+        if not init_factored_(module, self.config.initializer_range):
             super()._init_weights(module)
 
     @torch.no_grad()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .._observers import in_place_is_observed
 from ..addmm import kron_addmm, kron_addmm_
+from ..convert import named_roles
 from ..frozen import frozen_linear_kron, is_fresh, is_plain_frozen
 from ..nn import Shapes
 from ..nn.factored import check_product_shape, empty_factors
@@ -160,14 +161,7 @@ def add_krona_(model: nn.Module, config: KronConfig | Mapping[str, Any] | str, *
     config = as_kron_config(config)
     _check_bare(model)
     adapters: dict[str, KronA] = {}
-    roles = set()
-    for name, module in model.named_modules():
-        role = config.role_of(name)
-        if role is None or role not in config.rules:
-            continue
-        roles.add(role)
-        if config.skips(name):
-            continue
+    for name, role, module in named_roles(model, config):
         if not isinstance(module, nn.Linear):
             raise ValueError(f"model: expected {name} ({role}) to be nn.Linear, got {type(module).__name__}")
         try:
@@ -175,9 +169,6 @@ def add_krona_(model: nn.Module, config: KronConfig | Mapping[str, Any] | str, *
         except ValueError as error:
             raise ValueError(f"{name} ({role}): {error}") from None
         adapters[name] = KronA(module, shapes, config.rules[role].terms, scale)
-    if missing := set(config.rules) - roles:
-        role = min(missing)
-        raise ValueError(f"model: no module plays the role {role!r}; its patterns: {', '.join(config.patterns[role])}")
     for name, adapter in adapters.items():
         model.set_submodule(name, adapter)
     freeze_but_krona_(model)

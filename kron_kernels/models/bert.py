@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from ..calibrate import Calibration
-from ..convert import ConversionReport, Progress, kronify_, tie_decoders_
+from ..convert import ConversionReport, Progress, init_factored_, kronify_, tie_decoders_
 from ..nn import Int8Factored, KronDecoder, KronEmbedding, KronLinear
 from ..presets import KronConfig, as_kron_config, preset
 from .bert_layers import FusedBertEmbeddings, FusedBertLayer, fuse_
@@ -98,11 +98,7 @@ class KronBertPreTrainedModel(BertPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # transformers does not come here with loaded modules, and guards torch's init functions for single parameters.
-        if isinstance(module, (KronLinear, KronEmbedding)):
-            module.reset_parameters(self.config.initializer_range)
-            if isinstance(module, KronLinear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
-        else:
+        if not init_factored_(module, self.config.initializer_range):
             super()._init_weights(module)
 
     @classmethod
