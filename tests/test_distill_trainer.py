@@ -179,6 +179,7 @@ def test_no_labels_is_an_objective_too() -> None:
 
 WORKER = """
 import json, sys, torch
+from accelerate import PartialState
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_distill_trainer import pair, trainer, logged
@@ -190,6 +191,8 @@ if one.is_world_process_zero():
     result = {{key: logged(one, key) for key in keys}}
     result["weights"] = [float(value.double().sum()) for value in student.state_dict().values()]
     Path(sys.argv[1], "result.json").write_text(json.dumps(result))
+one.accelerator.wait_for_everyone()
+PartialState().destroy_process_group()
 """
 
 

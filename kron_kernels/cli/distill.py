@@ -89,6 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
     with needs_extra("distill"):
         import datasets
         import transformers
+        from accelerate import PartialState
 
         from ..distill import DistillConfig, run_stage
         from ..distill.config import read_config
@@ -103,6 +104,8 @@ def run(arguments: argparse.Namespace) -> int:
     # transformers' Trainer prints its logs: stdout is for the result.
     with redirect_stdout(sys.stderr):
         result = run_stage(config, arguments.out, resume=arguments.resume, progress=Progress())
+    # A process that just ends may leave another inside the group, whose threads then abort.
+    PartialState().destroy_process_group()
     if arguments.json:
         print_json(result.to_dict())
     else:
