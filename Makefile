@@ -98,7 +98,8 @@ bench-smoke: bench-peers
 	$(PY) -m bench.integrations.gpt2 --smoke --out build/bench
 	$(PY) -m bench.integrations.transform --smoke --out build/bench
 	$(PY) -m bench.profile --smoke --out build/bench
-	$(PY) -m bench.report --results build/bench --readme build/bench/README.md
+	$(PY) -m bench.report --results build/bench --readme build/bench/README.md \
+		--integrations build/bench/integrations.md
 
 report: $(STAMP)
 	$(PY) -m bench.report

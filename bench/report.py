@@ -1,7 +1,7 @@
-"""Tables and plots from the result files, put between two markers in the README.
+"""Tables and plots from the result files, put between two markers in the README and in docs/integrations.md.
 
 python -m bench.report            write them
-python -m bench.report --check    exit code 1 where the README is not what the results give
+python -m bench.report --check    exit code 1 where one of them is not what the results give
 """
 
 from __future__ import annotations
@@ -36,21 +36,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="file to write into")
+    docs = ROOT / "docs" / "integrations.md"
+    parser.add_argument("--integrations", type=Path, default=docs, help="file for the tables of the integrations")
     parser.add_argument("--check", action="store_true", help="write nothing, compare")
     arguments = parser.parse_args()
     if not arguments.check:
         from bench.plots import plot_all
 
         plot_all(arguments.results)
-    old = arguments.readme.read_text(encoding="utf-8") if arguments.readme.exists() else f"{BEGIN}\n{END}\n"
-    new = fill(old, render(arguments.results))
-    if arguments.check:
-        if new != old:
-            sys.exit(f"{arguments.readme} is not what {arguments.results} gives: run python -m bench.report")
-        return
-    temporary = arguments.readme.with_name(f".{arguments.readme.name}")
-    temporary.write_text(new, encoding="utf-8")
-    os.replace(temporary, arguments.readme)
+    pages = {arguments.readme: render, arguments.integrations: render_integrations}
+    for page, make in pages.items():
+        old = page.read_text(encoding="utf-8") if page.exists() else f"{BEGIN}\n{END}\n"
+        new = fill(old, make(arguments.results))
+        if arguments.check:
+            if new != old:
+                sys.exit(f"{page} is not what {arguments.results} gives: run python -m bench.report")
+            continue
+        temporary = page.with_name(f".{page.name}")
+        temporary.write_text(new, encoding="utf-8")
+        os.replace(temporary, page)
 
 
 def fill(readme: str, results: str) -> str:
@@ -84,6 +88,26 @@ def render(results: Path) -> str:
     return "\n" + "\n\n".join(parts) + "\n\n"
 
 
+def render_integrations(results: Path) -> str:
+    """The tables of the integrations alone, a machine after the other."""
+    files = {name: read_rows(results / f"{name}.csv") for name in INTEGRATIONS}
+    machines = dict.fromkeys(machine_of(row) for rows in files.values() for row in rows)
+    parts = []
+    for machine in machines:
+        mine = {name: [row for row in rows if machine_of(row) == machine] for name, rows in files.items()}
+        parts += ["**{}, {} cores, kernels at {}**".format(*(machine[at] for at in (0, 2, 1)))]
+        parts += _integration_parts(mine)
+    return "\n" + "\n\n".join(parts or [NONE_YET]) + "\n\n"
+
+
+def _integration_parts(files: dict[str, list[Row]]) -> list[str]:
+    return [
+        *lokr_parts(files["integrations-lokr"]),
+        *gpt2_parts(files["integrations-gpt2"]),
+        *transform_parts(files["integrations-transform"]),
+    ]
+
+
 def _machine_section(machine: tuple[str, ...], files: dict[str, list[Row]]) -> list[str]:
     cpu, isa, cores, threads = machine
     layers, ffn, model = files["layers"], files["ffn"], files["model"]
@@ -103,9 +127,7 @@ def _machine_section(machine: tuple[str, ...], files: dict[str, list[Row]]) -> l
         *profile_parts(files["profile"]),
         *step_parts(files["distill-steps"]),
         *attention_parts(files["distill-losses"]),
-        *lokr_parts(files["integrations-lokr"]),
-        *gpt2_parts(files["integrations-gpt2"]),
-        *transform_parts(files["integrations-transform"]),
+        *_integration_parts(files),
         *layer_parts(ffn, "FFN block (W1, GELU, W2)"),
         *layer_parts(layers, "Layers"),
     ]

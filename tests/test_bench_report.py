@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from bench import report
 from bench.harness import RESULTS, ROOT, ResultFile
 from bench.plots import plot_layers
 from bench.points import COLUMNS, POINT_KEY, Point, complete
-from bench.report import BEGIN, END, NONE_YET, fill, render
+from bench.report import BEGIN, END, NONE_YET, fill, render, render_integrations
 from bench.targets import Verdict, reach
 
 MACHINE = {
@@ -109,14 +110,19 @@ def test_fill_replaces_only_what_is_between_the_markers() -> None:
 
 def test_main_writes_and_checks(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     readme = results / "README.md"
-    command = ["report", "--results", str(results), "--readme", str(readme)]
+    docs = results / "integrations.md"
+    command = ["report", "--results", str(results), "--readme", str(readme), "--integrations", str(docs)]
     monkeypatch.setattr("sys.argv", command)
     report.main()
     report.main()
     monkeypatch.setattr("sys.argv", [*command, "--check"])
     report.main()
     readme.write_text(readme.read_text().replace("12.50", "99.00"))
-    with pytest.raises(SystemExit, match=r"run python -m bench\.report"):
+    with pytest.raises(SystemExit, match=r"README\.md is not .* run python -m bench\.report"):
+        report.main()
+    readme.write_text(readme.read_text().replace("99.00", "12.50"))
+    docs.write_text(docs.read_text().replace(NONE_YET, "something else"))
+    with pytest.raises(SystemExit, match=r"integrations\.md is not .* run python -m bench\.report"):
         report.main()
 
 
@@ -130,6 +136,7 @@ def test_no_results_is_said(tmp_path: Path) -> None:
     assert NONE_YET in render(tmp_path)
 
 
-def test_readme_is_what_the_results_give() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert fill(readme, render(RESULTS)) == readme, "run python -m bench.report"
+@pytest.mark.parametrize(("page", "make"), [("README.md", render), ("docs/integrations.md", render_integrations)])
+def test_pages_are_what_the_results_give(page: str, make: Callable[[Path], str]) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert fill(text, make(RESULTS)) == text, "run python -m bench.report"

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from bench.harness import ResultFile
+from bench.integrations.lokr import COLUMNS, KEY
+from bench.report import render_integrations
 from bench.report_integrations import gpt2_parts, judged_gpt2, judged_lokr, lokr_parts, transform_parts
 
 Row = dict[str, Any]
@@ -92,6 +96,15 @@ def test_transforms_over_the_first_way() -> None:
     assert title.endswith("times faster than matmuls")
     assert "| width | dtype | T | ours |" in table
     assert "| 768: 24x24 ⊗ 32x32 | bf16 | 128 | 3.00 (2.70 to 3.30) |" in table
+
+
+def test_a_page_has_the_tables_of_each_machine(tmp_path: Path) -> None:
+    for cpu, value in (("One CPU", 2.3), ("Other CPU", 4.0)):
+        row = ours_over_peft(value) | {"cpu": cpu, "isa": "avx2", "cores": "2", "threads": "2"}
+        ResultFile(tmp_path / "integrations-lokr.csv", KEY, COLUMNS).add([row])
+    page = render_integrations(tmp_path)
+    one, other = page.index("**One CPU, 2 cores, kernels at avx2**"), page.index("**Other CPU, 2 cores")
+    assert one < page.index("2.30 (2.07 to 2.53) ✗") < other < page.index("4.00 (3.60 to 4.40) ✓")
 
 
 def test_nothing_measured_gives_nothing() -> None:
