@@ -18,6 +18,7 @@ from bench.integrations.gpt2_ways import (
     einsum_b_first,
     layer_way,
 )
+from bench.worker import result_row
 from kron_kernels.presets import preset
 from kron_kernels.timing.compare import compare
 from kron_kernels.timing.problem import Candidate
@@ -71,7 +72,7 @@ def test_rows_say_what_was_measured() -> None:
     ]
     problem = TermsProblem(CASES["smoke"], 3, False)
     results = compare(problem, [layer_way(problem, name) for name in LAYER_WAYS], seconds=0.01, over=gpt2_worker.OVER)
-    row = points[0].complete(gpt2_worker.row(results[-1]))
+    row = points[0].complete(result_row(results[-1], "ms", gpt2_worker.OVER))
     assert row["factors"] == "4 of 768x384 (x) 4x2"
     assert row["macs"] == 4 * (768 * 384 * 2 + 768 * 2 * 4)
     assert row["saving"] == pytest.approx(0.99, abs=0.01)

@@ -11,8 +11,8 @@ import torch
 
 from bench.integrations.gpt2_ways import A_FIRST, B_FIRST, CASES, TermsProblem, TextProblem, layer_way
 from bench.protocol import protocol
-from bench.worker import make_all
-from kron_kernels.timing.compare import Result, compare
+from bench.worker import make_all, result_row
+from kron_kernels.timing.compare import compare
 
 # Names of the columns of the speed-up over the einsum forms.
 OVER = {B_FIRST: "over_b_first", A_FIRST: "over_a_first"}
@@ -35,23 +35,8 @@ def main() -> None:
             problem, ways, seconds=job["seconds"], starting=lambda name: say({"starting": name}), over=list(OVER)
         )
         for result in results:
-            say({"point": point["index"], "result": row(result)})
+            say({"point": point["index"], "result": result_row(result, "ms", OVER)})
         say({"done": point["index"]})
-
-
-def row(result: Result) -> dict[str, Any]:
-    """A result in columns."""
-    columns: dict[str, Any] = {
-        "variant": result.name,
-        "status": result.status,
-        "reason": result.reason,
-        "error": result.error,
-    }
-    if result.timing is not None:
-        columns |= result.timing.columns("ms")
-        for name, over in (result.over or {}).items():
-            columns |= {f"{OVER[name]}_{q}": getattr(over, q) for q in ("q10", "q50", "q90")}
-    return columns
 
 
 if __name__ == "__main__":

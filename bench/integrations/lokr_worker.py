@@ -16,10 +16,10 @@ import torch
 
 from bench.integrations.lokr_ways import BASE, PEFT, LokrCase, LokrProblem
 from bench.protocol import Say, protocol
-from bench.worker import make_all
+from bench.worker import make_all, result_row
 from kron_kernels.cli.bench import DTYPES
 from kron_kernels.timing import peak_memory_growth
-from kron_kernels.timing.compare import Result, compare
+from kron_kernels.timing.compare import compare
 
 # Names of the columns of the speed-up over these.
 OVER = {PEFT: "over_peft", BASE: "over_base"}
@@ -43,7 +43,7 @@ def time_points(job: dict[str, Any], say: Say) -> None:
             problem, ways, seconds=job["seconds"], starting=lambda name: say({"starting": name}), over=list(OVER)
         )
         for result in results:
-            say({"point": point["index"], "result": _row(result)})
+            say({"point": point["index"], "result": result_row(result, "ms", OVER)})
         say({"done": point["index"]})
 
 
@@ -82,20 +82,6 @@ def _problem(point: dict[str, Any], sign_of_life: Callable[[], None] = lambda: N
 
 def _makers(point: dict[str, Any]) -> dict[str, Any]:
     return {name: functools.partial(LokrProblem.way, name=name) for name in point["candidates"]}
-
-
-def _row(result: Result) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "variant": result.name,
-        "status": result.status,
-        "reason": result.reason,
-        "error": result.error,
-    }
-    if result.timing is not None:
-        row |= result.timing.columns("ms")
-    for name, over in (result.over or {}).items():
-        row |= {f"{OVER[name]}_{quantile}": getattr(over, quantile) for quantile in ("q10", "q50", "q90")}
-    return row
 
 
 if __name__ == "__main__":
