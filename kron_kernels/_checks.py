@@ -104,8 +104,10 @@ def check_frozen(name: str, tensor: Any, shape: tuple[int, ...], x: Tensor) -> N
     _match(name, tensor, x)
 
 
-def check_low_rank_types(b: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-    """The two tensors of a right factor ``(p, q)``."""
+def check_low_rank_types(b: Any) -> tuple[Any, Tensor | None]:
+    """The two tensors of a right factor ``(p, q)``; of what is no pair, itself and None."""
+    if not isinstance(b, tuple):
+        return b, None
     if len(b) != 2 or not all(isinstance(part, Tensor) for part in b):
         got = ", ".join(type(part).__name__ for part in b)
         raise TypeError(f"b: expected a Tensor or a pair (p, q) of Tensors, got ({got})")

@@ -22,6 +22,16 @@ def cast_for_autocast(device_type: str, *tensors: Tensor | None) -> tuple[Any, .
     )
 
 
+def autocasts(device_type: str) -> bool:
+    """Whether autocast takes part on devices of a type; meta has none, and asking it is an error."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
+def is_transformed() -> bool:
+    """Whether a compiler or a function transform takes part in this call."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
 def is_observed(*tensors: Tensor | None) -> bool:
     """Whether autograd, autocast, a transform or a compiler takes part in this call."""
     return torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or needs_autograd(*tensors)
@@ -43,15 +53,11 @@ def needs_autograd(*tensors: Tensor | None) -> bool:
 def in_place_is_observed() -> bool:
     """Whether a compiler, a function transform or a dispatch mode looks on, which may keep results or have no memory:
     selective checkpointing and fake tensors."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or bool(torch._C._len_torch_dispatch_stack())
-    )
+    return is_transformed() or bool(torch._C._len_torch_dispatch_stack())
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """``function.apply`` without inspecting its signature on every call, which costs as much as five small products."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if is_transformed():
         return function.apply(*args)
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]

@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from . import _backends, reference
 from ._checks import check_alpha, check_base, check_low_rank, check_low_rank_types, check_operands, check_types
-from ._observers import apply, cast_for_autocast, needs_autograd
+from ._observers import apply, autocasts, cast_for_autocast, is_transformed, needs_autograd
 from ._ops import kron_mm_add, kron_mm_add_
-from .functional import gradients, only_needed
+from .functional import gradients, only_needed, stacks
 from .reference import order_cost
 
 RightFactor = Tensor | tuple[Tensor, Tensor]
@@ -63,12 +63,16 @@ def kron_addmm_(
     subclass of Tensor, or part of the memory of an operand, and under a compiler or a function transform, the result
     takes memory of its own first.
     """
-    target = base
     base, x, a, b, name = _prepare(base, x, a, b, alpha, backend, in_place=True)
-    observed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     plain = type(base) in (Tensor, torch.nn.Parameter)  # a subclass, such as a fake tensor, may have no memory
-    if name == "reference" or observed or not plain or not base.is_contiguous() or _shares_memory(base, x, a, b):
-        return target.copy_(kron_addmm(base, x, a, b, alpha=alpha, backend=name))
+    if (
+        name == "reference"
+        or is_transformed()
+        or not plain
+        or not base.is_contiguous()
+        or _shares_memory(base, x, a, b)
+    ):
+        return base.copy_(kron_addmm(base, x, a, b, alpha=alpha, backend=name))
     if needs_autograd(base, x, a, b):
         return apply(KronAddmmInPlace, base, x, a, b, alpha)
     kron_mm_add_(base, x, a, b, alpha)
@@ -93,11 +97,26 @@ class KronAddmm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_gradients(ctx, grad), None)
+        """alpha goes to the smaller factor, not to a copy of ``grad``: that factor's own gradient lacks it."""
+        x, a, b = ctx.saved_tensors
+        alpha, needs = ctx.alpha, ctx.needs_input_grad[:4]
+        if not any(needs[1:]):
+            return grad, None, None, None, None
+        scaled = 1 if a.numel() <= b.numel() else 2
+        factors = [x, a, b]
+        if alpha != 1:
+            factors[scaled] = factors[scaled] * alpha
+        found = list(only_needed(gradients(grad, *factors, *needs[1:], False), needs[1:]))
+        scaled_gradient = found[scaled]
+        if alpha != 1 and scaled_gradient is not None:
+            found[scaled] = scaled_gradient * alpha
+        return (grad if needs[0] else None, *found, None)
 
 
 class KronAddmmInPlace(torch.autograd.Function):
     """``KronAddmm`` into ``base``."""
+
+    backward = staticmethod(KronAddmm.backward)
 
     @staticmethod
     def forward(ctx: Any, base: Tensor, x: Tensor, a: Tensor, b: Tensor, alpha: float) -> Tensor:
@@ -107,38 +126,16 @@ class KronAddmmInPlace(torch.autograd.Function):
         kron_mm_add_(base, x, a, b, alpha)
         return base
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_gradients(ctx, grad), None)
-
-
-def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Of base, x, a and b. alpha goes to the smaller factor, not to a copy of ``grad``: that factor's own lacks it."""
-    x, a, b = ctx.saved_tensors
-    alpha, needs = ctx.alpha, ctx.needs_input_grad[:4]
-    if not any(needs[1:]):
-        return grad, None, None, None
-    scaled = 1 if a.numel() <= b.numel() else 2
-    factors = [x, a, b]
-    if alpha != 1:
-        factors[scaled] = factors[scaled] * alpha
-    found = list(only_needed(gradients(grad, *factors, *needs[1:], False), needs[1:]))
-    scaled_gradient = found[scaled]
-    if alpha != 1 and scaled_gradient is not None:
-        found[scaled] = scaled_gradient * alpha
-    return (grad if needs[0] else None, *found)
-
 
 def _prepare(
     base: Any, x: Any, a: Any, b: Any, alpha: Any, backend: str | None, in_place: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, str]:
     """Checked and cast operands with stacked factors, the low-rank factor folded, and the name of the backend."""
-    low_rank = isinstance(b, tuple)
-    p, q = check_low_rank_types(b) if low_rank else (b, None)
+    p, q = check_low_rank_types(b)
     check_types(x, a, p, None)
     check_alpha(alpha)
     device_type = x.device.type
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+    if autocasts(device_type):
         x, a, p, q = cast_for_autocast(device_type, x, a, p, q)
         if not in_place:
             (base,) = cast_for_autocast(device_type, base)
@@ -151,9 +148,9 @@ def _prepare(
 
 
 def stacked(a: Tensor, p: Tensor, q: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Factors as stacks: two matrices are one term, and so is each of what a low-rank factor goes with."""
-    if q is None and (a.dim(), p.dim()) != (2, 2):
-        return a, p
+    """``stacks``; beside ``q``, of a low-rank factor, each matrix is one term by itself."""
+    if q is None:
+        return stacks(a, p)
     return (a.unsqueeze(0) if a.dim() == 2 else a), (p.unsqueeze(0) if p.dim() == 2 else p)
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
 from ._checks import check_alpha, check_frozen, check_low_rank_types, check_types
-from ._observers import apply
+from ._observers import apply, autocasts, is_transformed
 from .addmm import RightFactor, check_factors, fold, folding_pays, kron_addmm, kron_addmm_, stacked
 from .functional import gradients
 
@@ -40,10 +40,10 @@ def frozen_linear_kron(
     Differentiable to any order. Inside autocast, a compiler or a function transform it is ``kron_addmm`` of
     ``F.linear``.
     """
-    p, q = check_low_rank_types(b) if isinstance(b, tuple) else (b, None)
+    p, q = check_low_rank_types(b)
     check_types(x, a, p, None)
     check_alpha(alpha)
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or _autocasts(x):
+    if is_transformed() or autocasts(x.device.type):
         return kron_addmm(F.linear(x, weight, bias), x, a, b, alpha=alpha)
     a, p = stacked(a, p, q)
     check_factors(x, a, p, q)
@@ -62,8 +62,7 @@ def is_plain_frozen(layer: nn.Module) -> bool:
     """Whether calling a layer is ``F.linear`` on its frozen weight and bias and nothing besides: no hook sees it."""
     return (
         type(layer) is nn.Linear
-        and "forward" not in vars(layer)
-        and not any(getattr(layer, f"_{kind}") or getattr(torch_module, f"_global_{kind}") for kind in _HOOKS)
+        and _calls_nothing_else(layer, (*_HOOKS, "forward_pre_hooks"))
         and all(type(each) in (Tensor, nn.Parameter) and not each.requires_grad for each in layer.parameters())
         and "weight" in layer._parameters
     )
@@ -76,24 +75,22 @@ def is_fresh(layer: Any, result: Any) -> bool:
     """
     return (
         type(layer) in (nn.Linear, nn.Conv1d, nn.Conv2d)
-        and "forward" not in vars(layer)
-        and not layer._forward_hooks
-        and not layer._backward_hooks
-        and not layer._backward_pre_hooks
-        and not torch_module._global_forward_hooks
-        and not torch_module._global_backward_hooks
-        and not torch_module._global_backward_pre_hooks
+        and _calls_nothing_else(layer, _HOOKS)
         and type(layer.weight) in (Tensor, nn.Parameter)
         and (not result._is_view() or result._base.shape == (result.numel() // result.shape[-1], result.shape[-1]))
         and type(result) is Tensor
     )
 
 
-_HOOKS = ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
+# The hooks that see a result or its gradient.
+_HOOKS = ("forward_hooks", "backward_pre_hooks", "backward_hooks")
 
 
-def _autocasts(x: Tensor) -> bool:
-    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+def _calls_nothing_else(layer: nn.Module, hooks: tuple[str, ...]) -> bool:
+    """Whether a call of the layer is its class's ``forward`` without these kinds of hooks, its own or all modules'."""
+    return "forward" not in vars(layer) and not any(
+        getattr(layer, f"_{kind}") or getattr(torch_module, f"_global_{kind}") for kind in hooks
+    )
 
 
 class FrozenLinearKron(torch.autograd.Function):

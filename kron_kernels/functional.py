@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import _backends, reference
 from ._checks import activation_code, check_operands, check_types
-from ._observers import apply, cast_for_autocast, is_observed, needs_autograd
+from ._observers import apply, autocasts, cast_for_autocast, is_observed, needs_autograd
 from ._ops import kron_mm, kron_mm_backward
 
 
@@ -56,10 +56,9 @@ def kron_matmul(
             return kron_mm(x, a, b, bias, code, packed)
         except (RuntimeError, ValueError):  # whatever the op refused, the checks below name in the caller's terms
             pass
-    if a.dim() == 2 and b.dim() == 2:
-        a, b = a.unsqueeze(0), b.unsqueeze(0)
+    a, b = stacks(a, b)
     device_type = "cpu" if x.is_cpu else x.device.type  # the short way: a device spells its type anew every time
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):  # meta has no autocast: asking is an error
+    if autocasts(device_type):
         x, a, b, bias = cast_for_autocast(device_type, x, a, b, bias)
     check_operands(x, a, b, bias)
     if _backends.resolve(backend, device_type) == "reference":
@@ -71,6 +70,11 @@ def kron_matmul(
         return reference.kron_mm(x, a, b, bias, activation)
     y = apply(KronMatmul, x, a, b, bias)
     return y if activation is None else reference.ACTIVATIONS[activation](y)
+
+
+def stacks(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors as stacks: two matrices are one term."""
+    return (a.unsqueeze(0), b.unsqueeze(0)) if a.dim() == 2 and b.dim() == 2 else (a, b)
 
 
 class KronMatmul(torch.autograd.Function):

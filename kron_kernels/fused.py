@@ -27,8 +27,8 @@ from ._fused_ops import kron_embedding as embedding_op
 from ._fused_ops import kron_ffn as ffn_op
 from ._fused_ops import kron_ffn_backward, kron_mm_norm, kron_pack
 from ._fused_ops import kron_qkv as qkv_op
-from ._observers import apply, cast_for_autocast, is_observed, needs_autograd
-from .functional import kron_matmul
+from ._observers import apply, autocasts, cast_for_autocast, is_observed, needs_autograd
+from .functional import kron_matmul, stacks
 
 # Ops with a compiled kernel check their operands themselves: a call that nothing observes goes straight to them, and
 # what they refuse, or what is no tensor, is then named in the caller's terms by the checks here.
@@ -83,14 +83,14 @@ def kron_matmul_norm(
     """
     try:
         if _NORM_IS_QUICK and backend is None and x.is_cpu and not is_observed(x, a, b, bias, *norm[:3]):
-            return kron_mm_norm(x, *_stacks(a, b), bias, *norm, packed)
+            return kron_mm_norm(x, *stacks(a, b), bias, *norm, packed)
     except _REFUSED:
         pass
     check_types(x, a, b, bias)
     check_norm_types(norm)
     if _observed(x, backend, (x, a, b, bias, *norm[:3])):
         return _norm(norm, x, kron_matmul(x, a, b, bias, packed=packed, backend=backend))
-    a, b = _stacks(a, b)
+    a, b = stacks(a, b)
     check_projections(x, [a], [b], [bias])
     check_norm(x, a.shape[1] * b.shape[1], norm)
     return kron_mm_norm(x, a, b, bias, *norm, packed)
@@ -136,7 +136,7 @@ def kron_ffn(
     everything = tensors if norm is None else (*tensors, *norm[:3])
     try:
         if _FFN_IS_QUICK and backend is None and x.is_cpu and not is_observed(*everything):
-            pairs = (*_stacks(a1, b1), bias1, *_stacks(a2, b2), bias2)
+            pairs = (*stacks(a1, b1), bias1, *stacks(a2, b2), bias2)
             return ffn_op(x, *pairs, code, *(norm or (None, None, None, 0.0)), *packed)
     except _REFUSED:
         pass
@@ -147,7 +147,7 @@ def kron_ffn(
     if _observed(x, backend, everything):
         y = _observed_ffn(tensors, activation, packed, backend)
         return y if norm is None else _norm(norm, x, y)
-    (a1, b1), (a2, b2) = _stacks(a1, b1), _stacks(a2, b2)
+    (a1, b1), (a2, b2) = stacks(a1, b1), stacks(a2, b2)
     check_ffn(x, a1, b1, bias1, a2, b2, bias2)
     if norm is None:
         return ffn_op(x, a1, b1, bias1, a2, b2, bias2, code, None, None, None, 0.0, *packed)
@@ -184,7 +184,7 @@ def kron_qkv(
         )
     try:
         if _QKV_IS_QUICK and backend is None and x.is_cpu and not is_observed(x, *a, *b, *biases):
-            return _qkv(x, [_stacks(*pair) for pair in zip(a, b, strict=True)], bias, packed)
+            return _qkv(x, [stacks(*pair) for pair in zip(a, b, strict=True)], bias, packed)
     except _REFUSED:
         pass
     for left, right, one_bias in zip(a, b, biases, strict=True):
@@ -194,7 +194,7 @@ def kron_qkv(
         return tuple(
             kron_matmul(x, left, right, one_bias, packed=pack, backend=backend) for left, right, one_bias, pack in each
         )
-    pairs = [_stacks(*pair) for pair in zip(a, b, strict=True)]
+    pairs = [stacks(*pair) for pair in zip(a, b, strict=True)]
     check_projections(x, [left for left, _ in pairs], [right for _, right in pairs], biases)
     return _qkv(x, pairs, bias, packed)
 
@@ -252,19 +252,15 @@ def kron_embedding(
     differentiable = (a, b, position_weight, type_weight, norm_weight, norm_bias)
     try:
         if _EMBEDDING_IS_QUICK and backend is None and ids.is_cpu and not is_observed(*differentiable):
-            return embedding_op(ids, *_stacks(a, b), *tables, norm_weight, norm_bias, eps)
+            return embedding_op(ids, *stacks(a, b), *tables, norm_weight, norm_bias, eps)
     except _REFUSED:
         pass
     check_types(ids, a, b, None)
-    a, b = _stacks(a, b)
+    a, b = stacks(a, b)
     check_embedding(ids, a, b, *tables, norm_weight, norm_bias)
     if _observed(ids, backend, differentiable, autocast=False):
         return reference.kron_embedding(ids, a, b, *tables, norm_weight, norm_bias, eps)
     return embedding_op(ids, a, b, *tables, norm_weight, norm_bias, eps)
-
-
-def _stacks(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    return (a.unsqueeze(0), b.unsqueeze(0)) if a.dim() == 2 and b.dim() == 2 else (a, b)
 
 
 def _observed(x: Tensor, backend: str | None, tensors: Sequence[Tensor | None], autocast: bool = True) -> bool:
@@ -272,7 +268,7 @@ def _observed(x: Tensor, backend: str | None, tensors: Sequence[Tensor | None], 
     device_type = x.device.type
     if _backends.resolve(backend, device_type) == "reference" and (backend is not None or device_type == "cpu"):
         return True
-    if autocast and device_type != "meta" and torch.is_autocast_enabled(device_type):
+    if autocast and autocasts(device_type):
         return True
     return needs_autograd(*tensors)
 
@@ -280,7 +276,7 @@ def _observed(x: Tensor, backend: str | None, tensors: Sequence[Tensor | None], 
 def _norm(norm: AddNorm, x: Tensor, y: Tensor) -> Tensor:
     """The norm of a product of x, checked; autocast mixes dtypes."""
     device_type = x.device.type
-    mixed = device_type != "meta" and torch.is_autocast_enabled(device_type)
+    mixed = autocasts(device_type)
     check_norm(x, y.shape[-1], norm, dtypes=not mixed)
     return norm.apply(y)
 
@@ -298,9 +294,9 @@ def _observed_ffn(
         # Two products, each of which composes with whatever transforms it.
         hidden = kron_matmul(x, a1, b1, bias1, activation=activation, backend=backend)
         return kron_matmul(hidden, a2, b2, bias2, backend=backend)
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+    if autocasts(device_type):
         x, a1, b1, bias1, a2, b2, bias2 = cast_for_autocast(device_type, *tensors)
-    (a1, b1), (a2, b2) = _stacks(a1, b1), _stacks(a2, b2)
+    (a1, b1), (a2, b2) = stacks(a1, b1), stacks(a2, b2)
     check_ffn(x, a1, b1, bias1, a2, b2, bias2)
     code = activation_code(activation)
     if not needs_autograd(x, a1, b1, bias1, a2, b2, bias2):

@@ -8,7 +8,8 @@ from torch import Tensor
 from . import _backends, reference
 from ._checks import check_operands, check_types
 from ._fused_ops import kron_mm_int8
-from ._observers import cast_for_autocast, is_observed
+from ._observers import autocasts, cast_for_autocast, is_observed
+from .functional import stacks
 
 _IS_QUICK = _backends.compiled_by_default("kron_mm_int8")
 
@@ -48,10 +49,9 @@ def kron_matmul_int8(x: Tensor, a: Tensor, b: Tensor, *, backend: str | None = N
                 f"{name}: expected a tensor that needs no gradient, for results in int8 have none, got one with "
                 "requires_grad (use detach() or torch.no_grad())"
             )
-    if a.dim() == 2 and b.dim() == 2:
-        a, b = a.unsqueeze(0), b.unsqueeze(0)
+    a, b = stacks(a, b)
     device_type = x.device.type
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+    if autocasts(device_type):
         x, a, b = cast_for_autocast(device_type, x, a, b)
     check_operands(x, a, b, None)
     if _backends.resolve(backend, device_type) == "reference":

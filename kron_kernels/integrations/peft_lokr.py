@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._observers import in_place_is_observed
+from .._observers import autocasts, in_place_is_observed
 from ..addmm import RightFactor, kron_addmm, kron_addmm_
 from ..frozen import frozen_linear_kron, is_fresh, is_plain_frozen
 from ._versions import check_version
@@ -202,7 +202,7 @@ def _operands(layer: Any, adapter: str, x: Tensor) -> tuple[Tensor, Tensor, Righ
 def _computed_dtype(x: Tensor) -> torch.dtype:
     """The dtype of a product of ``x``."""
     device_type = x.device.type
-    if x.dtype is torch.float64 or device_type == "meta" or not torch.is_autocast_enabled(device_type):
+    if x.dtype is torch.float64 or not autocasts(device_type):
         return x.dtype
     return torch.get_autocast_dtype(device_type)
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from .._observers import is_transformed
 from ..reference import take_rows
 from .embedding import KronDecoder, KronEmbedding
 from .factored import KronFactored, Shapes
@@ -52,7 +53,7 @@ class DequantizedCache:
         self._entry: _Entry | None = None
 
     def get(self, values: Tensor, scale: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or values.is_inference():
+        if is_transformed() or values.is_inference():
             return dequantize_rows(values, scale)
         versions, entry = (values._version, scale._version), self._entry
         if entry is None or entry.values is not values or entry.scale is not scale or entry.versions != versions:
