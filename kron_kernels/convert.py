@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -142,6 +143,17 @@ def kronify_(
     if isinstance(model_config, PreTrainedConfig):
         model_config.kron = config.to_dict()
     return ConversionReport(config, tuple(layers), params_before, count_parameters(model))
+
+
+def kronified_copy(
+    dense: nn.Module, config: KronConfig | Mapping[str, Any] | str, **options: Any
+) -> tuple[nn.Module, ConversionReport]:
+    """A converted copy of a model, and its report; ``options`` are those of ``kronify_``, and so are the errors.
+
+    The copy shares every parameter that is not converted; the original stays as it is.
+    """
+    shadow = copy.deepcopy(dense, {id(parameter): parameter for parameter in dense.parameters()})
+    return shadow, kronify_(shadow, config, **options)
 
 
 def tied_decoders(model: nn.Module, embedding: nn.Module) -> list[str]:

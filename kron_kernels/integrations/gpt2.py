@@ -21,7 +21,7 @@ from transformers import (
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention
 
 from ..calibrate import Calibration
-from ..convert import ConversionReport, Progress, init_factored_, kronify_, tie_decoders_
+from ..convert import ConversionReport, Progress, init_factored_, kronified_copy, kronify_, tie_decoders_
 from ..nn import KronDecoder, KronEmbedding, KronLinear
 from ..presets import KronConfig, as_kron_config, preset
 from ._versions import TRANSFORMERS_VERSIONS, check_version
@@ -125,18 +125,20 @@ class KronGPT2LMHeadModel(KronGPT2PreTrainedModel, GPT2LMHeadModel):
         """
         if not isinstance(dense, GPT2LMHeadModel):
             raise TypeError(f"dense: expected GPT2LMHeadModel, got {type(dense).__name__}")
-        # A copy of the modules that shares the parameters: converting it leaves the original's alone.
-        shadow = copy.deepcopy(dense, {id(parameter): parameter for parameter in dense.parameters()})
-        report = kronify_(shadow, kron, calibration=calibration, token_counts=token_counts, progress=progress)
-        fields = {
-            key: value for key, value in dense.config.to_dict().items() if key not in ("model_type", "architectures")
-        }
-        config = KronGPT2Config(**{**fields, "kron": report.config})
+        options = {"calibration": calibration, "token_counts": token_counts, "progress": progress}
+        shadow, report = kronified_copy(dense, kron, **options)
+        config = KronGPT2Config(**_fields(dense.config), kron=report.config)
         model = cls._from_config(config, dtype=dense.dtype, attn_implementation=dense.config._attn_implementation)
         model.load_state_dict(shadow.state_dict())
         model.generation_config = copy.deepcopy(dense.generation_config)
         model.conversion_report = report
         return model.to(dense.device).train(dense.training)
+
+
+def _fields(config: GPT2Config) -> dict[str, Any]:
+    """What a dense and a converted configuration have in common."""
+    own = ("model_type", "architectures", "kron")
+    return {key: value for key, value in config.to_dict().items() if key not in own}
 
 
 @torch.no_grad()
@@ -147,13 +149,8 @@ def reconstruct_dense(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
     """
     if not isinstance(model, GPT2LMHeadModel):
         raise TypeError(f"model: expected GPT2LMHeadModel, got {type(model).__name__}")
-    fields = {
-        key: value
-        for key, value in model.config.to_dict().items()
-        if key not in ("model_type", "architectures", "kron")
-    }
     dense = GPT2LMHeadModel._from_config(
-        GPT2Config(**fields), dtype=model.dtype, attn_implementation=model.config._attn_implementation
+        GPT2Config(**_fields(model.config)), dtype=model.dtype, attn_implementation=model.config._attn_implementation
     ).to(model.device)
     state = {key: value for key, value in model.state_dict().items() if key.rpartition(".")[2] not in ("a", "b")}
     for name, module in model.named_modules():

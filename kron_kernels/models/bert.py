@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import errno
 from collections.abc import Mapping
 from json import JSONDecodeError
@@ -32,7 +31,7 @@ from transformers import (
 )
 
 from ..calibrate import Calibration
-from ..convert import ConversionReport, Progress, init_factored_, kronify_, tie_decoders_
+from ..convert import ConversionReport, Progress, init_factored_, kronified_copy, kronify_, tie_decoders_
 from ..nn import Int8Factored, KronDecoder, KronEmbedding, KronLinear
 from ..presets import KronConfig, as_kron_config, preset
 from .bert_layers import FusedBertEmbeddings, FusedBertLayer, fuse_
@@ -170,9 +169,8 @@ class KronBertPreTrainedModel(BertPreTrainedModel):
         )
         if not isinstance(dense, expected):
             raise TypeError(f"dense: expected {expected.__name__}, got {type(dense).__name__}")
-        # A copy of the modules that shares the parameters: converting it leaves the original's alone.
-        shadow = copy.deepcopy(dense, {id(parameter): parameter for parameter in dense.parameters()})
-        report = kronify_(shadow, kron, calibration=calibration, token_counts=token_counts, progress=progress)
+        options = {"calibration": calibration, "token_counts": token_counts, "progress": progress}
+        shadow, report = kronified_copy(dense, kron, **options)
         model = cls._from_config(
             KronBertConfig.from_dense(dense.config, report.config),
             dtype=dense.dtype,
