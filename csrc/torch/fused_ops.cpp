@@ -60,13 +60,8 @@ Tensor kron_mm_norm(const Tensor& x_any, const Tensor& a, const Tensor& b, std::
     Tensor y = empty_rows(x_any, m);
     kron::Projection only = projection(args.shape, x_any, a, b, bias, packed, y.mutable_data_ptr());
     if (args.shape.tokens == 0) return y;
-    const Rows x = rows_of(x_any);
-    args.x = x.data();
-    args.x_stride = x.stride;
-    args.count = 1;
-    args.projections = &only;
     args.norm = norm.args();
-    kron::kron_mm_forward(args, torch_executor());
+    run_product(args, only, x_any);
     return y;
 }
 

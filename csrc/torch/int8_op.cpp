@@ -16,13 +16,8 @@ std::tuple<Tensor, Tensor> kron_mm_int8(const Tensor& x_any, const Tensor& a, co
     if (args.shape.tokens == 0) return {q, scale};
     std::optional<Tensor> no_bias;
     kron::Projection only = projection(args.shape, x_any, a, b, no_bias, std::nullopt, nullptr);
-    const Rows x = rows_of(x_any);
-    args.x = x.data();
-    args.x_stride = x.stride;
-    args.count = 1;
-    args.projections = &only;
     args.int8 = {static_cast<int8_t*>(q.mutable_data_ptr()), static_cast<float*>(scale.mutable_data_ptr())};
-    kron::kron_mm_forward(args, torch_executor());
+    run_product(args, only, x_any);
     return {q, scale};
 }
 

@@ -230,4 +230,14 @@ inline kron::Projection projection(const kron::Shape& s, const Tensor& x, const 
     return p;
 }
 
+// The product of x with one pair of factors; all else in `args` is set.
+inline void run_product(kron::ForwardArgs& args, const kron::Projection& only, const Tensor& x_any) {
+    const Rows x = rows_of(x_any);
+    args.x = x.data();
+    args.x_stride = x.stride;
+    args.count = 1;
+    args.projections = &only;
+    kron::kron_mm_forward(args, torch_executor());
+}
+
 }  // namespace kron_torch

@@ -17,12 +17,7 @@ Tensor kron_mm(const Tensor& x_any, const Tensor& a, const Tensor& b, std::optio
     Tensor y = empty_rows(x_any, args.shape.m1 * args.shape.m2);
     kron::Projection only = projection(args.shape, x_any, a, b, bias, packed, y.mutable_data_ptr());
     if (args.shape.tokens == 0) return y;
-    const Rows x = rows_of(x_any);
-    args.x = x.data();
-    args.x_stride = x.stride;
-    args.count = 1;
-    args.projections = &only;
-    kron::kron_mm_forward(args, torch_executor());
+    run_product(args, only, x_any);
     return y;
 }
 
@@ -36,13 +31,8 @@ void add_product(const Tensor& base, const Tensor& x_any, const Tensor& a, const
     std::optional<Tensor> no_bias;
     kron::Projection only = projection(args.shape, x_any, a, b, no_bias, std::nullopt, y.mutable_data_ptr());
     only.base = base.const_data_ptr();
-    const Rows x = rows_of(x_any);
-    args.x = x.data();
-    args.x_stride = x.stride;
-    args.count = 1;
-    args.projections = &only;
     args.alpha = alpha;
-    kron::kron_mm_forward(args, torch_executor());
+    run_product(args, only, x_any);
 }
 
 Tensor kron_mm_add(const Tensor& base, const Tensor& x, const Tensor& a, const Tensor& b, double alpha) {
