@@ -83,6 +83,7 @@ bench-model: bench-peers
 bench-integrations: bench-peers
 	$(PY) -m bench.integrations.lokr --reach
 	$(PY) -m bench.integrations.gpt2
+	$(PY) -m bench.integrations.orders
 	$(PY) -m bench.integrations.transform
 	$(PY) -m bench.integrations.lokr
 	$(PY) -m bench.report
@@ -96,6 +97,7 @@ bench-smoke: bench-peers
 	$(PY) -m bench.distill_steps --smoke --out build/bench
 	$(PY) -m bench.integrations.lokr --quick --out build/bench
 	$(PY) -m bench.integrations.gpt2 --smoke --out build/bench
+	$(PY) -m bench.integrations.orders --smoke --out build/bench
 	$(PY) -m bench.integrations.transform --smoke --out build/bench
 	$(PY) -m bench.profile --smoke --out build/bench
 	$(PY) -m bench.report --results build/bench --readme build/bench/README.md \

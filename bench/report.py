@@ -14,7 +14,7 @@ from pathlib import Path
 from bench.harness import RESULTS, ROOT, Row, read_rows
 from bench.report_accuracy import accuracy_parts
 from bench.report_distill import attention_parts, judged_steps, step_parts
-from bench.report_integrations import gpt2_parts, judged_gpt2, judged_lokr, lokr_parts, transform_parts
+from bench.report_integrations import gpt2_parts, judged_gpt2, judged_lokr, lokr_parts, orders_parts, transform_parts
 from bench.report_layers import judged_layers, layer_parts, memory_table, peak_in_rounds, troubles
 from bench.report_model import encoder_parts, judged_encoders, judged_processes, process_parts, profile_parts
 from bench.tables import details, link, machine_of, markdown, missed_table
@@ -22,7 +22,7 @@ from bench.tables import details, link, machine_of, markdown, missed_table
 BEGIN, END = "<!-- results: made by bench/report.py -->", "<!-- end of results -->"
 NONE_YET = "No results are in `bench/results` yet; `make bench` measures this machine."
 # What each script measured, by the names of the result files.
-INTEGRATIONS = ("integrations-lokr", "integrations-gpt2", "integrations-transform")
+INTEGRATIONS = ("integrations-lokr", "integrations-gpt2", "integrations-orders", "integrations-transform")
 FILES = ("model", "ffn", "layers", "memory", "process", "profile", "distill-steps", "distill-losses", *INTEGRATIONS)
 PLOTS = {
     "latency": "Latency of an encoder by sequence length and batch",
@@ -104,6 +104,7 @@ def _integration_parts(files: dict[str, list[Row]]) -> list[str]:
     return [
         *lokr_parts(files["integrations-lokr"]),
         *gpt2_parts(files["integrations-gpt2"]),
+        *orders_parts(files["integrations-orders"]),
         *transform_parts(files["integrations-transform"]),
     ]
 

@@ -170,6 +170,23 @@ def judged_gpt2(rows: list[Row]) -> Iterator[Judged]:
             )
 
 
+def orders_parts(rows: list[Row]) -> list[str]:
+    """Errors of the nearest factors in the order that is there and in the one found."""
+    lines = [
+        (
+            row["weights"].replace("192x96", "192×96"),
+            row["pair"].replace("(x)", "⊗"),
+            *(row[name] for name in ("count", "rounds")),
+            *(number(row, name, ".3f") for name in ("before", "after")),
+        )
+        for row in rows
+    ]
+    if not lines:
+        return []
+    title = "**Orders of channels**: mean relative error of the nearest factors, one search from one seed each"
+    return [title, markdown(("weights", "pairs", "how many", "rounds", "before", "after"), lines)]
+
+
 def transform_parts(rows: list[Row]) -> list[str]:
     """Every way of an online transform over two matmuls and torch's own rounding."""
     points = _by_point(rows, "case", "dtype", "tokens", way="way")
