@@ -6,7 +6,9 @@ machine code and nothing else, and a launch that has been seen calls the compile
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
-_GRID_LIMIT = 2**31 - 1
+_GRID_LIMITS = (2**31 - 1, 65535, 65535)
 
 
 class Options(NamedTuple):
@@ -25,28 +27,80 @@ class Options(NamedTuple):
     num_stages: int
 
 
-_compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
+class Device(NamedTuple):
+    """What plans depend on. ``arch``: 80, 90, ... of CUDA, or a name such as "gfx942"; ``shared``: bytes a program may use."""
+
+    arch: int | str
+    multiprocessors: int
+    shared: int
+
+
+# The interpreter has no device; the numbers are an A100's.
+_INTERPRETER = Device(80, 108, 166912)
+
+
+class Launch(NamedTuple):
+    """One launch, as ``recording`` keeps it."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    constants: tuple[Any, ...]
+    options: Options
+
+
+_compiled: dict[tuple[Any, ...], Any] = {}
+_recorder: tuple[Device, list[Launch]] | None = None
+
+
+@contextmanager
+def recording(device: Device) -> Iterator[list[Launch]]:
+    """Inside, launches are kept in the list and not run, with plans made for ``device``: to compile without one."""
+    global _recorder
+    before = _recorder
+    _recorder = (device, [])
+    try:
+        yield _recorder[1]
+    finally:
+        _recorder = before
+
+
+def device_of(tensor: Tensor) -> Device:
+    if _recorder is not None:
+        return _recorder[0]
+    return _INTERPRETER if INTERPRETED else _device(tensor.device.index or 0)
+
+
+@functools.cache
+def _device(index: int) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    arch = properties.gcnArchName.split(":")[0] if torch.version.hip else 10 * properties.major + properties.minor
+    shared = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
+    return Device(arch, properties.multi_processor_count, shared)
 
 
 def launch(
     kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: tuple[Any, ...], options: Options
 ) -> None:
-    """Run ``kernel[grid](*arguments, *constants)``: tensors and integers first, then all its constexpr parameters.
+    """Run ``kernel[grid](*arguments, *constants)``: tensors, None, integers and floats, then all constexpr parameters.
 
     Raises RuntimeError with the kernel and its constants where it cannot be compiled or started.
     """
-    if any(size > limit for size, limit in zip(grid, (_GRID_LIMIT, 65535, 65535), strict=False)):
-        raise ValueError(f"{_name(kernel)}: expected a grid within {_GRID_LIMIT} x 65535 x 65535 programs, got {grid}")
+    if any(size > limit for size, limit in zip(grid, _GRID_LIMITS, strict=False)):
+        raise RuntimeError(
+            f"{kernel.fn.__name__}: a grid of {grid} programs is more than the {_GRID_LIMITS} there can be"
+        )
+    if _recorder is not None:
+        _recorder[1].append(Launch(kernel, grid, arguments, constants, options))
+        return
     if INTERPRETED:
         kernel[grid](*arguments, *constants)
         return
-    key = (kernel, constants, options, torch.cuda.current_device(), *map(_specialisation, arguments))
+    key = (kernel, constants, options, torch.cuda.current_device(), *map(specialisation, arguments))
     try:
         runner = _compiled.get(key)
         if runner is None:
-            _compiled[key] = kernel[grid](
-                *arguments, *constants, num_warps=options.num_warps, num_stages=options.num_stages
-            )
+            _compiled[key] = kernel[grid](*arguments, *constants, num_warps=options[0], num_stages=options[1])
         else:
             runner[(*grid, 1, 1)](*arguments, *constants)
     except Exception as error:
@@ -56,17 +110,13 @@ def launch(
 def describe(kernel: Any, constants: tuple[Any, ...], options: Options) -> str:
     names = kernel.arg_names[-len(constants) :]
     values = ", ".join(f"{name}={value}" for name, value in zip(names, constants, strict=True))
-    return f"{_name(kernel)}({values}) with {options.num_warps} warps and {options.num_stages} stages"
+    return f"{kernel.fn.__name__}({values}) with {options.num_warps} warps and {options.num_stages} stages"
 
 
-def _name(kernel: Any) -> str:
-    return str(kernel.fn.__name__)
-
-
-def _specialisation(argument: Any) -> Any:
+def specialisation(argument: Any) -> Any:
     """What Triton compiles an argument into the code for: type and alignment, and of integers 1 and multiples of 16."""
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % 16 == 0
     if isinstance(argument, int):
         return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31
-    return argument  # None, or a number that is compiled in
+    return type(argument)  # None, or a float, which is passed at run time
