@@ -28,7 +28,7 @@ class Options(NamedTuple):
 
 
 class Device(NamedTuple):
-    """What plans depend on. ``arch``: 80, 90, ... of CUDA, or a name such as "gfx942"; ``shared``: bytes a program may use."""
+    """What plans depend on: arch 80, 90, ... of CUDA or a name such as "gfx942"; bytes of shared memory a program."""
 
     arch: int | str
     multiprocessors: int
@@ -102,7 +102,8 @@ def launch(
         if runner is None:
             _compiled[key] = kernel[grid](*arguments, *constants, num_warps=options[0], num_stages=options[1])
         else:
-            runner[(*grid, 1, 1)](*arguments, *constants)
+            padded = (*grid, 1, 1)
+            runner[padded](*arguments, *constants)
     except Exception as error:
         raise RuntimeError(f"Triton kernel {describe(kernel, constants, options)} failed: {error}") from error
 

@@ -60,24 +60,29 @@ def zip_tiles(tiles, BT: tl.constexpr, BK: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
+def load_tile(
+    x, t, row_stride, T, k0, c,
+    K: tl.constexpr, C: tl.constexpr, RIGHT: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Tile c of rows ``t (BT,)`` of ``x (T, C * K)`` from k0 on, ``(BT, BK)``; zeros beyond its edges."""
+    k = k0 + tl.arange(0, BK)
+    columns = k * C + c if RIGHT else c * K + k
+    mask = (t[:, None] < T) & (k[None, :] < K)
+    return tl.load(x + t.to(tl.int64)[:, None] * row_stride + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
 def load_tiles(
     x, t, row_stride, T, k0, K: tl.constexpr, C: tl.constexpr, RIGHT: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr
 ):
-    """The C tiles ``(BT, BK)`` of rows ``t (BT,)`` of ``x (T, C * K)`` from k0 on; zeros beyond its edges."""
-    rows = x + t.to(tl.int64)[:, None] * row_stride
-    inside = t[:, None] < T
+    """All C tiles of rows t from k0 on."""
     if RIGHT and C & (C - 1) == 0:
         # Whole words: the values of one k for all c lie side by side.
-        columns = k0 * C + tl.arange(0, BK * C)
-        x = tl.load(rows + columns[None, :], mask=inside & (columns[None, :] < K * C), other=0.0)
-        return unzip(x, BT, BK, C)
+        return unzip(load_tile(x, t, row_stride, T, k0 * C, 0, K * C, 1, False, BT, BK * C), BT, BK, C)
     else:
-        k = k0 + tl.arange(0, BK)
-        mask = inside & (k[None, :] < K)
         tiles = ()
         for c in tl.static_range(C):
-            columns = k * C + c if RIGHT else c * K + k
-            tiles = tiles + (tl.load(rows + columns[None, :], mask=mask, other=0.0),)
+            tiles = tiles + (load_tile(x, t, row_stride, T, k0, c, K, C, RIGHT, BT, BK),)
         return tiles
 
 

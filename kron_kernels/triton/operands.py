@@ -1,0 +1,22 @@
+"""Operands as the kernels take them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """``(..., n)`` as ``(T, n)`` with its last dimension contiguous; a copy only where that needs one."""
+    flat = tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
+    return flat if flat.stride(1) == 1 else flat.contiguous()
+
+
+def stacks(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors as stacks of terms: two matrices are one term."""
+    return (a.unsqueeze(0), b.unsqueeze(0)) if a.dim() == 2 else (a, b)
+
+
+def precision(x: Tensor) -> str:
+    """How float32 operands go through the tensor cores: as torch's setting for its own products says."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"

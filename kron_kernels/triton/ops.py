@@ -1,0 +1,15 @@
+"""The ops that have Triton kernels, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from . import mm
+
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "kron_mm": mm.kron_mm,
+    "kron_mm_add": mm.kron_mm_add,
+    "kron_mm_add_": mm.kron_mm_add_,
+    "kron_mm_backward": mm.kron_mm_backward,
+}
