@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
-from . import _ops  # noqa: F401  (the schema must stand before a library adds kernels to it)
+from . import _gpu  # with it the schemas, which must stand before a library adds kernels to them
 
 _PACKAGE = Path(__file__).parent
 CPU_ISA_LEVELS = ("portable", "neon", "avx2", "avx512", "amx")
@@ -44,6 +44,9 @@ def _load_extension() -> Status:
     cap = os.environ.get("KRON_KERNELS_CPU_ISA", "amx")  # read by the core itself, which cannot complain
     if cap not in CPU_ISA_LEVELS:
         raise ValueError(f"environment variable KRON_KERNELS_CPU_ISA: {_one_of(CPU_ISA_LEVELS)}, got {cap!r}")
+    if _gpu.DEFAULT == "triton" and _gpu.interpreted():
+        _gpu.register("CPU")
+        return Status("cpu", False, "not loaded: Triton's interpreter computes on the cpu")
     library = _PACKAGE / "_C.so"
     if not library.is_file():
         reason = build_info().get("missing", "the package was not built")
@@ -58,8 +61,7 @@ def _load_extension() -> Status:
 _REFERENCE = Status("reference", True, "plain torch, always there")
 _STATUS = {status.name: status for status in (_load_extension(), _REFERENCE)}
 _CPU_READY = _STATUS["cpu"].available
-# Read once: os.environ costs as much as a small product.
-_DEFAULT = os.environ.get("KRON_KERNELS_BACKEND", "auto")
+_DEFAULT = _gpu.DEFAULT
 # A call that names no backend runs the compiled kernels when its tensors are on the cpu.
 CPU_BY_DEFAULT = _CPU_READY and _DEFAULT in ("auto", "cpu")
 
@@ -71,7 +73,8 @@ def compiled_by_default(op: str) -> bool:
 
 def available() -> dict[str, Status]:
     """Every backend by name, with whether it can run here and why not."""
-    return dict(_STATUS)
+    gpu = {name: Status(name, *_gpu.status(name)) for name in _gpu.NAMES}
+    return {"cpu": _STATUS["cpu"], **gpu, "reference": _STATUS["reference"]}
 
 
 _keep_ops = False
@@ -98,16 +101,28 @@ def resolve(backend: str | None, device_type: str) -> str:
         return "cpu"
     name = _DEFAULT if backend is None else backend
     if name == "auto":
-        return "cpu" if _CPU_READY and device_type == "cpu" else "reference"
-    status = _STATUS.get(name)
+        return _gpu.best() if device_type == "cuda" else "cpu" if _CPU_READY and device_type == "cpu" else "reference"
+    status = Status(name, *_gpu.status(name)) if name in _gpu.NAMES else _STATUS.get(name)
     if status is None:
         origin = "environment variable KRON_KERNELS_BACKEND" if backend is None else "backend"
-        raise ValueError(f"{origin}: {_one_of(('auto', *_STATUS))}, got {name!r}")
+        raise ValueError(f"{origin}: {_one_of(('auto', *available()))}, got {name!r}")
     if not status.available:
         raise RuntimeError(f"backend {name!r} is not available: {status.reason}")
-    if name == "cpu" and device_type != "cpu":
-        raise RuntimeError(f"backend 'cpu' computes tensors on the cpu, got a tensor on {device_type}")
+    serves = {"cpu": "cpu", "cuda": "cuda", "triton": "cpu" if _gpu.interpreted() else "cuda"}.get(name, device_type)
+    if device_type != serves:
+        raise RuntimeError(f"backend {name!r} computes tensors on the {serves}, got a tensor on {device_type}")
     return name
+
+
+def is_unforced(backend: str | None) -> TypeGuard[str]:
+    """Whether a GPU backend was asked for by name and does not hold yet: the call is then made again by ``forced``."""
+    return backend is not None and backend in _gpu.NAMES and _gpu.forced() != backend
+
+
+def forced(function: Callable[..., Any], *args: Any, backend: str, **kwargs: Any) -> Any:
+    """Call with a GPU backend asked for by name, which then computes all ops of the call and of its backward."""
+    with _gpu.force(backend):
+        return function(*args, backend=backend, **kwargs)
 
 
 def _introspect() -> Any:

@@ -8,7 +8,7 @@ projection.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -125,8 +125,9 @@ def _kron_embedding_reference(ids: Tensor, *operands: Any) -> Tensor:
         return reference.kron_embedding(ids, *operands)
 
 
-for _name in _SCHEMAS:
-    torch.library.impl(f"kron_kernels::{_name}", "CompositeExplicitAutograd", globals()[f"_{_name}_reference"])
+REFERENCES: dict[str, Callable[..., Any]] = {name: globals()[f"_{name}_reference"] for name in _SCHEMAS}
+for _name, _reference in REFERENCES.items():
+    torch.library.impl(f"kron_kernels::{_name}", "CompositeExplicitAutograd", _reference)
 
 
 @torch.library.register_fake("kron_kernels::kron_mm_norm")

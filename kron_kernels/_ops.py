@@ -10,7 +10,7 @@ of matrices as they are: making stacks of them costs as much as a small product.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -82,11 +82,14 @@ def _kron_mm_add_in_place_reference(base: Tensor, x: Tensor, a: Tensor, b: Tenso
     base.copy_(_kron_mm_add_reference(base, x, a, b, alpha))
 
 
-torch.library.impl("kron_kernels::kron_mm", "CompositeExplicitAutograd", _kron_mm_reference)
-torch.library.impl("kron_kernels::kron_mm_backward", "CompositeExplicitAutograd", _kron_mm_backward_reference)
-
-torch.library.impl("kron_kernels::kron_mm_add", "CompositeExplicitAutograd", _kron_mm_add_reference)
-torch.library.impl("kron_kernels::kron_mm_add_", "CompositeExplicitAutograd", _kron_mm_add_in_place_reference)
+REFERENCES: dict[str, Callable[..., Any]] = {
+    "kron_mm": _kron_mm_reference,
+    "kron_mm_backward": _kron_mm_backward_reference,
+    "kron_mm_add": _kron_mm_add_reference,
+    "kron_mm_add_": _kron_mm_add_in_place_reference,
+}
+for _name, _reference in REFERENCES.items():
+    torch.library.impl(f"kron_kernels::{_name}", "CompositeExplicitAutograd", _reference)
 
 
 @torch.library.register_fake("kron_kernels::kron_mm")

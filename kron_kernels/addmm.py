@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import _backends, reference
+from . import _backends, _gpu, reference
 from ._checks import check_alpha, check_base, check_low_rank, check_low_rank_types, check_operands, check_types
 from ._observers import apply, autocasts, cast_for_autocast, is_transformed, needs_autograd
 from ._ops import kron_mm_add, kron_mm_add_
@@ -43,6 +43,8 @@ def kron_addmm(
 
     Differentiable to any order in all tensors; only ``x`` and the factors are kept for backward.
     """
+    if _backends.is_unforced(backend):
+        return _backends.forced(kron_addmm, base, x, a, b, alpha=alpha, backend=backend)
     base, x, a, b, name = _prepare(base, x, a, b, alpha, backend, in_place=False)
     if name == "reference":
         return reference.kron_mm_add(base, x, a, b, alpha)
@@ -63,6 +65,8 @@ def kron_addmm_(
     subclass of Tensor, or part of the memory of an operand, and under a compiler or a function transform, the result
     takes memory of its own first.
     """
+    if _backends.is_unforced(backend):
+        return _backends.forced(kron_addmm_, base, x, a, b, alpha=alpha, backend=backend)
     base, x, a, b, name = _prepare(base, x, a, b, alpha, backend, in_place=True)
     plain = type(base) in (Tensor, torch.nn.Parameter)  # a subclass, such as a fake tensor, may have no memory
     if (
@@ -94,6 +98,7 @@ class KronAddmm(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, x, a, b, ctx.alpha = inputs
         ctx.save_for_backward(x, a, b)
+        ctx.backend = _gpu.forced()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -106,7 +111,8 @@ class KronAddmm(torch.autograd.Function):
         factors = [x, a, b]
         if alpha != 1:
             factors[scaled] = factors[scaled] * alpha
-        found = list(only_needed(gradients(grad, *factors, *needs[1:], False), needs[1:]))
+        with _gpu.force(ctx.backend):
+            found = list(only_needed(gradients(grad, *factors, *needs[1:], False), needs[1:]))
         scaled_gradient = found[scaled]
         if alpha != 1 and scaled_gradient is not None:
             found[scaled] = scaled_gradient * alpha
@@ -122,6 +128,7 @@ class KronAddmmInPlace(torch.autograd.Function):
     def forward(ctx: Any, base: Tensor, x: Tensor, a: Tensor, b: Tensor, alpha: float) -> Tensor:
         ctx.alpha = alpha
         ctx.save_for_backward(x, a, b)
+        ctx.backend = _gpu.forced()
         ctx.mark_dirty(base)
         kron_mm_add_(base, x, a, b, alpha)
         return base

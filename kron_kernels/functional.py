@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _backends, reference
+from . import _backends, _gpu, reference
 from ._checks import activation_code, check_operands, check_types
 from ._observers import apply, autocasts, cast_for_autocast, is_observed, needs_autograd
 from ._ops import kron_mm, kron_mm_backward
@@ -36,7 +36,7 @@ def kron_matmul(
         activation: None, "gelu" (erf), "gelu_tanh", "relu" or "silu"; applied last.
         packed: what ``pack_factors(a, b)`` gave, or None. It saves time in calls of few tokens and changes no result.
         backend: None or "auto" for the best one on ``x``'s device (``KRON_KERNELS_BACKEND`` overrides None), or the
-            name of one: "cpu", "reference".
+            name of one: "cpu", "cuda", "triton", "reference".
 
     Returns:
         ``(..., m1 * m2)``, contiguous, dtype of ``x`` (inside autocast: the autocast dtype, as ``F.linear``).
@@ -56,6 +56,8 @@ def kron_matmul(
             return kron_mm(x, a, b, bias, code, packed)
         except (RuntimeError, ValueError):  # whatever the op refused, the checks below name in the caller's terms
             pass
+    if _backends.is_unforced(backend):
+        return _backends.forced(kron_matmul, x, a, b, bias, activation=activation, packed=packed, backend=backend)
     a, b = stacks(a, b)
     device_type = "cpu" if x.is_cpu else x.device.type  # the short way: a device spells its type anew every time
     if autocasts(device_type):
@@ -90,11 +92,13 @@ class KronMatmul(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, a, b, _ = inputs
         ctx.save_for_backward(x, a, b)
+        ctx.backend = _gpu.forced()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad
-        return only_needed(gradients(grad, *ctx.saved_tensors, *needs), needs)
+        with _gpu.force(ctx.backend):
+            return only_needed(gradients(grad, *ctx.saved_tensors, *needs), needs)
 
 
 class KronMatmulBackward(torch.autograd.Function):
@@ -112,6 +116,7 @@ class KronMatmulBackward(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.save_for_backward(*inputs[:4])
         ctx.needed = inputs[4:]
+        ctx.backend = _gpu.forced()
 
     @staticmethod
     def backward(
@@ -121,10 +126,15 @@ class KronMatmulBackward(torch.autograd.Function):
         on for da and db: the loss is <grad, sum of products with one argument exchanged>, whose gradients are the same
         two ops again, and each product gives none to the argument exchanged.
         """
+        with _gpu.force(ctx.backend):
+            return KronMatmulBackward._gradients(ctx, (grad_dx, grad_da, grad_db), grad_dbias)
+
+    @staticmethod
+    def _gradients(ctx: Any, tangents: tuple[Tensor, ...], grad_dbias: Tensor) -> tuple[Tensor | None, ...]:
         grad, x, a, b = ctx.saved_tensors
         need_grad, *needs = ctx.needs_input_grad[:4]
         total: list[Tensor | None] = [None] * 4
-        for position, (needed, tangent) in enumerate(zip(ctx.needed, (grad_dx, grad_da, grad_db), strict=False)):
+        for position, (needed, tangent) in enumerate(zip(ctx.needed, tangents, strict=False)):
             if not needed:
                 continue
             operands = [x, a, b]

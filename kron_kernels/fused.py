@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import _backends, reference
+from . import _backends, _gpu, reference
 from ._checks import (
     activation_code,
     check_embedding,
@@ -86,6 +86,8 @@ def kron_matmul_norm(
             return kron_mm_norm(x, *stacks(a, b), bias, *norm, packed)
     except _REFUSED:
         pass
+    if _backends.is_unforced(backend):
+        return _backends.forced(kron_matmul_norm, x, a, b, bias, norm, packed=packed, backend=backend)
     check_types(x, a, b, bias)
     check_norm_types(norm)
     if _observed(x, backend, (x, a, b, bias, *norm[:3])):
@@ -140,6 +142,8 @@ def kron_ffn(
             return ffn_op(x, *pairs, code, *(norm or (None, None, None, 0.0)), *packed)
     except _REFUSED:
         pass
+    if _backends.is_unforced(backend):
+        return _backends.forced(kron_ffn, *tensors, activation=activation, norm=norm, packed=packed, backend=backend)
     check_types(x, a1, b1, bias1)
     check_types(x, a2, b2, bias2)
     if norm is not None:
@@ -187,6 +191,8 @@ def kron_qkv(
             return _qkv(x, [stacks(*pair) for pair in zip(a, b, strict=True)], bias, packed)
     except _REFUSED:
         pass
+    if _backends.is_unforced(backend):
+        return _backends.forced(kron_qkv, x, a, b, bias, packed=packed, backend=backend)
     for left, right, one_bias in zip(a, b, biases, strict=True):
         check_types(x, left, right, one_bias)
     if _observed(x, backend, (x, *a, *b, *biases)):
@@ -255,6 +261,11 @@ def kron_embedding(
             return embedding_op(ids, *stacks(a, b), *tables, norm_weight, norm_bias, eps)
     except _REFUSED:
         pass
+    if _backends.is_unforced(backend):
+        names = ("position_ids", "position_weight", "type_ids", "type_weight")
+        added = dict(zip(names, tables, strict=True))
+        norm = {"norm_weight": norm_weight, "norm_bias": norm_bias, "eps": eps}
+        return _backends.forced(kron_embedding, ids, a, b, **added, **norm, backend=backend)
     check_types(ids, a, b, None)
     a, b = stacks(a, b)
     check_embedding(ids, a, b, *tables, norm_weight, norm_bias)
@@ -311,11 +322,17 @@ class KronFfn(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         *tensors, activation = inputs
         ctx.activation = activation
+        ctx.backend = _gpu.forced()
         ctx.save_for_backward(*tensors)
         return ffn_op(*tensors, activation_code(activation), None, None, None, 0.0)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        with _gpu.force(ctx.backend):
+            return KronFfn._gradients(ctx, grad)
+
+    @staticmethod
+    def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
         needs = [need and tensor is not None for need, tensor in zip(ctx.needs_input_grad, tensors, strict=False)]
         if torch.is_grad_enabled():

@@ -49,6 +49,8 @@ def kron_matmul_int8(x: Tensor, a: Tensor, b: Tensor, *, backend: str | None = N
                 f"{name}: expected a tensor that needs no gradient, for results in int8 have none, got one with "
                 "requires_grad (use detach() or torch.no_grad())"
             )
+    if _backends.is_unforced(backend):
+        return _backends.forced(kron_matmul_int8, x, a, b, backend=backend)
     a, b = stacks(a, b)
     device_type = x.device.type
     if autocasts(device_type):

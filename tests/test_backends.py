@@ -87,8 +87,8 @@ except ValueError as error:
     print(error)
 """
     assert run(code, KRON_KERNELS_BACKEND="reference") == "reference"
-    expected = "environment variable KRON_KERNELS_BACKEND: expected one of 'auto', 'cpu', 'reference', got 'fast'"
-    assert run(code, KRON_KERNELS_BACKEND="fast") == expected
+    expected = "expected one of 'auto', 'cpu', 'triton', 'cuda', 'reference', got 'fast'"
+    assert run(code, KRON_KERNELS_BACKEND="fast") == f"environment variable KRON_KERNELS_BACKEND: {expected}"
 
 
 def test_resolve() -> None:
@@ -96,7 +96,9 @@ def test_resolve() -> None:
     assert _backends.resolve("auto", "cpu") == best
     assert _backends.resolve("auto", "meta") == "reference"
     assert _backends.resolve("reference", "cpu") == "reference"
-    with pytest.raises(ValueError, match="backend: expected one of 'auto', 'cpu', 'reference', got ''"):
+    with pytest.raises(
+        ValueError, match="backend: expected one of 'auto', 'cpu', 'triton', 'cuda', 'reference', got ''"
+    ):
         _backends.resolve("", "cpu")
 
 

@@ -77,7 +77,7 @@ def bad(change: Callable[..., tuple[Any, ...]], error: type[Exception], message:
         bad(
             lambda x, a, b, c: (x, a, b),
             ValueError,
-            "backend: expected one of 'auto', 'cpu', 'reference', got 'mkl'",
+            "backend: expected one of 'auto', 'cpu', 'triton', 'cuda', 'reference', got 'mkl'",
             backend="mkl",
         ),
     ],

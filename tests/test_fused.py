@@ -289,7 +289,7 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
         ValueError,
         "norm.eps: expected a number of at least 0, got -1.0",
     ),
-    (lambda: kron_ffn(X, A1, B1, None, A2, B2, None, backend="cuda"), ValueError, "backend: expected one of"),
+    (lambda: kron_ffn(X, A1, B1, None, A2, B2, None, backend="gpu"), ValueError, "backend: expected one of"),
     (lambda: kron_matmul_norm(X, A1, B1, None, NORM), ValueError, r"norm.residual: expected shape \(5, 60\)"),
     (
         lambda: kron_qkv(X, [A1], [B1, B1]),

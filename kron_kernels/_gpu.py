@@ -1,0 +1,204 @@
+"""The ops on CUDA devices: which backend computes a call, in one place.
+
+Compiled CUDA C++ where it was measured faster than Triton, else Triton, else what there is, at last the reference.
+``choices.json`` holds what was measured: ``python -m bench.gpu`` writes it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _fused_ops, _ops
+from ._problem import Product
+
+CHOICES = Path(__file__).parent / "choices.json"
+# Read once, by _backends.py too: os.environ costs as much as a small product.
+DEFAULT = os.environ.get("KRON_KERNELS_BACKEND", "auto")
+# In order of preference where nothing was measured.
+NAMES = ("triton", "cuda")
+# Numbers of tokens up to which one measurement speaks for all.
+_TOKEN_CLASSES = (128, 4096)
+
+Products = tuple[Product, ...]
+
+
+class Choice(NamedTuple):
+    """A backend, and the reason in words."""
+
+    backend: str
+    reason: str
+
+
+# Of each op's operands the tensor whose dtype, device and rows count, and the products.
+_OPERANDS: dict[str, Callable[..., tuple[Tensor, Products]]] = {
+    "kron_mm": lambda x, a, b, *_, **__: (x, (Product.of(a, b),)),
+    "kron_mm_backward": lambda _grad, x, a, b, *_: (x, (Product.of(a, b),)),
+    "kron_mm_add": lambda _base, x, a, b, _alpha: (x, (Product.of(a, b),)),
+    "kron_mm_add_": lambda _base, x, a, b, _alpha: (x, (Product.of(a, b),)),
+    "kron_mm_norm": lambda x, a, b, *_, **__: (x, (Product.of(a, b),)),
+    "kron_mm_int8": lambda x, a, b: (x, (Product.of(a, b),)),
+    "kron_ffn": lambda x, a1, b1, _bias1, a2, b2, *_, **__: (x, (Product.of(a1, b1), Product.of(a2, b2))),
+    "kron_ffn_backward": lambda _grad, x, a1, b1, _bias1, a2, b2, *_: (x, (Product.of(a1, b1), Product.of(a2, b2))),
+    "kron_qkv": lambda x, a, b, *_: (x, tuple(Product.of(*pair) for pair in zip(a, b, strict=True))),
+    "kron_embedding": lambda _ids, a, b, *_: (a, (Product.of(a, b),)),
+}
+_REFERENCES: dict[str, Callable[..., Any]] = {**_ops.REFERENCES, **_fused_ops.REFERENCES}
+
+
+def interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, on the cpu."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0") and importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def status(name: str) -> tuple[bool, str]:
+    """Whether a backend of ``NAMES`` can run here, and the reason in words."""
+    if name == "cuda":
+        return False, "this version has no CUDA C++ kernels"
+    if importlib.util.find_spec("triton") is None:
+        return False, "Triton is not installed: pip install 'kron_kernels[triton]'"
+    version = importlib.metadata.version("triton")
+    if interpreted():
+        if DEFAULT == "triton":
+            return True, f"Triton {version}, interpreted on the cpu"
+        return False, "TRITON_INTERPRET is set: with KRON_KERNELS_BACKEND=triton the kernels are interpreted on the cpu"
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or torch.version.hip
+        return False, "torch finds no CUDA device" if built else f"torch {torch.__version__} is built without CUDA"
+    return True, f"Triton {version}"
+
+
+def best() -> str:
+    """The backend that calls on CUDA devices go to as far as it takes them."""
+    return next((name for name in NAMES if status(name)[0]), "reference")
+
+
+def refusal(backend: str, op: str, products: Products, dtype: torch.dtype) -> str | None:
+    """Why a backend does not take an op on operands of a dtype; None where it does."""
+    if op not in _implementations(backend):
+        return f"it has no kernel of {op}"
+    from .triton import plan
+
+    return next((reason for product in products if (reason := plan.refusal(product, dtype))), None)
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(
+    op: str, products: Products, dtype: torch.dtype, tokens: int, arch: int | str | None, name: str = "auto"
+) -> Choice:
+    """The backend of a call, and why; ``name`` is what was asked for, ``arch`` as 90 or "gfx942", None on the cpu.
+
+    Raises RuntimeError where a backend asked for by name is not there or does not take the call.
+    """
+    what = f"{op} of {', '.join(map(str, products))} in {str(dtype).removeprefix('torch.')}"
+    if name in NAMES:
+        available, reason = status(name)
+        if not available:
+            raise RuntimeError(f"backend {name!r} is not available: {reason}")
+        refused = refusal(name, op, products, dtype)
+        if refused:
+            raise RuntimeError(f"backend {name!r}, asked for by name, does not take {what}: {refused}")
+        return Choice(name, "asked for by name")
+    if name == "reference":
+        return Choice(name, "asked for by name")
+    takers, reasons = [], []
+    for backend in NAMES:
+        available, reason = status(backend)
+        refused = reason if not available else refusal(backend, op, products, dtype)
+        if refused is None:
+            takers.append(backend)
+        else:
+            reasons.append(f"{backend}: {refused}")
+    if not takers:
+        return Choice("reference", "; ".join(reasons))
+    measured = _measured().get(f"{what} on {arch}", {}).get(str(_token_class(tokens)))
+    if measured is not None and measured["backend"] in takers:
+        return Choice(measured["backend"], f"measured: {measured['ratio']:.2f} times as fast as {measured['over']}")
+    return Choice(takers[0], "; ".join(["not measured", *reasons]))
+
+
+def _token_class(tokens: int) -> int | None:
+    return next((limit for limit in _TOKEN_CLASSES if tokens <= limit), None)
+
+
+@functools.cache
+def _measured() -> dict[str, dict[str, dict[str, Any]]]:
+    """By call and device, by token class: the faster backend, over which, how many times."""
+    return json.loads(CHOICES.read_text()) if CHOICES.is_file() else {}
+
+
+@functools.cache
+def _implementations(backend: str) -> dict[str, Callable[..., Any]]:
+    if backend == "reference":
+        return _REFERENCES
+    if backend == "cuda":
+        return {}
+    from .triton.ops import IMPLEMENTATIONS
+
+    return IMPLEMENTATIONS
+
+
+_local = threading.local()
+
+
+def forced() -> str | None:
+    """The backend that this thread's calls were asked to run on by name."""
+    return getattr(_local, "name", None)
+
+
+@contextmanager
+def force(name: str | None) -> Iterator[None]:
+    """Inside, this thread's calls on CUDA devices run on a backend of ``NAMES``; None changes nothing."""
+    if name is None:
+        yield
+        return
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"backend: expected None or 'auto' under torch.compile, got {name!r}: set KRON_KERNELS_BACKEND instead"
+        )
+    before, _local.name = forced(), name
+    try:
+        yield
+    finally:
+        _local.name = before
+
+
+@functools.cache
+def _arch(index: int) -> int | str:
+    properties = torch.cuda.get_device_properties(index)
+    return properties.gcnArchName.split(":")[0] if torch.version.hip else 10 * properties.major + properties.minor
+
+
+def _dispatched(op: str) -> Callable[..., Any]:
+    operands = _OPERANDS[op]
+
+    def implementation(*args: Any, **kwargs: Any) -> Any:
+        tensor, products = operands(*args, **kwargs)
+        tokens = tensor.numel() // tensor.shape[-1] if tensor.numel() else 0
+        arch = _arch(tensor.device.index) if tensor.is_cuda else None
+        limit = _token_class(tokens) or _TOKEN_CLASSES[-1] + 1
+        choice = choose(op, products, tensor.dtype, limit, arch, forced() or DEFAULT)
+        return _implementations(choice.backend)[op](*args, **kwargs)
+
+    return implementation
+
+
+def register(key: str) -> None:
+    """Add the ops' implementations to a key of the dispatcher."""
+    for op in _OPERANDS:
+        torch.library.impl(f"kron_kernels::{op}", key, _dispatched(op))
+
+
+register("CUDA")

@@ -1,0 +1,118 @@
+"""The choice among GPU backends, without a GPU: statuses and measurements are made up, or the kernels interpreted."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import kron_kernels
+from kron_kernels import _backends, _gpu, kron_matmul
+from kron_kernels._problem import Product
+
+PAIR = (Product(1, 384, 384, 2, 2),)
+LARGE = (Product(1, 300, 300, 40, 20),)
+triton_installed = pytest.importorskip("triton", reason="Triton is not installed")
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """As on a machine with a CUDA device and Triton, without CUDA C++ kernels."""
+    statuses = {"triton": (True, "Triton 3"), "cuda": (False, "not built")}
+    monkeypatch.setattr(_gpu, "status", statuses.__getitem__)
+    _gpu.choose.cache_clear()
+    yield monkeypatch
+    _gpu.choose.cache_clear()
+    _gpu._measured.cache_clear()
+
+
+def test_triton_computes_what_it_has_kernels_for(device: pytest.MonkeyPatch) -> None:
+    assert _gpu.choose("kron_mm", PAIR, torch.bfloat16, 128, 90) == ("triton", "not measured; cuda: not built")
+    backend, reason = _gpu.choose("kron_mm", PAIR, torch.float64, 128, 90)
+    assert backend == "reference"
+    assert "triton: the kernels compute float32, bfloat16 and float16, not torch.float64" in reason
+    backend, reason = _gpu.choose("kron_mm", LARGE, torch.bfloat16, 128, 90)
+    assert backend == "reference"
+    assert "neither factor is tiny" in reason
+
+
+def test_backend_asked_for_by_name_is_not_exchanged(device: pytest.MonkeyPatch) -> None:
+    assert _gpu.choose("kron_mm", PAIR, torch.bfloat16, 128, 90, "triton") == ("triton", "asked for by name")
+    assert _gpu.choose("kron_mm", PAIR, torch.bfloat16, 128, 90, "reference").backend == "reference"
+    message = r"backend 'triton', asked for by name, does not take kron_mm of 384x384 \(x\) 2x2 in float64: the kernels"
+    with pytest.raises(RuntimeError, match=message):
+        _gpu.choose("kron_mm", PAIR, torch.float64, 128, 90, "triton")
+    with pytest.raises(RuntimeError, match="backend 'cuda' is not available: not built"):
+        _gpu.choose("kron_mm", PAIR, torch.bfloat16, 128, 90, "cuda")
+
+
+def test_what_was_measured_decides(device: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    device.setattr(_gpu, "status", lambda name: (True, "there"))
+    device.setattr(_gpu, "refusal", lambda *_: None)
+    call = "kron_mm of 384x384 (x) 2x2 in bfloat16 on 90"
+    choices = {call: {"4096": {"backend": "cuda", "over": "triton", "ratio": 1.25}}}
+    (tmp_path / "choices.json").write_text(json.dumps(choices))
+    device.setattr(_gpu, "CHOICES", tmp_path / "choices.json")
+    _gpu._measured.cache_clear()
+    measured = "measured: 1.25 times as fast as triton"
+    assert _gpu.choose("kron_mm", PAIR, torch.bfloat16, 1000, 90) == ("cuda", measured)
+    assert _gpu.choose("kron_mm", PAIR, torch.bfloat16, 100, 90) == ("triton", "not measured")
+    assert _gpu.choose("kron_mm", PAIR, torch.bfloat16, 1000, 80) == ("triton", "not measured")
+
+
+def test_reason_of_a_missing_device() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("a CUDA device is there")
+    status = _backends.available()["triton"]
+    assert not status.available
+    x, a, b = torch.randn(3, 4), torch.randn(2, 2), torch.randn(2, 2)
+    with pytest.raises(RuntimeError, match="backend 'triton' is not available: TRITON_INTERPRET is set"):
+        kron_matmul(x, a, b, backend="triton")
+    with pytest.raises(RuntimeError, match="backend 'cuda' is not available: "):
+        kron_matmul(x, a, b, backend="cuda")
+
+
+_INTERPRETED = """
+import torch
+from kron_kernels import _backends, _gpu, kron_matmul, reference
+from kron_kernels.triton import mm
+assert _backends.available()["triton"].available
+calls = []
+original = mm.launch
+mm.launch = lambda kernel, *rest: (calls.append(kernel.fn.__name__), original(kernel, *rest))
+torch.manual_seed(0)
+x, a, b = torch.randn(9, 96), torch.randn(1, 24, 48) / 7, torch.randn(1, 2, 2)
+for tensor in (x, a, b):
+    tensor.requires_grad_()
+for options in ({}, {"backend": "triton"}):
+    y = kron_matmul(x, a, b, activation="gelu", **options)
+    expected = reference.kron_mm(x, a, b, None, "gelu")
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    found = torch.autograd.grad(y.sin().sum(), (x, a, b))
+    for one, other in zip(found, torch.autograd.grad(expected.sin().sum(), (x, a, b))):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    assert calls.count("mm_kernel") == 2 and calls.count("large_gradient_kernel") == 1, calls
+    calls.clear()
+try:
+    kron_matmul(x.detach().double(), a.detach().double(), b.detach().double())
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_the_whole_library_under_the_interpreter() -> None:
+    variables = {
+        **os.environ,
+        "PYTHONPATH": str(Path(kron_kernels.__file__).parent.parent),
+        "TRITON_INTERPRET": "1",
+        "KRON_KERNELS_BACKEND": "triton",
+    }
+    result = subprocess.run([sys.executable, "-c", _INTERPRETED], env=variables, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("backend 'triton', asked for by name, does not take kron_mm of 24x48 (x) 2x2")
