@@ -1,6 +1,7 @@
 """Kronecker-factored linear layers: the product, its gradients, and compressed encoders built on them."""
 
 from ._backends import available as available_backends
+from ._explain import explain
 from ._version import __version__
 from .addmm import kron_addmm, kron_addmm_
 from .functional import kron_matmul
@@ -11,6 +12,7 @@ __all__ = [
     "AddNorm",
     "__version__",
     "available_backends",
+    "explain",
     "kron_addmm",
     "kron_addmm_",
     "kron_embedding",

@@ -54,6 +54,7 @@ _OPERANDS: dict[str, Callable[..., tuple[Tensor, Products]]] = {
     "kron_qkv": lambda x, a, b, *_: (x, tuple(Product.of(*pair) for pair in zip(a, b, strict=True))),
     "kron_embedding": lambda _ids, a, b, *_: (a, (Product.of(a, b),)),
 }
+OPS = tuple(_OPERANDS)
 _REFERENCES: dict[str, Callable[..., Any]] = {**_ops.REFERENCES, **_fused_ops.REFERENCES}
 
 
@@ -89,6 +90,8 @@ def refusal(backend: str, op: str, products: Products, dtype: torch.dtype) -> st
     """Why a backend does not take an op on operands of a dtype; None where it does."""
     if op not in _implementations(backend):
         return f"it has no kernel of {op}"
+    if backend == "triton" and interpreted() and dtype is torch.bfloat16:
+        return "Triton's interpreter is wrong in bfloat16"
     from .triton import plan
 
     return next((reason for product in products if (reason := plan.refusal(product, dtype))), None)
@@ -176,7 +179,8 @@ def force(name: str | None) -> Iterator[None]:
 
 
 @functools.cache
-def _arch(index: int) -> int | str:
+def arch(index: int) -> int | str:
+    """Of a device: 80, 90, ... of CUDA, or a name such as "gfx942"."""
     properties = torch.cuda.get_device_properties(index)
     return properties.gcnArchName.split(":")[0] if torch.version.hip else 10 * properties.major + properties.minor
 
@@ -187,9 +191,9 @@ def _dispatched(op: str) -> Callable[..., Any]:
     def implementation(*args: Any, **kwargs: Any) -> Any:
         tensor, products = operands(*args, **kwargs)
         tokens = tensor.numel() // tensor.shape[-1] if tensor.numel() else 0
-        arch = _arch(tensor.device.index) if tensor.is_cuda else None
+        device_arch = arch(tensor.device.index) if tensor.is_cuda else None
         limit = _token_class(tokens) or _TOKEN_CLASSES[-1] + 1
-        choice = choose(op, products, tensor.dtype, limit, arch, forced() or DEFAULT)
+        choice = choose(op, products, tensor.dtype, limit, device_arch, forced() or DEFAULT)
         return _implementations(choice.backend)[op](*args, **kwargs)
 
     return implementation

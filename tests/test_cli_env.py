@@ -48,7 +48,7 @@ def test_env_exits_with_1_when_a_kernel_is_wrong(
         (
             [],
             "kron-kernels: error: the following arguments are required: "
-            "{env,compress,distill,evaluate,report,export,bench,cmake-dir}",
+            "{env,explain,compress,distill,evaluate,report,export,bench,cmake-dir}",
         ),
         (["compress", "model"], "kron-kernels compress: error: the following arguments are required: out"),
         (["compress", "m", "o"], "kron-kernels compress: error: one of the arguments --preset --config is required"),

@@ -26,6 +26,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """As on a machine with a CUDA device and Triton, without CUDA C++ kernels."""
     statuses = {"triton": (True, "Triton 3"), "cuda": (False, "not built")}
     monkeypatch.setattr(_gpu, "status", statuses.__getitem__)
+    monkeypatch.setattr(_gpu, "interpreted", lambda: False)
     _gpu.choose.cache_clear()
     yield monkeypatch
     _gpu.choose.cache_clear()
@@ -64,6 +65,13 @@ def test_what_was_measured_decides(device: pytest.MonkeyPatch, tmp_path: Path) -
     assert _gpu.choose("kron_mm", PAIR, torch.bfloat16, 1000, 90) == ("cuda", measured)
     assert _gpu.choose("kron_mm", PAIR, torch.bfloat16, 100, 90) == ("triton", "not measured")
     assert _gpu.choose("kron_mm", PAIR, torch.bfloat16, 1000, 80) == ("triton", "not measured")
+
+
+def test_interpreter_is_not_trusted_in_bfloat16(device: pytest.MonkeyPatch) -> None:
+    device.setattr(_gpu, "interpreted", lambda: True)
+    backend, reason = _gpu.choose("kron_mm", PAIR, torch.bfloat16, 128, None)
+    assert (backend, reason) == ("reference", "triton: Triton's interpreter is wrong in bfloat16; cuda: not built")
+    assert _gpu.choose("kron_mm", PAIR, torch.float16, 128, None).backend == "triton"
 
 
 def test_reason_of_a_missing_device() -> None:

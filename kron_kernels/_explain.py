@@ -1,0 +1,105 @@
+"""What computes a call, and why: the choice of backend and the form its kernels take, in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from . import _backends, _gpu
+from ._problem import Product
+from .reference import order_cost
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """``backend`` computes the call because of ``reason``; ``forms`` says by backend what it does, or why not."""
+
+    call: str
+    backend: str
+    reason: str
+    forms: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.call}: {self.backend} ({self.reason})"]
+        return "\n".join([*lines, *(f"  {name}: {form}" for name, form in self.forms.items())])
+
+
+def explain(
+    *products: Product | tuple[int, ...],
+    op: str = "kron_mm",
+    dtype: torch.dtype = torch.float32,
+    tokens: int = 128,
+    device: str | None = None,
+    backend: str | None = None,
+) -> Explanation:
+    """Which backend computes an op on products of given sizes, and how.
+
+    Args:
+        products: ``(S, m1, n1, m2, n2)`` of each product of the op, or ``(m1, n1, m2, n2)`` for one term.
+        op: name of an op, such as "kron_mm", "kron_mm_backward", "kron_ffn" (two products), "kron_qkv".
+        dtype: of the operands.
+        tokens: rows of x.
+        device: "cpu" or "cuda"; None for "cuda" where torch finds one, else "cpu".
+        backend: as for ``kron_matmul``.
+
+    Raises:
+        ValueError: an op, number of products or sizes that do not fit.
+        RuntimeError: a backend asked for by name that cannot run here or does not take the call.
+    """
+    sizes = _checked(op, products)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected 'cpu' or 'cuda', got {device!r}")
+    name = _backends.resolve(backend, device)
+    reason = "asked for by name" if backend not in (None, "auto") else _backends.available()[name].reason
+    if device == "cuda" or name in _gpu.NAMES:
+        arch = _gpu.arch(torch.cuda.current_device()) if device == "cuda" and torch.cuda.is_available() else None
+        asked = name if backend not in (None, "auto") else "auto"
+        name, reason = _gpu.choose(op, sizes, dtype, tokens, arch, asked)
+    forms = {
+        "cpu": _cpu_form(sizes),
+        "triton": _triton_form(sizes, dtype, tokens),
+        "cuda": _cuda_form(op, sizes, dtype),
+    }
+    call = f"{op} of {', '.join(map(str, sizes))}, {tokens} tokens in {str(dtype).removeprefix('torch.')} on {device}"
+    return Explanation(call, name, reason, forms)
+
+
+def _checked(op: str, products: tuple[Product | tuple[int, ...], ...]) -> tuple[Product, ...]:
+    if op not in _gpu.OPS:
+        raise ValueError(f"op: expected one of {', '.join(map(repr, _gpu.OPS))}, got {op!r}")
+    wanted = 2 if op.startswith("kron_ffn") else None if op == "kron_qkv" else 1
+    if len(products) != wanted and (wanted is not None or not products):
+        raise ValueError(f"products: expected {wanted or 'one or more'} for {op}, got {len(products)}")
+    found = []
+    for sizes in products:
+        if len(sizes) not in (4, 5) or any(not isinstance(size, int) or size < 1 for size in sizes):
+            raise ValueError(f"products: expected (S, m1, n1, m2, n2) or (m1, n1, m2, n2), all positive, got {sizes}")
+        found.append(Product(*sizes) if len(sizes) == 5 else Product(1, *sizes))
+    return tuple(found)
+
+
+def _cpu_form(products: tuple[Product, ...]) -> str:
+    orders = []
+    for _, m1, n1, m2, n2 in products:
+        right, left = order_cost(m1, n1, m2, n2)
+        order = "left" if left <= right else "right"
+        best, other = sorted((left, right))
+        orders.append(f"the {order} factor first, {best:,} multiply-adds a token and term (else {other:,})")
+    return "; then ".join(orders)
+
+
+def _triton_form(products: tuple[Product, ...], dtype: torch.dtype, tokens: int) -> str:
+    from .triton import describe, plan
+
+    refused = next((reason for product in products if (reason := plan.refusal(product, dtype))), None)
+    if refused:
+        return refused
+    return "; then ".join(describe.product(product, tokens, dtype.itemsize) for product in products)
+
+
+def _cuda_form(op: str, products: tuple[Product, ...], dtype: torch.dtype) -> str:
+    available, reason = _gpu.status("cuda")
+    return (_gpu.refusal("cuda", op, products, dtype) or "takes it") if available else reason

@@ -1,0 +1,24 @@
+"""Plans in words, for ``explain``."""
+
+from __future__ import annotations
+
+from .._problem import Product
+from . import plan
+
+
+def product(problem: Product, tokens: int, element: int) -> str:
+    """How ``kron_mm`` runs: which factor mixes and where, or both held; and the tiles."""
+    apart = plan.mixed(problem)
+    if apart is None:
+        block, (warps, _) = plan.chain_tiles(problem, element)
+        first = "left" if plan.left_first(problem) else "right"
+        return f"two chained products, the {first} factor first, {block} tokens a program of {warps} warps"
+    tiles = plan.mm_tiles(apart, plan.token_bucket(tokens), element, apart.expands, False)
+    rows = min(apart.tiny_in, apart.tiny_out)
+    side = "right" if apart.right else "left"
+    where = "storing" if apart.expands else "loading"
+    return (
+        f"one product of {rows} row{'s' * (rows > 1)} a token with the {apart.large_out}x{apart.large_in} factor, the "
+        f"{apart.tiny_out}x{apart.tiny_in} factor on the {side} mixed in while {where}; tiles of {tiles.tokens} tokens "
+        f"x {tiles.columns} columns x {tiles.depth}, {tiles.num_warps} warps, {tiles.num_stages} stages"
+    )
