@@ -28,7 +28,6 @@ struct Warp {
     int arrived;
     const char* what;
     void* operands[kLanes];
-    uint64_t priority;
 };
 
 struct Barrier {
@@ -46,6 +45,7 @@ struct Machine {
     std::vector<std::unique_ptr<char[]>> stacks;  // kept from block to block
     std::vector<std::unique_ptr<Fiber>> fibers;
     std::vector<Warp> warps;
+    std::vector<int> order;  // of the warps: who goes on first
     std::map<int, Barrier> barriers;
     Deleter deleters[kStates];
     ucontext_t scheduler;
@@ -66,7 +66,7 @@ struct Machine {
     Fiber& current() { return *fibers[size_t(running)]; }
     void to_scheduler() { swapcontext(&current().context, &scheduler); }
     void draw_priorities() {
-        for (Warp& warp : warps) warp.priority = random();
+        for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[random() % i]);
     }
     // A thread that may run: of the warp that comes first, unless chance wants another one. -1: none.
     int choose();
@@ -87,17 +87,12 @@ void enter() {
 }
 
 int Machine::choose() {
-    const int warp_count = int(warps.size());
-    std::vector<int> order(static_cast<size_t>(warp_count));
-    for (int w = 0; w < warp_count; ++w) order[size_t(w)] = w;
-    if (random() % 64)
-        std::sort(order.begin(), order.end(),
-                  [&](int a, int b) { return warps[size_t(a)].priority < warps[size_t(b)].priority; });
-    else
-        std::rotate(order.begin(), order.begin() + int(random() % uint64_t(warp_count)), order.end());
+    const size_t warp_count = warps.size();
+    const size_t turn = random() % 64 ? 0 : random() % warp_count;
     // A thread waiting for something in memory is asked now and then, and when nobody else can run.
     for (const bool ask : {random() % 16 == 0, true})
-        for (const int w : order) {
+        for (size_t n = 0; n < warp_count; ++n) {
+            const int w = order[(n + turn) % warp_count];
             const int first = int(random() % kLanes);
             for (int i = 0; i < kLanes; ++i) {
                 const int index = w * kLanes + (first + i) % kLanes;
@@ -129,6 +124,8 @@ void Machine::run_block() {
     std::memset(shared, 0xff, size_t(shared_bytes));  // NaNs
     warps.assign(size_t(threads / kLanes), Warp{});
     barriers.clear();
+    order.clear();
+    for (int w = 0; w < threads / kLanes; ++w) order.push_back(w);
     draw_priorities();
     while (int(fibers.size()) < threads) {
         fibers.push_back(std::make_unique<Fiber>());

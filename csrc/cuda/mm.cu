@@ -1,0 +1,171 @@
+// The product with one large and one tiny factor: what is taken, the plan of a call, its launches.
+#include <algorithm>
+
+#include "device/launch.h"
+#include "mm_plan.h"
+#include "mm_sm80.cuh"
+#include "pack.cuh"
+#include "tiny.h"
+
+namespace kron {
+namespace cuda {
+namespace {
+
+int power_of_two_from(int64_t n) {
+    int p = 1;
+    while (p < n) p *= 2;
+    return p;
+}
+
+bool results_are_aligned(const ForwardArgs& args, const TinyShape& tiny) {
+    const int64_t vector = 16 / size_of(args.shape.dtype);
+    if (tiny.co * tiny.lo % vector || (!tiny.right && tiny.lo % vector)) return false;
+    for (int64_t i = 0; i < args.count; ++i) {
+        const Projection& one = args.projections[i];
+        if (!is_aligned(one.y) || !is_aligned(one.bias) || !is_aligned(one.base)) return false;
+    }
+    return true;
+}
+
+bool tokens_are_aligned(const ForwardArgs& args, const TinyShape& tiny) {
+    const int64_t vector = 16 / size_of(args.shape.dtype);
+    if (!is_aligned(args.x) || args.x_stride % vector) return false;
+    if (!tiny.right || tiny.ci == 1) return tiny.li % vector == 0;
+    // Words of 16 bytes that hold whole values k, an even number of them.
+    if (tiny.ci & (tiny.ci - 1)) return false;
+    return tiny.li % std::max<int64_t>(2, vector / tiny.ci) == 0;
+}
+
+bool factors_need_packing(const ForwardArgs& args, const TinyShape& tiny) {
+    const int64_t vector = 16 / size_of(args.shape.dtype);
+    for (int64_t i = 0; i < args.count; ++i) {
+        const Factor& f = tiny.right ? args.projections[i].a : args.projections[i].b;
+        if ((f.stride_col != 1 && tiny.li > 1) || tiny.li % vector || !is_aligned(f.data) || f.stride_row % vector ||
+            (args.shape.terms > 1 && f.stride_term % vector))
+            return true;
+    }
+    return false;
+}
+
+// As much of the inner dimension as fits; all of it, or equal parts of it.
+int choose_panel(int inner, int tile, int64_t value_bytes, int64_t room) {
+    const int tiles = int(divide_up(inner, tile));
+    const int64_t most = std::max<int64_t>(1, (room / kRows - 16) / (tile * value_bytes));
+    const int64_t panels = divide_up(tiles, most);
+    return int(divide_up(tiles, panels)) * tile;
+}
+
+Status pack(const ForwardArgs& args, const MmPlan& plan, const Launch& launch, char* out) {
+    const MmParams& p = plan.params;
+    PackParams params{p.lo, p.li, int(plan.packed_columns), p.terms, p.count, {}};
+    for (int i = 0; i < p.count; ++i) {
+        const Factor& f = p.right ? args.projections[i].a : args.projections[i].b;
+        params.factors[i] = {f.data, f.stride_term, f.stride_row, f.stride_col, out + i * plan.packed_bytes};
+    }
+    const Grid grid{divide_up(plan.packed_columns, kPackTile), divide_up(p.lo, kPackTile), int64_t(p.count) * p.terms};
+    switch (args.shape.dtype) {
+        case DType::bf16:
+            return start(pack_factors<Bf16>, grid, kPackThreads, kPackShared, launch, params);
+        case DType::f16:
+            return start(pack_factors<F16>, grid, kPackThreads, kPackShared, launch, params);
+        default:
+            return start(pack_factors<float>, grid, kPackThreads, kPackShared, launch, params);
+    }
+}
+
+}  // namespace
+
+const char* refuse_mm(const ForwardArgs& args, const Launch& launch) {
+    TinyShape tiny{};
+    if (const char* reason = refuse_type(args.shape.dtype, launch)) return reason;
+    if (!tiny_shape(args.shape, tiny)) return "no factor is tiny (at most 16 x 16)";
+    if (args.shape.terms > kMostTerms) return "more than 16 terms";
+    if (args.norm.residual || args.norm.weight) return "the CUDA product has no layer norm";
+    if (args.int8.q) return "the CUDA product has no int8 results";
+    constexpr int64_t kMost = int64_t(1) << 26;  // sizes times 16 stay in 32 bits
+    if (tiny.lo > kMost || tiny.li > kMost / kMostTerms || args.shape.tokens > kMost)
+        return "more than 2^26 tokens or rows of the large factor, or 2^22 columns of it";
+    return nullptr;
+}
+
+MmPlan plan_mm(const ForwardArgs& args, const Launch& launch) {
+    TinyShape tiny{};
+    tiny_shape(args.shape, tiny);
+    const int64_t bytes = size_of(args.shape.dtype), vector = 16 / bytes;
+    MmPlan plan{};
+    MmParams& p = plan.params;
+    p.x = args.x, p.x_stride = args.x_stride, p.tokens = args.shape.tokens;
+    p.terms = int(args.shape.terms), p.right = tiny.right;
+    p.co = int(tiny.co), p.ci = int(tiny.ci), p.lo = int(tiny.lo), p.li = int(tiny.li);
+    // Terms follow each other along the inner dimension, which only the contracting form can do.
+    plan.expand = p.co > p.ci && p.terms == 1 && p.ci <= 8;
+    p.halves = !plan.expand && p.co > 8 ? 2 : 1;
+    plan.group = power_of_two_from(plan.expand ? p.ci : std::min(p.co, 8));
+    p.x_vector = tokens_are_aligned(args, tiny);
+    p.y_vector = results_are_aligned(args, tiny);
+    p.term_inner = int(round_up(p.li, kStepBytes / bytes));
+    p.inner = p.terms * p.term_inner;
+    p.count = int(args.count);
+    p.alpha = float(args.alpha);
+    p.activation = args.activation;
+
+    plan.pack = factors_need_packing(args, tiny);
+    plan.packed_columns = round_up(p.li, vector);
+    plan.packed_bytes = aligned_bytes(p.terms * int64_t(p.lo) * plan.packed_columns * bytes);
+
+    const int64_t fixed = weight_bytes(p, plan.group) + kStages * kStageBytes;
+    p.panel = choose_panel(p.inner, int(kTileBytes / bytes), bytes, launch.shared_per_block - fixed);
+    plan.shared_bytes = fixed + int64_t(kRows) * row_pitch(p.panel, int(bytes));
+
+    p.row_tiles = int(divide_up(p.tokens * p.halves, kRows / plan.group));
+    p.column_tiles = int(divide_up(p.lo, kColumns));
+    // Few tokens: the columns are shared out until every multiprocessor has two blocks.
+    const int64_t wanted = divide_up(2 * launch.multiprocessors, std::max<int64_t>(1, int64_t(p.row_tiles) * p.count));
+    p.column_splits = int(std::min<int64_t>(wanted, p.column_tiles));
+    plan.blocks = int64_t(p.row_tiles) * p.count * p.column_splits;
+    return plan;
+}
+
+Status run_mm(const ForwardArgs& args, const MmPlan& plan, const Launch& launch, void* workspace) {
+    if (!plan.blocks) return Status{0, ""};
+    MmPlan ready = plan;
+    char* packed = static_cast<char*>(workspace);
+    if (plan.pack) {
+        const Status status = pack(args, plan, launch, packed);
+        if (status.code) return status;
+    }
+    for (int i = 0; i < plan.params.count; ++i) {
+        const Projection& one = args.projections[i];
+        const Factor &tiny = plan.params.right ? one.b : one.a, &large = plan.params.right ? one.a : one.b;
+        MmProjection& out = ready.params.projections[i];
+        if (plan.pack)
+            out.large = packed + i * plan.packed_bytes, out.large_row = plan.packed_columns,
+            out.large_term = plan.params.lo * plan.packed_columns;
+        else
+            out.large = large.data, out.large_row = large.stride_row, out.large_term = large.stride_term;
+        out.tiny = tiny.data;
+        out.tiny_term = tiny.stride_term, out.tiny_row = tiny.stride_row, out.tiny_col = tiny.stride_col;
+        out.bias = one.bias, out.base = one.base, out.y = one.y;
+    }
+    switch (args.shape.dtype) {
+        case DType::bf16:
+            return start_mm_sm80<Bf16>(ready, launch);
+        case DType::f16:
+            return start_mm_sm80<F16>(ready, launch);
+        default:
+            return start_mm_sm80<float>(ready, launch);
+    }
+}
+
+const char* refuse_kron_mm(const ForwardArgs& args, const Launch& launch) {
+    return refuse_mm(args, launch);
+}
+int64_t workspace_kron_mm(const ForwardArgs& args, const Launch& launch) {
+    return workspace_mm(plan_mm(args, launch));
+}
+Status kron_mm(const ForwardArgs& args, const Launch& launch) {
+    return run_mm(args, plan_mm(args, launch), launch, launch.workspace);
+}
+
+}  // namespace cuda
+}  // namespace kron

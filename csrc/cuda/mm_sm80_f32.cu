@@ -1,0 +1,3 @@
+#include "mm_sm80_start.cuh"
+
+template kron::cuda::Status kron::cuda::start_mm_sm80<float>(const MmPlan&, const Launch&);

@@ -1,0 +1,32 @@
+// Picks the instance of the kernel that a plan asks for.
+#pragma once
+
+#include "device/launch.h"
+#include "mm_plan.h"
+#include "mm_sm80.cuh"
+
+namespace kron {
+namespace cuda {
+
+template <class T, int G>
+Status start_mm_group(const MmPlan& plan, const Launch& launch) {
+    const Grid grid{plan.blocks, 1, 1};
+    return start(plan.expand ? mm_sm80<T, G, true> : mm_sm80<T, G, false>, grid, kThreads, plan.shared_bytes, launch,
+                 plan.params);
+}
+
+template <class T>
+Status start_mm_sm80(const MmPlan& plan, const Launch& launch) {
+    switch (plan.group) {
+        case 1:
+            return start_mm_group<T, 1>(plan, launch);
+        case 2:
+            return start_mm_group<T, 2>(plan, launch);
+        case 4:
+            return start_mm_group<T, 4>(plan, launch);
+    }
+    return start_mm_group<T, 8>(plan, launch);
+}
+
+}  // namespace cuda
+}  // namespace kron

@@ -1,0 +1,132 @@
+// The product with one large and one tiny factor on the emulated machine.
+#include "cuda_mm.h"
+
+#include "emulator/tests.h"
+
+namespace {
+
+using namespace cuda_test;
+
+constexpr double kAlpha = 0.75;
+
+// Runs the product of a case; empty, or the error of the launch.
+std::string run(Mm& mm) {
+    const MmCase& c = mm.c;
+    std::vector<kron::Projection> projections;
+    for (auto& pair : mm.pairs) {
+        for (int64_t i = 0; i < pair->y.count; ++i) test::write(pair->y.get(), i, c.dtype, std::nan(""));
+        projections.push_back({Mm::factor(c, pair->a, c.m1, c.n1), Mm::factor(c, pair->b, c.m2, c.n2),
+                               c.bias ? pair->bias.get() : nullptr, nullptr, 0, pair->y.get(),
+                               c.base ? pair->base.get() : nullptr});
+    }
+    const kron::ForwardArgs args{mm.shape(),         mm.x_data(),  c.n1 * c.n2 + c.gap, c.count,
+                                 projections.data(), c.activation, kron::NormArgs{},    kAlpha};
+    kron::cuda::Launch launch = launch_of(c);
+    if (const char* reason = kron::cuda::refuse_kron_mm(args, launch)) return reason;
+    test::Buffer workspace(kron::cuda::workspace_kron_mm(args, launch) / 4, DType::f32);
+    launch.workspace = workspace.get(), launch.workspace_bytes = workspace.count * 4;
+    return kron::cuda::kron_mm(args, launch).what;
+}
+
+double worst_error(const std::vector<double>& expected, const test::Buffer& got) {
+    double scale = 0.25, worst = 0;
+    for (size_t i = 0; i < expected.size(); ++i) {
+        scale = std::fmax(scale, std::fabs(expected[i]));
+        const double error = std::fabs(expected[i] - got.at(int64_t(i)));
+        worst = std::isfinite(error) ? std::fmax(worst, error) : HUGE_VAL;
+    }
+    return worst / scale;
+}
+
+void check(const MmCase& c, int schedules = 1) {
+    Mm mm(c);
+    std::vector<std::vector<double>> expected;
+    for (int64_t i = 0; i < c.count; ++i) expected.push_back(mm.expected(i, kAlpha));
+    for (int s = 0; s < schedules; ++s) {
+        emulator::settings().seed = emulator::kSeeds[s];
+        const std::string error = run(mm);
+        test::check(error.empty(), error.c_str(), c.text().c_str());
+        for (int64_t i = 0; i < c.count; ++i)
+            test::compare(expected[size_t(i)], mm.pairs[size_t(i)]->y, allowed(c.dtype, c.n1 * c.n2 * c.terms),
+                          "product", c.text().c_str());
+    }
+}
+
+bool right(Mm& mm, const std::vector<double>& expected) {
+    return run(mm).empty() &&
+           worst_error(expected, mm.pairs[0]->y) <= allowed(mm.c.dtype, mm.c.n1 * mm.c.n2 * mm.c.terms);
+}
+
+const MmCase kShapes[] = {
+    {"k8-attention", 48, 48, 2, 2},
+    {"k21-attention", 96, 12, 2, 16},
+    {"k21-attention^T", 12, 96, 16, 2},
+    {"k8-w1", 8, 2, 96, 96},
+    {"k8-w2", 2, 8, 96, 96},
+    {"k21-w1", 16, 2, 48, 96},
+    {"k21-w2", 2, 16, 96, 48},
+    {"odd", 3, 5, 7, 2},
+    {"scalar", 1, 1, 1, 1},
+    {"row-b", 37, 20, 1, 3},
+    {"column-b", 20, 37, 3, 1},
+    {"plain-gemm", 70, 50, 1, 1},
+    {"sixteens", 16, 16, 24, 40},
+    {"sixteens-right", 40, 24, 16, 16},
+    {"twelve-rows", 12, 3, 40, 24},
+    {"eights-right", 24, 40, 8, 4},
+    {"fours-right", 24, 40, 4, 8},
+    {"columns", 3, 2, 200, 33},
+    {"more-columns", 261, 16, 4, 4},
+};
+
+void test_mm() {
+    const DType types[] = {DType::bf16, DType::f16, DType::f32};
+    const int64_t tokens[] = {1, 5, 33, 70};
+    int n = 0;
+    for (MmCase c : kShapes)
+        for (int variant = 0; variant < 6; ++variant, ++n) {
+            c.dtype = types[n % 3];
+            c.tokens = tokens[n % 4];
+            c.terms = variant < 3 ? 1 : variant - 1;
+            c.gap = variant % 3 * 4;
+            c.shift = variant == 5;
+            c.transposed = variant % 2;
+            c.bias = variant != 1, c.base = variant == 2 || variant == 4;
+            c.activation = static_cast<Activation>((n / 2) % 5);
+            c.count = variant == 4 ? 3 : 1;
+            c.shared = variant == 3 ? 49 * 1024 : 100 * 1024;
+            check(c, variant == 0 ? 3 : 1);
+        }
+    MmCase attention{"k8-attention", 384, 384, 2, 2, 20};
+    check(attention);
+    MmCase expanding{"k8-w1", 8, 2, 384, 384, 20};
+    expanding.activation = Activation::gelu;
+    check(expanding);
+    check(MmCase{"no tokens", 48, 48, 2, 2, 0});
+}
+
+void test_barriers() {
+    for (const MmCase& c : {MmCase{"k8-attention", 200, 200, 2, 2}, MmCase{"k8-w1", 8, 2, 200, 200}})
+        for (const int64_t shared : {int64_t(100), int64_t(48)}) {  // the second: in two panels
+            MmCase one = c;
+            one.shared = shared * 1024;
+            Mm mm(one);
+            const std::vector<double> expected = mm.expected(0, kAlpha);
+            emulator::check_every_site_matters([&] { return right(mm, expected); }, one.text());
+        }
+}
+
+void test_refusals() {
+    const auto expect = [](MmCase c, const char* reason) {
+        Mm mm(c);
+        test::check(run(mm) == reason, reason, run(mm).c_str());
+    };
+    expect({"balanced", 24, 24, 32, 32}, "no factor is tiny (at most 16 x 16)");
+    expect({"doubles", 48, 48, 2, 2, 3, 1, DType::f64}, "the CUDA kernels have no float64");
+    expect({"terms", 4, 4, 2, 2, 3, 17}, "more than 16 terms");
+}
+
+const bool added = emulator::add_test("mm", test_mm) && emulator::add_test("mm barriers", test_barriers) &&
+                   emulator::add_test("mm refusals", test_refusals);
+
+}  // namespace
