@@ -121,7 +121,8 @@ MmPlan plan_mm(const ForwardArgs& args, const Launch& launch) {
     p.column_tiles = int(divide_up(p.lo, kColumns));
     // Few tokens: the columns are shared out until every multiprocessor has two blocks.
     const int64_t wanted = divide_up(2 * launch.multiprocessors, std::max<int64_t>(1, int64_t(p.row_tiles) * p.count));
-    p.column_splits = int(std::min<int64_t>(wanted, p.column_tiles));
+    p.split_tiles = int(divide_up(p.column_tiles, wanted));
+    p.column_splits = int(divide_up(p.column_tiles, p.split_tiles));
     plan.blocks = int64_t(p.row_tiles) * p.count * p.column_splits;
     return plan;
 }

@@ -40,7 +40,7 @@ struct MmParams {
     int term_inner;  // li rounded up to a step of the tensor cores
     int inner;       // terms * term_inner
     int panel;       // of the inner dimension, as much as is in shared memory at a time: a multiple of a tile
-    int row_tiles, column_tiles, column_splits;
+    int row_tiles, column_tiles, split_tiles, column_splits;  // a block has split_tiles of the tiles of columns
     int count;
     float alpha;
     Activation activation;

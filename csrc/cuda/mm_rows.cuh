@@ -161,21 +161,20 @@ class RowFiller {
         constexpr int N = kVector<T>;
         const int steps = length / N;
         const int64_t step_part = x.right ? 1 : x.width, step_k = x.right ? x.parts : 1;
-        for (int item = thread_index(); item < tokens * steps; item += threads_of_block()) {
+        KRON_NO_UNROLL for (int item = thread_index(); item < tokens * steps; item += threads_of_block()) {
             const int token = item / steps, column = item % steps * N;
             const Place p = place(first + token, from + column);
             float z[G][N] = {};
-            if (p.there)
-                for (int c = 0; c < x.parts; ++c) KRON_UNROLL for (int i = 0; i < N; ++i) {
-                        if (p.k + i >= x.width) continue;
-                        const float v = to_float(p.token[c * step_part + (p.k + i) * step_k]);
-                        KRON_UNROLL for (int g = 0; g < G; ++g) {
-                            if constexpr (kMix)
-                                z[g][i] += p.mix[c].of[g] * v;
-                            else if (g == c)
-                                z[g][i] = v;
-                        }
+            if (p.there) KRON_NO_UNROLL for (int c = 0; c < x.parts; ++c) KRON_UNROLL for (int i = 0; i < N; ++i) {
+                    if (p.k + i >= x.width) continue;
+                    const float v = to_float(p.token[c * step_part + (p.k + i) * step_k]);
+                    KRON_UNROLL for (int g = 0; g < G; ++g) {
+                        if constexpr (kMix)
+                            z[g][i] += p.mix[c].of[g] * v;
+                        else if (g == c)
+                            z[g][i] = v;
                     }
+                }
             KRON_UNROLL for (int g = 0; g < G; ++g) store_row<T>(row(token, g, column), z[g]);
         }
     }

@@ -131,14 +131,15 @@ struct MmBlock {
             KRON_UNROLL for (int v = 0; v < G; ++v) KRON_UNROLL for (int i = 0; i < 8; ++i) w[v][i] = mixed[v][i];
         }
         KRON_NO_UNROLL for (int v = 0; v < G; ++v) {
+            // Where value 0 goes, how far the next one lies, and how many there are.
+            const int g = first_row + v;
+            int first = p.right ? column * p.co + g : g * p.lo + column, step = p.right ? p.co : 1;
+            int count = g < p.co ? p.lo - column : 0;
             if (interleave) {
-                const int first = column * G * p.halves + (G == 8 ? v * 8 * p.halves + first_row : v * 8);
-                store_results(to, w[0], row, first, 1, p.lo * p.co - (first - first_row));
-            } else if (first_row + v < p.co) {
-                const int g = first_row + v;
-                const int64_t first = p.right ? int64_t(column) * p.co + g : int64_t(g) * p.lo + column;
-                store_results(to, w[0], row, first, p.right ? p.co : 1, p.lo - column);
+                first = column * p.co + (G == 8 ? v * p.co + first_row : v * 8), step = 1;
+                count = p.lo * p.co - (first - first_row);
             }
+            store_results(to, w[0], row, first, step, count);
             shift(w);
         }
     }
@@ -202,8 +203,8 @@ struct MmBlock {
         const RowFiller<T, G, !kExpand, true> filler(x, reinterpret_cast<const Mix*>(weights), p.terms, p.term_inner,
                                                      rows, pitch);
         const int inner_tiles = (p.inner + kTileInner<T> - 1) / kTileInner<T>, panel_tiles = p.panel / kTileInner<T>;
-        const int first_tile = int(int64_t(p.column_tiles) * split / p.column_splits);
-        const int last_tile = int(int64_t(p.column_tiles) * (split + 1) / p.column_splits);
+        const int first_tile = split * p.split_tiles;
+        const int last_tile = first_tile + p.split_tiles < p.column_tiles ? first_tile + p.split_tiles : p.column_tiles;
         const int steps = (last_tile - first_tile) * inner_tiles;
 
         // Loads run kStages - 1 steps ahead, through the columns as through the inner dimension.
