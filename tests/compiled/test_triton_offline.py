@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 import torch
-
-pytest.importorskip("triton")
-
-if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("Triton's interpreter compiles nothing", allow_module_level=True)
 
 from kron_kernels.triton import launch, offline
 from kron_kernels.triton.offline import DEVICES, compile_all, compile_launch, key
 from triton_matmul import matmul
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    return
 
 
 def record(*sizes: int, target: str = "sm_90", dtype: torch.dtype = torch.bfloat16, **options: int) -> launch.Launch:
