@@ -10,7 +10,7 @@ from .._problem import Product
 from .kernels import chain as kernels
 from .launch import Options, device_of, launch
 from .operands import precision
-from .plan import chain_gradient_tiles, chain_tiles, left_first, padded
+from .plan import chain_gradient_tiles, chain_tiles, left_first, padded, token_bucket
 from .sums import sum_partials
 
 
@@ -26,7 +26,7 @@ def forward(
 ) -> None:
     """``activation(alpha * product + bias + base)`` of ``x (T, n1 * n2)`` and stacked factors into the contiguous y."""
     product = Product.of(a, b)
-    block, options = chain_tiles(product, x.element_size())
+    block, *options = chain_tiles(device_of(x).arch, product, token_bucket(x.shape[0]), x.element_size())
     launch(
         kernels.chain_kernel,
         (triton.cdiv(x.shape[0], block),),
@@ -46,9 +46,10 @@ def backward(
         return
     product = Product.of(a, b)
     tokens = x.shape[0]
-    block, options = chain_gradient_tiles(product, x.element_size())
+    device = device_of(x)
+    block, *options = chain_gradient_tiles(device.arch, product, token_bucket(tokens), x.element_size())
     blocks = triton.cdiv(tokens, block)
-    each = triton.cdiv(blocks, max(1, 2 * device_of(x).multiprocessors // product.terms))
+    each = triton.cdiv(blocks, max(1, 2 * device.multiprocessors // product.terms))
     programs = triton.cdiv(blocks, each)
     partial_a, partial_b = (
         None if out is None else x.new_empty(programs, *out.shape, dtype=torch.float32) for out in (da, db)

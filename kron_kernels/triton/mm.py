@@ -77,7 +77,7 @@ def run_mixed(
     """One launch of ``mm_kernel`` over ``x (T, n)``; with ``other (T, m)`` the partial sums of the tiny gradient."""
     tokens = x.shape[0]
     expand = product.expands or other is not None
-    tiles = mm_tiles(product, token_bucket(tokens), x.element_size(), expand, other is not None)
+    tiles = mm_tiles(device_of(x).arch, product, token_bucket(tokens), x.element_size(), expand, other is not None)
     programs = triton.cdiv(tokens, tiles.tokens) * triton.cdiv(product.large_out, tiles.columns)
     partial = None
     if other is not None:
@@ -151,9 +151,10 @@ def _mixed_backward(
 
 def _large_gradient(product: MixedProduct, grad: Tensor, x: Tensor, tiny: Tensor, dlarge: Tensor) -> None:
     tokens = x.shape[0]
-    tiles = large_gradient_tiles(product, token_bucket(tokens), x.element_size())
+    device = device_of(x)
+    tiles = large_gradient_tiles(device.arch, product, token_bucket(tokens), x.element_size())
     blocks = triton.cdiv(product.large_out, tiles.columns) * triton.cdiv(product.large_in, tiles.depth)
-    parts, each = splits(tokens, tiles.tokens, blocks * product.terms, device_of(x).multiprocessors)
+    parts, each = splits(tokens, tiles.tokens, blocks * product.terms, device.multiprocessors)
     partial = x.new_empty(parts, *dlarge.shape, dtype=torch.float32)
     launch(
         kernels.large_gradient_kernel,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from .._problem import TINY, Product
+from .configs import tunable
 
 # 32-bit registers of a thread that tiles may take: of its 255, what addresses and temporaries leave.
 _REGISTERS = 140
@@ -23,6 +23,14 @@ class Tiles(NamedTuple):
     tokens: int
     columns: int
     depth: int
+    num_warps: int
+    num_stages: int
+
+
+class HeldTiles(NamedTuple):
+    """Tokens that a program holds whole; warps, and loads in flight."""
+
+    tokens: int
     num_warps: int
     num_stages: int
 
@@ -73,7 +81,7 @@ def power_of_two(size: int, least: int = 16) -> int:
     return max(least, 1 << (size - 1).bit_length())
 
 
-@functools.cache
+@tunable("mm_kernel")
 def mm_tiles(product: MixedProduct, tokens: int, element: int, expand: bool, reduces: bool) -> Tiles:
     """Tiles of ``mm_kernel`` for a number of tokens (``token_bucket``) and bytes of an element."""
     tiny_out, tiny_in, right = product.tiny_out, product.tiny_in, product.right
@@ -126,7 +134,7 @@ def _best_tiles(
     return best[1]
 
 
-@functools.cache
+@tunable("large_gradient_kernel")
 def large_gradient_tiles(product: MixedProduct, tokens: int, element: int) -> Tiles:
     """Tiles of ``large_gradient_kernel``: here a step is a number of tokens, and depth the other dimension."""
     columns = min(power_of_two(product.large_out), 128)
@@ -144,7 +152,7 @@ def large_gradient_tiles(product: MixedProduct, tokens: int, element: int) -> Ti
 
 def token_bucket(tokens: int) -> int:
     """The number of tokens that plans are made for: a few sizes, so that few kernels are compiled."""
-    return min(power_of_two(tokens), 4096)
+    return min(power_of_two(tokens), 32768)
 
 
 def splits(tokens: int, block: int, programs: int, multiprocessors: int) -> tuple[int, int]:
@@ -173,22 +181,24 @@ def chain_fits(product: Product) -> bool:
     return max(m1, n1, m2, n2) <= 128 and grid <= 8192
 
 
-def chain_tiles(product: Product, element: int) -> tuple[int, tuple[int, int]]:
-    """Tokens a program of ``chain_kernel``, its warps and stages."""
+@tunable("chain_kernel")
+def chain_tiles(product: Product, tokens: int, element: int) -> HeldTiles:
+    """Tiles of ``chain_kernel``."""
     m1, n1, m2, n2 = padded(product)
     held = m1 * m2 + n1 * n2 // 2 + (m1 * n2 if left_first(product) else n1 * m2)
     return _tokens_held(held, element)
 
 
-def chain_gradient_tiles(product: Product, element: int) -> tuple[int, tuple[int, int]]:
-    """Tokens of one step of ``chain_gradient_kernel``, its warps and stages."""
+@tunable("chain_gradient_kernel")
+def chain_gradient_tiles(product: Product, tokens: int, element: int) -> HeldTiles:
+    """Tiles of ``chain_gradient_kernel``: here a step is a number of tokens."""
     m1, n1, m2, n2 = padded(product)
     held = (m1 * m2 + n1 * n2 + m1 * n1 + m2 * n2) // 2 + 2 * n1 * m2
     return _tokens_held(held, element)
 
 
-def _tokens_held(values: int, element: int) -> tuple[int, tuple[int, int]]:
+def _tokens_held(values: int, element: int) -> HeldTiles:
     tokens = 16
     while tokens > 1 and tokens * values * element // 2 > 80 * 32 * 4:
         tokens //= 2
-    return tokens, (8 if tokens * values > 64 * 32 * 4 else 4, 2)
+    return HeldTiles(tokens, 8 if tokens * values > 64 * 32 * 4 else 4, 2)
