@@ -10,6 +10,9 @@ from . import _backends, _gpu
 from ._problem import Product
 from .reference import order_cost
 
+# The chip whose tiles are shown where there is none.
+_TYPICAL_ARCH = 90
+
 
 @dataclass(frozen=True)
 class Explanation:
@@ -54,13 +57,13 @@ def explain(
         raise ValueError(f"device: expected 'cpu' or 'cuda', got {device!r}")
     name = _backends.resolve(backend, device)
     reason = "asked for by name" if backend not in (None, "auto") else _backends.available()[name].reason
+    arch = _gpu.arch(torch.cuda.current_device()) if device == "cuda" and torch.cuda.is_available() else None
     if device == "cuda" or name in _gpu.NAMES:
-        arch = _gpu.arch(torch.cuda.current_device()) if device == "cuda" and torch.cuda.is_available() else None
         asked = name if backend not in (None, "auto") else "auto"
         name, reason = _gpu.choose(op, sizes, dtype, tokens, arch, asked)
     forms = {
         "cpu": _cpu_form(sizes),
-        "triton": _triton_form(sizes, dtype, tokens),
+        "triton": _triton_form(sizes, dtype, tokens, arch or _TYPICAL_ARCH),
         "cuda": _cuda_form(op, sizes, dtype),
     }
     call = f"{op} of {', '.join(map(str, sizes))}, {tokens} tokens in {str(dtype).removeprefix('torch.')} on {device}"
@@ -91,13 +94,13 @@ def _cpu_form(products: tuple[Product, ...]) -> str:
     return "; then ".join(orders)
 
 
-def _triton_form(products: tuple[Product, ...], dtype: torch.dtype, tokens: int) -> str:
+def _triton_form(products: tuple[Product, ...], dtype: torch.dtype, tokens: int, arch: int | str) -> str:
     from .triton import describe, plan
 
     refused = next((reason for product in products if (reason := plan.refusal(product, dtype))), None)
     if refused:
         return refused
-    return "; then ".join(describe.product(product, tokens, dtype.itemsize) for product in products)
+    return "; then ".join(describe.product(product, tokens, dtype.itemsize, arch) for product in products)
 
 
 def _cuda_form(op: str, products: tuple[Product, ...], dtype: torch.dtype) -> str:

@@ -194,7 +194,11 @@ def _dispatched(op: str) -> Callable[..., Any]:
         device_arch = arch(tensor.device.index) if tensor.is_cuda else None
         limit = _token_class(tokens) or _TOKEN_CLASSES[-1] + 1
         choice = choose(op, products, tensor.dtype, limit, device_arch, forced() or DEFAULT)
-        return _implementations(choice.backend)[op](*args, **kwargs)
+        function = _implementations(choice.backend)[op]
+        if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+            with torch.cuda.device(tensor.device):
+                return function(*args, **kwargs)
+        return function(*args, **kwargs)
 
     return implementation
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from .._problem import Product
 from .kernels import chain as kernels
 from .launch import Options, device_of, launch
 from .operands import precision
-from .plan import chain_gradient_tiles, chain_tiles, left_first, padded, token_bucket
+from .plan import ceil_div, chain_gradient_tiles, chain_tiles, left_first, padded, token_bucket
 from .sums import sum_partials
 
 
@@ -29,7 +28,7 @@ def forward(
     block, *options = chain_tiles(device_of(x).arch, product, token_bucket(x.shape[0]), x.element_size())
     launch(
         kernels.chain_kernel,
-        (triton.cdiv(x.shape[0], block),),
+        (ceil_div(x.shape[0], block),),
         (x, a, b, bias, base, y, alpha, x.shape[0], x.stride(0), *a.stride(), *b.stride()),
         (*product, left_first(product), activation, precision(x), block, *padded(product)),
         Options(*options),
@@ -48,9 +47,9 @@ def backward(
     tokens = x.shape[0]
     device = device_of(x)
     block, *options = chain_gradient_tiles(device.arch, product, token_bucket(tokens), x.element_size())
-    blocks = triton.cdiv(tokens, block)
-    each = triton.cdiv(blocks, max(1, 2 * device.multiprocessors // product.terms))
-    programs = triton.cdiv(blocks, each)
+    blocks = ceil_div(tokens, block)
+    each = ceil_div(blocks, max(1, 2 * device.multiprocessors // product.terms))
+    programs = ceil_div(blocks, each)
     partial_a, partial_b = (
         None if out is None else x.new_empty(programs, *out.shape, dtype=torch.float32) for out in (da, db)
     )

@@ -6,14 +6,14 @@ from .._problem import Product
 from . import plan
 
 
-def product(problem: Product, tokens: int, element: int) -> str:
+def product(problem: Product, tokens: int, element: int, arch: int | str) -> str:
     """How ``kron_mm`` runs: which factor mixes and where, or both held; and the tiles."""
     apart = plan.mixed(problem)
     if apart is None:
-        block, (warps, _) = plan.chain_tiles(problem, element)
+        block, warps, _ = plan.chain_tiles(arch, problem, plan.token_bucket(tokens), element)
         first = "left" if plan.left_first(problem) else "right"
         return f"two chained products, the {first} factor first, {block} tokens a program of {warps} warps"
-    tiles = plan.mm_tiles(apart, plan.token_bucket(tokens), element, apart.expands, False)
+    tiles = plan.mm_tiles(arch, apart, plan.token_bucket(tokens), element, apart.expands, False)
     rows = min(apart.tiny_in, apart.tiny_out)
     side = "right" if apart.right else "left"
     where = "storing" if apart.expands else "loading"

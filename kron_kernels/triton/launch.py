@@ -49,6 +49,8 @@ class Launch(NamedTuple):
     options: Options
 
 
+# Launches remembered; each is some hundred bytes, and forgetting one costs the next a look-up by Triton.
+_MOST_KEPT = 16384
 _compiled: dict[tuple[Any, ...], Any] = {}
 _recorder: tuple[Device, list[Launch]] | None = None
 
@@ -96,10 +98,19 @@ def launch(
     if INTERPRETED:
         kernel[grid](*arguments, *constants)
         return
-    key = (kernel, constants, options, torch.cuda.current_device(), *map(specialisation, arguments))
+    # Integers by value, which is quicker than telling those apart that Triton compiles different code for.
+    key = (
+        kernel,
+        constants,
+        options,
+        torch.cuda.current_device(),
+        *[(a.dtype, a.data_ptr() % 16) if isinstance(a, Tensor) else a for a in arguments],
+    )
     try:
         runner = _compiled.get(key)
         if runner is None:
+            if len(_compiled) >= _MOST_KEPT:
+                _compiled.clear()
             _compiled[key] = kernel[grid](*arguments, *constants, num_warps=options[0], num_stages=options[1])
         else:
             padded = (*grid, 1, 1)

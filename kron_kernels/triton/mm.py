@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from .._problem import Product
@@ -11,7 +10,7 @@ from . import chain
 from .kernels import mm as kernels
 from .launch import Options, device_of, launch
 from .operands import precision, rows, stacks
-from .plan import MixedProduct, large_gradient_tiles, mixed, mm_tiles, splits, token_bucket
+from .plan import MixedProduct, ceil_div, large_gradient_tiles, mixed, mm_tiles, splits, token_bucket
 from .sums import sum_partials
 
 
@@ -78,7 +77,7 @@ def run_mixed(
     tokens = x.shape[0]
     expand = product.expands or other is not None
     tiles = mm_tiles(device_of(x).arch, product, token_bucket(tokens), x.element_size(), expand, other is not None)
-    programs = triton.cdiv(tokens, tiles.tokens) * triton.cdiv(product.large_out, tiles.columns)
+    programs = ceil_div(tokens, tiles.tokens) * ceil_div(product.large_out, tiles.columns)
     partial = None
     if other is not None:
         partial = x.new_empty(programs, product.terms, product.tiny_in, product.tiny_out, dtype=torch.float32)
@@ -153,7 +152,7 @@ def _large_gradient(product: MixedProduct, grad: Tensor, x: Tensor, tiny: Tensor
     tokens = x.shape[0]
     device = device_of(x)
     tiles = large_gradient_tiles(device.arch, product, token_bucket(tokens), x.element_size())
-    blocks = triton.cdiv(product.large_out, tiles.columns) * triton.cdiv(product.large_in, tiles.depth)
+    blocks = ceil_div(product.large_out, tiles.columns) * ceil_div(product.large_in, tiles.depth)
     parts, each = splits(tokens, tiles.tokens, blocks * product.terms, device.multiprocessors)
     partial = x.new_empty(parts, *dlarge.shape, dtype=torch.float32)
     launch(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -50,6 +51,7 @@ class MixedProduct(NamedTuple):
         return self.tiny_out > self.tiny_in
 
 
+@functools.cache
 def mixed(product: Product) -> MixedProduct | None:
     """The product with its tiny factor apart; None where no factor is tiny, or neither much smaller than the other.
 
@@ -74,6 +76,11 @@ def refusal(product: Product, dtype: torch.dtype) -> str | None:
             "and a program cannot hold a token's grids"
         )
     return None
+
+
+def ceil_div(size: int, block: int) -> int:
+    """How many blocks cover a size."""
+    return -(-size // block)
 
 
 def power_of_two(size: int, least: int = 16) -> int:
@@ -123,7 +130,14 @@ def _best_tiles(
         if stages == 0:
             continue
         loads = (product.tiny_in * block + columns) / (rows * block * columns)
-        edges = -(-product.large_out // columns) * columns / product.large_out * -(-tokens // block) * block / tokens
+        edges = (
+            ceil_div(product.large_out, columns)
+            * columns
+            / product.large_out
+            * ceil_div(tokens, block)
+            * block
+            / tokens
+        )
         # A loop that waits for each of its loads, or that takes few of them at once, is slow; wgmma takes 64 rows.
         slow = (1.0 if stages > 1 else 2.0) * (1 + 8 / depth) * (1.0 if block >= 64 else 2.0)
         rank = (loads * edges * slow, -depth, -warps)
@@ -157,10 +171,9 @@ def token_bucket(tokens: int) -> int:
 
 def splits(tokens: int, block: int, programs: int, multiprocessors: int) -> tuple[int, int]:
     """Into how many parts the tokens of a sum go, and tokens of each: enough programs to fill the device twice."""
-    blocks = -(-tokens // block)
-    wanted = max(1, min(blocks, 2 * multiprocessors // programs))
-    each = -(-blocks // wanted)
-    return -(-blocks // each), each * block
+    blocks = ceil_div(tokens, block)
+    each = ceil_div(blocks, max(1, min(blocks, 2 * multiprocessors // programs)))
+    return ceil_div(blocks, each), each * block
 
 
 def padded(product: Product) -> tuple[int, int, int, int]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import triton
 from torch import Tensor
 
 from .kernels.sums import sum_partials_kernel
 from .launch import Options, launch
+from .plan import ceil_div
 
 _PARTS, _COLUMNS = 32, 128
 
@@ -19,7 +19,7 @@ def sum_partials(partial: Tensor, out: Tensor, transposed: bool = False) -> None
     rows, columns = out.shape[-2:] if out.dim() > 1 else (1, out.numel())
     launch(
         sum_partials_kernel,
-        (triton.cdiv(out.numel(), _COLUMNS),),
+        (ceil_div(out.numel(), _COLUMNS),),
         (partial, out, partial.shape[0], out.numel()),
         (rows, columns, transposed, _PARTS, _COLUMNS),
         Options(4, 2),
