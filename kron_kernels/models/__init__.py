@@ -10,8 +10,10 @@ from .bert import (
     KronBertPreTrainedModel,
 )
 from .bert_layers import fuse_
+from .capture import CapturedModel, capture
 
 __all__ = [
+    "CapturedModel",
     "KronBertConfig",
     "KronBertForMaskedLM",
     "KronBertForPreTraining",
@@ -19,5 +21,6 @@ __all__ = [
     "KronBertForSequenceClassification",
     "KronBertModel",
     "KronBertPreTrainedModel",
+    "capture",
     "fuse_",
 ]

@@ -35,6 +35,7 @@ from ..convert import ConversionReport, Progress, init_factored_, kronified_copy
 from ..nn import Int8Factored, KronDecoder, KronEmbedding, KronLinear
 from ..presets import KronConfig, as_kron_config, preset
 from .bert_layers import FusedBertEmbeddings, FusedBertLayer, fuse_
+from .capture import CapturedModel, capture
 
 _WORD_WEIGHT = "bert.embeddings.word_embeddings.weight"
 
@@ -180,6 +181,10 @@ class KronBertPreTrainedModel(BertPreTrainedModel):
         model.load_state_dict(shadow.state_dict())
         model.conversion_report = report
         return model.to(dense.device).train(dense.training)
+
+    def capture(self, batch: int, length: int, *, padded: bool = False) -> CapturedModel:
+        """The forward as one CUDA graph for ``(batch, length)`` token ids: ``models.capture`` of this model."""
+        return capture(self, batch, length, padded=padded)
 
     @torch.no_grad()
     def resize_token_embeddings(
