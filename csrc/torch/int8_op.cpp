@@ -2,7 +2,8 @@
 // kron_kernels/_fused_ops.py.
 #include <tuple>
 
-#include "operands.h"
+#include "cpu_kernels.h"
+#include "products.h"
 
 namespace {
 
@@ -17,7 +18,7 @@ std::tuple<Tensor, Tensor> kron_mm_int8(const Tensor& x_any, const Tensor& a, co
     std::optional<Tensor> no_bias;
     kron::Projection only = projection(args.shape, x_any, a, b, no_bias, std::nullopt, nullptr);
     args.int8 = {static_cast<int8_t*>(q.mutable_data_ptr()), static_cast<float*>(scale.mutable_data_ptr())};
-    run_product(args, only, x_any);
+    run_product(CpuKernels{}, args, only, x_any);
     return {q, scale};
 }
 

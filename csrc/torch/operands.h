@@ -1,4 +1,4 @@
-// Checks of the operands, and their memory and threads as the core wants them. Only the stable ABI is used, so that one
+// Checks of the operands, and their memory as the kernels want it. Only the stable ABI is used, so that one
 // binary serves every torch from 2.11 on.
 #pragma once
 
@@ -64,9 +64,26 @@ inline kron::DType kernel_dtype(const Tensor& x) {
     }
 }
 
-// The CPU key is only reached with every tensor on the cpu: the dispatcher sees to devices.
-inline void check_dtype(const char* argument, const Tensor& tensor, int32_t dtype) {
-    if (dtype_code(tensor) != dtype) fail(argument, "the dtype of x", "another dtype");
+inline int32_t device_type(const Tensor& tensor) {
+    int32_t type;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
+    return type;
+}
+
+inline int32_t device_index(const Tensor& tensor) {
+    int32_t index;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &index));
+    return index;
+}
+
+inline void check_device(const char* argument, const Tensor& tensor, const Tensor& x) {
+    if (device_type(tensor) != device_type(x) || device_index(tensor) != device_index(x))
+        fail(argument, "the device of x", "another device");
+}
+
+inline void check_dtype(const char* argument, const Tensor& tensor, const Tensor& x) {
+    if (dtype_code(tensor) != dtype_code(x)) fail(argument, "the dtype of x", "another dtype");
+    check_device(argument, tensor, x);
 }
 
 // Sizes (S, m, n) of a stack of factors; one matrix (m, n) is a stack of one, when `single` allows it.
@@ -98,9 +115,8 @@ inline kron::Shape checked_shape(const Tensor& x, const Tensor& a, const Tensor&
         fail_shape("x", "(..., n1 * n2) = (..., " + text(n) + ")", x);
     int64_t tokens = 1;
     for (size_t i = 0; i + 1 < x_size.size(); ++i) tokens *= x_size[i];
-    const int32_t dtype = dtype_code(x);
-    check_dtype("a", a, dtype);
-    check_dtype("b", b, dtype);
+    check_dtype("a", a, x);
+    check_dtype("b", b, x);
     return {tokens, terms, m1, n1, m2, n2, kernel_dtype(x)};
 }
 
@@ -135,19 +151,19 @@ inline kron::Factor factor(const Tensor& stack) {
     return {stack.const_data_ptr(), strides[0], strides[1], strides[2]};
 }
 
-// torch::stable::new_empty would go through the dispatcher, at the price of a small product.
-inline Tensor empty_of(int64_t dimensions, const int64_t* sizes, int32_t dtype) {
+// On the device of `like`. torch::stable::new_empty would go through the dispatcher, at the price of a small product.
+inline Tensor empty_of(int64_t dimensions, const int64_t* sizes, int32_t dtype, const Tensor& like) {
     std::array<int64_t, kMaxDimensions> strides;
     int64_t stride = 1;
     for (int64_t i = dimensions; i-- > 0; stride *= sizes[i]) strides[i] = stride;
     AtenTensorHandle handle;
-    TORCH_ERROR_CODE_CHECK(
-        aoti_torch_empty_strided(dimensions, sizes, strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &handle));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dimensions, sizes, strides.data(), dtype, device_type(like),
+                                                    device_index(like), &handle));
     return Tensor(handle);
 }
 
 inline Tensor empty(int64_t dimensions, const int64_t* sizes, const Tensor& like) {
-    return empty_of(dimensions, sizes, dtype_code(like));
+    return empty_of(dimensions, sizes, dtype_code(like), like);
 }
 
 // Shape of x with another last dimension.
@@ -156,35 +172,18 @@ inline Tensor empty_rows(const Tensor& x, int64_t last, int32_t dtype) {
     std::array<int64_t, kMaxDimensions> sizes;
     std::copy(size.begin(), size.end(), sizes.begin());
     sizes[size.size() - 1] = last;
-    return empty_of(static_cast<int64_t>(size.size()), sizes.data(), dtype);
+    return empty_of(static_cast<int64_t>(size.size()), sizes.data(), dtype, x);
 }
 
 inline Tensor empty_rows(const Tensor& x, int64_t last) {
     return empty_rows(x, last, dtype_code(x));
 }
 
-inline void zero(const Tensor& tensor) {
-    std::memset(tensor.mutable_data_ptr(), 0, static_cast<size_t>(tensor.numel()) * tensor.element_size());
-}
-
-struct Tasks {
-    void (*task)(void* arg, int64_t index);
-    void* arg;
-};
-
-inline void run_range(int64_t begin, int64_t end, void* context) {
-    const Tasks& tasks = *static_cast<const Tasks*>(context);
-    for (int64_t i = begin; i < end; ++i) tasks.task(tasks.arg, i);
-}
-
-inline void run_on_torch_threads(int64_t count, void (*task)(void*, int64_t), void* arg) {
-    if (count == 1) return task(arg, 0);
-    Tasks tasks{task, arg};
-    TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, 1, run_range, &tasks));
-}
-
-inline kron::Executor torch_executor() {
-    return {static_cast<int>(torch::stable::get_num_threads()), run_on_torch_threads};
+inline void zero(Tensor tensor) {
+    if (tensor.is_cpu())
+        std::memset(tensor.mutable_data_ptr(), 0, static_cast<size_t>(tensor.numel()) * tensor.element_size());
+    else
+        torch::stable::zero_(tensor);
 }
 
 // The shape of x, but for the last dimension, which is `last`; and x's dtype.
@@ -195,7 +194,7 @@ inline void check_like(const char* argument, const Tensor& tensor, const Tensor&
         !std::equal(x_size.begin(), x_size.end() - 1, size.begin()))
         fail_shape(argument, "the shape of x, " + shape_text(x) + ", with last dimension " + last_name + text(last),
                    tensor);
-    check_dtype(argument, tensor, dtype_code(x));
+    check_dtype(argument, tensor, x);
 }
 
 // A vector (size,) of x's dtype, contiguous.
@@ -203,7 +202,7 @@ inline Tensor checked_vector(const char* argument, const char* expected, const T
                              const Tensor& like) {
     if (vector.dim() != 1 || vector.size(0) != size)
         fail_shape(argument, std::string(expected) + " = (" + text(size) + ",)", vector);
-    check_dtype(argument, vector, dtype_code(like));
+    check_dtype(argument, vector, like);
     return vector.stride(0) == 1 || size == 1 ? vector : torch::stable::contiguous(vector);
 }
 
@@ -228,16 +227,6 @@ inline kron::Projection projection(const kron::Shape& s, const Tensor& x, const 
         p.packed_bytes = packed->numel();
     }
     return p;
-}
-
-// The product of x with one pair of factors; all else in `args` is set.
-inline void run_product(kron::ForwardArgs& args, const kron::Projection& only, const Tensor& x_any) {
-    const Rows x = rows_of(x_any);
-    args.x = x.data();
-    args.x_stride = x.stride;
-    args.count = 1;
-    args.projections = &only;
-    kron::kron_mm_forward(args, torch_executor());
 }
 
 }  // namespace kron_torch

@@ -1,95 +1,35 @@
-// The CPU kernels of kron_kernels::kron_mm and kron_mm_backward: checks, layouts, memory and threads of torch around
-// the core. The schemas are registered from Python (kron_kernels/_ops.py).
-#include <initializer_list>
-#include <tuple>
-
-#include "operands.h"
+// The CPU kernels of the ops of one product. Schemas: kron_kernels/_ops.py.
+#include "cpu_kernels.h"
+#include "products.h"
 
 namespace {
 
 using namespace kron_torch;
 
-Tensor kron_mm(const Tensor& x_any, const Tensor& a, const Tensor& b, std::optional<Tensor> bias, int64_t activation,
-               const std::optional<Tensor>& packed) {
-    kron::ForwardArgs args{};
-    args.shape = checked_shape(x_any, a, b, true);
-    args.activation = checked_activation(activation);
-    Tensor y = empty_rows(x_any, args.shape.m1 * args.shape.m2);
-    kron::Projection only = projection(args.shape, x_any, a, b, bias, packed, y.mutable_data_ptr());
-    if (args.shape.tokens == 0) return y;
-    run_product(args, only, x_any);
-    return y;
+Tensor mm(const Tensor& x, const Tensor& a, const Tensor& b, std::optional<Tensor> bias, int64_t activation,
+          const std::optional<Tensor>& packed) {
+    return kron_mm(CpuKernels{}, x, a, b, std::move(bias), activation, packed);
 }
 
-// y = base + alpha * product, y being base itself or a tensor of its own.
-void add_product(const Tensor& base, const Tensor& x_any, const Tensor& a, const Tensor& b, double alpha,
-                 const Tensor& y) {
-    kron::ForwardArgs args{};
-    args.shape = checked_shape(x_any, a, b, true);
-    check_like("base", base, x_any, args.shape.m1 * args.shape.m2, "m1 * m2 = ");
-    if (args.shape.tokens == 0) return;
-    std::optional<Tensor> no_bias;
-    kron::Projection only = projection(args.shape, x_any, a, b, no_bias, std::nullopt, y.mutable_data_ptr());
-    only.base = base.const_data_ptr();
-    args.alpha = alpha;
-    run_product(args, only, x_any);
+Tensor mm_add(const Tensor& base, const Tensor& x, const Tensor& a, const Tensor& b, double alpha) {
+    return kron_mm_add(CpuKernels{}, base, x, a, b, alpha);
 }
 
-Tensor kron_mm_add(const Tensor& base, const Tensor& x, const Tensor& a, const Tensor& b, double alpha) {
-    const Tensor rows = torch::stable::contiguous(base);
-    const Tensor y = empty_rows(base, base.dim() > 0 ? base.size(base.dim() - 1) : 1);
-    add_product(rows, x, a, b, alpha, y);
-    return y;
+void mm_add_(Tensor base, const Tensor& x, const Tensor& a, const Tensor& b, double alpha) {
+    kron_mm_add_(CpuKernels{}, base, x, a, b, alpha);
 }
 
-void kron_mm_add_(Tensor base, const Tensor& x, const Tensor& a, const Tensor& b, double alpha) {
-    if (!base.is_contiguous()) fail("base", "a contiguous tensor", "strides that are not");
-    add_product(base, x, a, b, alpha, base);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> kron_mm_backward(const Tensor& grad_any, const Tensor& x_any,
-                                                            const Tensor& a, const Tensor& b, bool need_x, bool need_a,
-                                                            bool need_b, bool need_bias) {
-    kron::BackwardArgs args{};
-    args.shape = checked_shape(x_any, a, b, false);
-    const kron::Shape& s = args.shape;
-    const int64_t m = s.m1 * s.m2;
-    check_like("grad", grad_any, x_any, m, "m1 * m2 = ");
-
-    const auto output = [&](bool need, std::initializer_list<int64_t> sizes) {
-        const int64_t none = 0;
-        return need ? empty(sizes.size(), sizes.begin(), x_any) : empty(1, &none, x_any);
-    };
-    std::tuple<Tensor, Tensor, Tensor, Tensor> gradients{need_x ? empty_rows(x_any, s.n1 * s.n2) : output(false, {}),
-                                                         output(need_a, {s.terms, s.m1, s.n1}),
-                                                         output(need_b, {s.terms, s.m2, s.n2}), output(need_bias, {m})};
-    const auto& [dx, da, db, dbias] = gradients;
-    if (s.tokens == 0) {
-        zero(da);
-        zero(db);
-        zero(dbias);
-        return gradients;
-    }
-    const Rows grad = rows_of(grad_any), x = rows_of(x_any);
-    args.grad = grad.data();
-    args.grad_stride = grad.stride;
-    args.x = x.data();
-    args.x_stride = x.stride;
-    args.a = factor(a);
-    args.b = factor(b);
-    args.dx = need_x ? dx.mutable_data_ptr() : nullptr;
-    args.da = need_a ? da.mutable_data_ptr() : nullptr;
-    args.db = need_b ? db.mutable_data_ptr() : nullptr;
-    args.dbias = need_bias ? dbias.mutable_data_ptr() : nullptr;
-    kron::kron_mm_backward(args, torch_executor());
-    return gradients;
+std::tuple<Tensor, Tensor, Tensor, Tensor> mm_backward(const Tensor& grad, const Tensor& x, const Tensor& a,
+                                                       const Tensor& b, bool need_x, bool need_a, bool need_b,
+                                                       bool need_bias) {
+    return kron_mm_backward(CpuKernels{}, grad, x, a, b, need_x, need_a, need_b, need_bias);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(KRON_KERNELS_OPS, CPU, m) {
-    m.impl("kron_mm", TORCH_BOX(&kron_mm));
-    m.impl("kron_mm_add", TORCH_BOX(&kron_mm_add));
-    m.impl("kron_mm_add_", TORCH_BOX(&kron_mm_add_));
-    m.impl("kron_mm_backward", TORCH_BOX(&kron_mm_backward));
+    m.impl("kron_mm", TORCH_BOX(&mm));
+    m.impl("kron_mm_add", TORCH_BOX(&mm_add));
+    m.impl("kron_mm_add_", TORCH_BOX(&mm_add_));
+    m.impl("kron_mm_backward", TORCH_BOX(&mm_backward));
 }
