@@ -1,7 +1,8 @@
 """Builds the compiled extension with CMake and ninja; everything else about the package is in pyproject.toml.
 
 Environment: MAX_JOBS limits parallel compilation; KRON_KERNELS_REQUIRE_EXT=1 makes a failed build of the extension an
-error instead of a pure Python install; KRON_KERNELS_CMAKE_ARGS adds arguments to CMake's.
+error instead of a pure Python install; KRON_KERNELS_CUDA_ARCHS names the GPU architectures ("80+PTX,90a"; empty: no
+CUDA kernels); KRON_KERNELS_CMAKE_ARGS adds arguments to CMake's.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-BUILT = ("_C.so", "libkron_core.so*", "_introspect*.so", "_build_info.json")
+BUILT = ("_C.so", "_C_cuda.so", "libkron_core.so*", "libkron_cuda.so*", "_introspect*.so", "_build_info.json")
 # For C++ projects that use the core: headers, and what find_package(kron_kernels) reads.
 BUILT_FOLDERS = ("include", "share")
 
@@ -45,12 +46,14 @@ def configure_arguments(output: Path) -> list[str]:
     torch = package_folder("torch")
     if torch is None:
         raise BuildError("torch is not installed in the build environment")
+    cuda_archs = os.environ.get("KRON_KERNELS_CUDA_ARCHS")
     arguments = [
         f"-DKRON_KERNELS_OUTPUT_DIR={output}",
         f"-DKRON_KERNELS_TORCH_DIR={torch}",
         f"-DPython_EXECUTABLE={sys.executable}",
         # Inside the package the library lies at the top.
         "-DCMAKE_INSTALL_LIBDIR=.",
+        *([f"-DKRON_KERNELS_CUDA_ARCHS={cuda_archs.replace(',', ';')}"] if cuda_archs is not None else []),
         *shlex.split(os.environ.get("KRON_KERNELS_CMAKE_ARGS", "")),
     ]
     pybind11 = package_folder("pybind11")
@@ -108,6 +111,9 @@ class CMakeBuild(build_ext):
         install = [*cmake, "--install", str(build), "--prefix", str(output), "--component", "development"]
         if subprocess.run(install, check=False).returncode:
             raise BuildError("CMake could not install the headers: see the output of the build")
+        info = json.loads((output / "_build_info.json").read_text())
+        archs = f" for {' '.join(info['cuda_archs'])} with nvcc {info['cuda_compiler']}" if info["cuda_archs"] else ""
+        print(f"kron_kernels: CUDA kernels: {info['cuda']}{archs}")
 
     def get_outputs(self) -> list[str]:
         patterns = (*BUILT, *(f"{folder}/**/*.*" for folder in BUILT_FOLDERS))

@@ -93,6 +93,7 @@ def compile_binding(build: Path, kernel_id: str, jobs: int) -> Path:
         configure += ["-G", "Ninja"]
     options = {
         "STATIC_CORE": "ON",
+        "CUDA": "OFF",  # the variant is the CPU's
         "OPS_NAMESPACE": kernel_id,
         "OUTPUT_DIR": str(output),
     }

@@ -150,5 +150,7 @@ def test_binding_and_introspection_share_one_core() -> None:
 @needs_extension
 def test_build_record() -> None:
     info = _backends.build_info()
-    assert set(info) == {"compiler", "processor", "flags", "cpu_isa", "torch", "introspection", "cuda"}
+    cuda = {"cuda", "cuda_archs", "cuda_compiler"}
+    assert set(info) == {"compiler", "processor", "flags", "cpu_isa", "torch", "introspection"} | cuda
     assert "portable" in info["cpu_isa"]
+    assert bool(info["cuda_archs"]) == bool(info["cuda_compiler"]) == (info["cuda"] == "built")

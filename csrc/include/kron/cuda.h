@@ -50,6 +50,22 @@ const char* refuse_kron_embedding(const EmbeddingArgs& args, const Launch& launc
 int64_t workspace_kron_embedding(const EmbeddingArgs& args, const Launch& launch);
 Status kron_embedding(const EmbeddingArgs& args, const Launch& launch);
 
+// Gradients of the embedding's product, before norm and added rows: a row of A's for each token, for the caller to add
+// up by ids, and B's.
+struct EmbeddingBackwardArgs {
+    int64_t tokens, terms, rows, p, k;
+    DType dtype;
+    const void* grad;  // (T, p*k), last dimension contiguous
+    int64_t grad_stride;
+    const int64_t* ids;
+    Factor a, b;  // (S, rows, p), (S, 1, k)
+    void* da;     // (T, S, p) contiguous
+    void* db;     // (S, 1, k) contiguous
+};
+const char* refuse_kron_embedding_backward(const EmbeddingBackwardArgs& args, const Launch& launch);
+int64_t workspace_kron_embedding_backward(const EmbeddingBackwardArgs& args, const Launch& launch);
+Status kron_embedding_backward(const EmbeddingBackwardArgs& args, const Launch& launch);
+
 }  // namespace cuda
 }  // namespace kron
 #pragma GCC visibility pop
