@@ -1,7 +1,6 @@
 // The emulated machine itself: fragments of the tensor cores lane by lane, and mistakes that it has to notice.
 #include <string>
 
-#include "../cuda/device/activation.h"
 #include "../cuda/device/launch.h"
 #include "../cuda/device/mma.h"
 #include "emulator/schedules.h"
@@ -112,18 +111,6 @@ void expect(const std::string& error, const char* part) {
     test::check(error.find(part) != std::string::npos, ("expected: " + std::string(part)).c_str(), error.c_str());
 }
 
-// Slopes against central differences of the activations, in fp64 where the tests have them.
-void test_activations() {
-    for (const auto kind : {kron::Activation::none, kron::Activation::gelu, kron::Activation::gelu_tanh,
-                            kron::Activation::relu, kron::Activation::silu})
-        for (float x = -9.03f; x < 9; x += 0.11f) {
-            const double y = test::activate(kind, double(x)), step = 1e-5;
-            const double slope = (test::activate(kind, x + step) - test::activate(kind, x - step)) / (2 * step);
-            test::check(std::fabs(activate(kind, x) - y) < 2e-6, "activation", std::to_string(x).c_str());
-            test::check(std::fabs(activation_slope(kind, x) - slope) < 2e-6, "slope", std::to_string(x).c_str());
-        }
-}
-
 void test_errors() {
     const Nothing none{};
     expect(
@@ -184,7 +171,6 @@ void test_emulator() {
     test_product<float>(kron::DType::f32);
     test_shuffles();
     test_errors();
-    test_activations();
 }
 
 const bool added = emulator::add_test("emulator", test_emulator);
