@@ -13,6 +13,7 @@
 #define KRON_BOTH __host__ __device__ inline
 #define KRON_LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
 #define KRON_UNROLL _Pragma("unroll")
+#define KRON_UNROLL_BY_2 _Pragma("unroll 2")
 #define KRON_UNROLL_BY_4 _Pragma("unroll 4")
 #define KRON_NO_UNROLL _Pragma("unroll 1")
 
@@ -79,6 +80,7 @@ KRON_DEVICE uint32_t shuffle_xor(uint32_t value, int mask) {
 #define KRON_BOTH inline
 #define KRON_LAUNCH_BOUNDS(threads, blocks)
 #define KRON_UNROLL
+#define KRON_UNROLL_BY_2
 #define KRON_UNROLL_BY_4
 #define KRON_NO_UNROLL
 #include "emulator/core.h"
