@@ -15,11 +15,6 @@
 
 namespace [[gnu::visibility("hidden")]] kron_torch {
 
-// The kernels do not take the operands as they lie in memory, or at all.
-struct Refused : std::runtime_error {
-    using std::runtime_error::runtime_error;
-};
-
 inline std::string factor_text(int64_t m, int64_t n) {
     return text(m) + "x" + text(n);
 }
@@ -32,13 +27,7 @@ inline std::string problem_text(const kron::Shape& s) {
 inline std::string problem_text(const kron::ForwardArgs& args) {
     return problem_text(args.shape) + (args.count > 1 ? ", " + text(args.count) + " projections" : "");
 }
-inline std::string problem_text(const kron::BackwardArgs& args) {
-    return problem_text(args.shape);
-}
 inline std::string problem_text(const kron::FfnArgs& args) {
-    return problem_text(args.first) + ", then " + problem_text(args.second);
-}
-inline std::string problem_text(const kron::FfnBackwardArgs& args) {
     return problem_text(args.first) + ", then " + problem_text(args.second);
 }
 template <class Args>
@@ -86,6 +75,8 @@ class CudaKernels {
         run("kron_" #name, args, kron::cuda::refuse_kron_##name, kron::cuda::workspace_kron_##name, \
             kron::cuda::kron_##name);                                                               \
     }
+    KRON_OPERATION(mm, kron::ForwardArgs)
+    KRON_OPERATION(ffn, kron::FfnArgs)
     KRON_OPERATION(embedding, kron::EmbeddingArgs)
     KRON_OPERATION(embedding_backward, kron::cuda::EmbeddingBackwardArgs)
 #undef KRON_OPERATION
@@ -115,7 +106,7 @@ class CudaKernels {
             return std::string("kron_kernels: backend 'cuda': ") + name + " of " + problem_text(args);
         };
         kron::cuda::Launch launch = launch_;
-        if (const char* reason = refuse(args, launch)) throw Refused(what() + ": " + reason);
+        if (const char* reason = refuse(args, launch)) throw std::runtime_error(what() + ": " + reason);
         launch.workspace_bytes = workspace(args, launch);
         std::optional<Tensor> memory;  // freed for what the stream does next
         if (launch.workspace_bytes > 0) {
@@ -132,32 +123,5 @@ class CudaKernels {
     kron::cuda::Launch launch_;
     std::optional<torch::stable::accelerator::DeviceGuard> guard_;
 };
-
-// An operand in memory of its own, contiguous and aligned as torch allocates; what is no tensor stays.
-template <class T>
-const T& plain(const T& value) {
-    return value;
-}
-inline Tensor plain(const Tensor& tensor) {
-    return torch::stable::clone(torch::stable::contiguous(tensor));
-}
-inline std::optional<Tensor> plain(const std::optional<Tensor>& tensor) {
-    return tensor ? std::optional<Tensor>(plain(*tensor)) : std::nullopt;
-}
-inline std::vector<Tensor> plain(const std::vector<Tensor>& tensors) {
-    std::vector<Tensor> copies;
-    for (const Tensor& tensor : tensors) copies.push_back(plain(tensor));
-    return copies;
-}
-
-// call(operands...), and where the kernels refuse them as they lie, once more with plain copies of them.
-template <class F, class... Operands>
-auto with_copies(F call, const Operands&... operands) {
-    try {
-        return call(operands...);
-    } catch (const Refused&) {
-        return call(plain(operands)...);
-    }
-}
 
 }  // namespace kron_torch

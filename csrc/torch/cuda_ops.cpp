@@ -2,6 +2,7 @@
 // emulator of the tests builds the same source for tensors on the CPU.
 #include <tuple>
 
+#include "blocks.h"
 #include "cuda_kernels.h"
 
 #ifndef KRON_CUDA_KEY
@@ -11,6 +12,31 @@
 namespace {
 
 using namespace kron_torch;
+
+Tensor mm(const Tensor& x, const Tensor& a, const Tensor& b, std::optional<Tensor> bias, int64_t activation,
+          bool tf32) {
+    return kron_mm(CudaKernels(x, tf32), x, a, b, std::move(bias), activation, std::nullopt);
+}
+
+Tensor mm_add(const Tensor& base, const Tensor& x, const Tensor& a, const Tensor& b, double alpha, bool tf32) {
+    return kron_mm_add(CudaKernels(x, tf32), base, x, a, b, alpha);
+}
+
+void mm_add_(Tensor base, const Tensor& x, const Tensor& a, const Tensor& b, double alpha, bool tf32) {
+    kron_mm_add_(CudaKernels(x, tf32), base, x, a, b, alpha);
+}
+
+Tensor ffn(const Tensor& x, const Tensor& a1, const Tensor& b1, std::optional<Tensor> bias1, const Tensor& a2,
+           const Tensor& b2, std::optional<Tensor> bias2, int64_t activation, const std::optional<Tensor>& residual,
+           const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias, double eps, bool tf32) {
+    return kron_ffn(CudaKernels(x, tf32), x, a1, b1, std::move(bias1), a2, b2, std::move(bias2), activation, residual,
+                    norm_weight, norm_bias, eps, std::nullopt, std::nullopt);
+}
+
+std::vector<Tensor> qkv(const Tensor& x, const std::vector<Tensor>& a, const std::vector<Tensor>& b,
+                        const std::vector<Tensor>& bias, bool tf32) {
+    return kron_qkv(CudaKernels(x, tf32), x, a, b, bias, {});
+}
 
 Tensor embedding(const Tensor& ids, const Tensor& a, const Tensor& b, const std::optional<Tensor>& position_ids,
                  const std::optional<Tensor>& position_weight, const std::optional<Tensor>& type_ids,
@@ -44,59 +70,28 @@ std::tuple<Tensor, Tensor> embedding_backward(const Tensor& grad_any, const Tens
     return {da, db};
 }
 
-std::string device_status(int64_t device) {
-    kron::cuda::DeviceInfo info{};
-    const char* reason = kron::cuda::refuse_device(static_cast<int>(device), &info);
-    return reason ? reason : "";
-}
-
-kron::DType dtype_of(int64_t code) {
-    if (code < 0 || code > static_cast<int64_t>(kron::DType::f16)) fail("dtype", "a code from 0 to 3", text(code));
-    return static_cast<kron::DType>(code);
-}
-
-void check_sizes(const std::vector<int64_t>& sizes, size_t count, const char* expected) {
-    if (sizes.size() != count) fail("sizes", expected, text(static_cast<int64_t>(sizes.size())) + " numbers");
-}
-
-std::string answer(const char* reason) {
-    return reason ? reason : "";
-}
-
-// Why the kernels do not take a problem whose operands are contiguous and aligned; empty where they do. Needs no GPU.
-std::string refusal(const std::string& op, int64_t dtype, const std::vector<int64_t>& n, int64_t sm,
-                    int64_t shared_per_block, bool tf32) {
-    const kron::cuda::Launch launch{nullptr, static_cast<int>(sm), 1, shared_per_block, tf32, nullptr, 0};
-    if (!kron::cuda::runs_on(kron::cuda::built_architectures(), launch.sm))
-        return "the kernels were built for " + std::string(kron::cuda::built_architectures()) + ", not for sm_" +
-               text(sm);
-    if (op == "kron_embedding") {
-        check_sizes(n, 5, "T, S, V, p, k");
-        kron::EmbeddingArgs args{};
-        args.tokens = n[0], args.terms = n[1], args.rows = n[2], args.p = n[3], args.k = n[4];
-        args.dtype = dtype_of(dtype);
-        return answer(kron::cuda::refuse_kron_embedding(args, launch));
-    }
-    return "there is no kernel of " + op;
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY(KRON_KERNELS_OPS, m) {
+    m.def("kron_mm(Tensor x, Tensor a, Tensor b, Tensor? bias, int activation, bool tf32) -> Tensor");
+    m.def("kron_mm_add(Tensor base, Tensor x, Tensor a, Tensor b, float alpha, bool tf32) -> Tensor");
+    m.def("kron_mm_add_(Tensor(a!) base, Tensor x, Tensor a, Tensor b, float alpha, bool tf32) -> ()");
+    m.def(
+        "kron_ffn(Tensor x, Tensor a1, Tensor b1, Tensor? bias1, Tensor a2, Tensor b2, Tensor? bias2, int activation, "
+        "Tensor? residual, Tensor? norm_weight, Tensor? norm_bias, float eps, bool tf32) -> Tensor");
+    m.def("kron_qkv(Tensor x, Tensor[] a, Tensor[] b, Tensor[] bias, bool tf32) -> Tensor[]");
     m.def(
         "kron_embedding(Tensor ids, Tensor a, Tensor b, Tensor? position_ids, Tensor? position_weight, "
         "Tensor? type_ids, Tensor? type_weight, Tensor? norm_weight, Tensor? norm_bias, float eps) -> Tensor");
     m.def("kron_embedding_backward(Tensor grad, Tensor ids, Tensor a, Tensor b) -> (Tensor, Tensor)");
-    m.def("device_status(int device) -> str");
-    m.def("refusal(str op, int dtype, int[] sizes, int sm, int shared_per_block, bool tf32) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(KRON_KERNELS_OPS, KRON_CUDA_KEY, m) {
+    m.impl("kron_mm", TORCH_BOX(&mm));
+    m.impl("kron_mm_add", TORCH_BOX(&mm_add));
+    m.impl("kron_mm_add_", TORCH_BOX(&mm_add_));
+    m.impl("kron_ffn", TORCH_BOX(&ffn));
+    m.impl("kron_qkv", TORCH_BOX(&qkv));
     m.impl("kron_embedding", TORCH_BOX(&embedding));
     m.impl("kron_embedding_backward", TORCH_BOX(&embedding_backward));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(KRON_KERNELS_OPS, CompositeExplicitAutograd, m) {
-    m.impl("device_status", TORCH_BOX(&device_status));
-    m.impl("refusal", TORCH_BOX(&refusal));
 }
