@@ -16,6 +16,8 @@
 #define KRON_UNROLL_BY_2 _Pragma("unroll 2")
 #define KRON_UNROLL_BY_4 _Pragma("unroll 4")
 #define KRON_NO_UNROLL _Pragma("unroll 1")
+#define KRON_PRAGMA(text) _Pragma(#text)
+#define KRON_UNROLL_BY(count) KRON_PRAGMA(unroll count)
 
 namespace kron {
 namespace cuda {
@@ -83,6 +85,7 @@ KRON_DEVICE uint32_t shuffle_xor(uint32_t value, int mask) {
 #define KRON_UNROLL_BY_2
 #define KRON_UNROLL_BY_4
 #define KRON_NO_UNROLL
+#define KRON_UNROLL_BY(count)
 #include "emulator/core.h"
 
 #endif

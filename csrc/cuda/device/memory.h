@@ -66,6 +66,14 @@ KRON_DEVICE Words4 load_shared(const void* p) {
     const uint4 v = *static_cast<const uint4*>(p);
     return Words4{{v.x, v.y, v.z, v.w}};
 }
+// Of two 16-bit values.
+KRON_DEVICE uint32_t load_word(const void* p) {
+    return *static_cast<const uint32_t*>(p);
+}
+KRON_DEVICE Words2 load_shared8(const void* p) {
+    const uint2 v = *static_cast<const uint2*>(p);
+    return Words2{{v.x, v.y}};
+}
 KRON_DEVICE void store_shared(void* p, const Words4& v) {
     *static_cast<uint4*>(p) = make_uint4(v.w[0], v.w[1], v.w[2], v.w[3]);
 }

@@ -53,7 +53,7 @@ int lane();
 char* shared_memory();
 int64_t shared_bytes();
 // A number of bytes of state of its own that starts as zeros, one of `kStates` kinds.
-enum State { copies_in_flight, kStates };
+enum State { copies_in_flight, products_in_flight, kStates };
 template <class T>
 T& state(State which);
 

@@ -79,6 +79,13 @@ inline Words4 load_shared(const void* p) {
     require_shared(p);
     return load_words<Words4>(p);
 }
+inline uint32_t load_word(const void* p) {
+    return load_words<uint32_t>(p);
+}
+inline Words2 load_shared8(const void* p) {
+    require_shared(p);
+    return load_words<Words2>(p);
+}
 inline void store_shared(void* p, const Words4& v) {
     require_shared(p);
     store_words(p, v);

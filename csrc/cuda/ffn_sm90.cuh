@@ -1,0 +1,372 @@
+// The feed-forward block y = W2 act(W1 x + bias1) + bias2 on Hopper in one kernel, for pairs whose left factors are
+// tiny: A1 (hidden, 2), B1 (middle, inner), A2 (2, hidden), B2 (outer, middle). For a token and a column p of the
+// middle
+//   h_c = x_c B1[p]^T   u_m = act(A1[m] h + bias1[m, p])   z_i = sum_m A2[i, m] u_m   y_i += z_i B2[:, p]^T
+//
+// A block has a warpgroup that loads and two that compute, and takes tiles of 64 tokens, 128 rows of x, one after
+// another. A warpgroup has 32 tokens, in the order in which row g and row g + 8 of a fragment are the two rows of one
+// token: what lies between the two products happens in the registers of a thread, and z is the second one's A operand.
+// It goes 64 columns p at a time, with all of y as its accumulators. While one warpgroup is between its products the
+// other has the tensor cores: they take turns.
+#pragma once
+
+#include "device/activation.h"
+#include "device/half2.h"
+#include "device/tensor_map.h"
+#include "device/warp.h"
+
+namespace kron {
+namespace cuda {
+namespace sm90 {
+
+using namespace device;
+
+constexpr int kFfnThreads = 384;
+constexpr int kTokens = 64;  // of a tile
+constexpr int kMostStages = 16;
+constexpr int kSlab = 64;                      // values of the inner dimension in a row of 128 bytes
+constexpr int kSlabBytes = 2 * kTokens * 128;  // of x
+constexpr int kRegistersToLoad = 24, kRegistersToCompute = 240;
+
+struct FfnSm90 {
+    TensorMap x, b1, b2;
+    Factor a1, a2;
+    const void *bias1, *bias2;  // or null
+    void* y;                    // (tokens, 2, outer)
+    int tokens, tiles;
+    int hidden, inner, middle, outer;
+    int columns, stages;  // of the middle at a time; of the ring
+    // Offsets in shared memory.
+    int ring, bias, mixes, barriers;
+};
+
+// In shared memory, behind the tiles.
+struct FfnBarriers {
+    Barrier x_full, x_empty;
+    Barrier turn[2];
+    Barrier full[kMostStages], empty[kMostStages];
+    // Magnitudes: the largest of a row of A1 and of A2, summed up or by themselves, and of bias1 by warps.
+    float sum1, top1, sum2, top2, largest_bias[kFfnThreads / 32];
+};
+
+KRON_BOTH int slabs_of(int inner) {
+    return (inner + 2 * kSlab - 1) / (2 * kSlab) * 2;
+}
+// Of the middle at a time. An accumulator has to lie in registers 24 to 239, and 384 values of y take 192 of them.
+KRON_BOTH constexpr int columns_for(int blocks) {
+    return blocks == 3 ? 32 : 64;
+}
+// A stage of the ring: of B1 (columns, 128) or of B2 (128, columns).
+KRON_BOTH constexpr int stage_bytes(int columns) {
+    return columns * 256;
+}
+KRON_BOTH int steps_of(int middle, int columns) {
+    return (middle + columns - 1) / columns;
+}
+
+// A stage of the ring and the parity of its phase.
+struct Place {
+    int stage = 0, parity = 0;
+    KRON_DEVICE void next(int stages) {
+        if (++stage == stages) stage = 0, parity ^= 1;
+    }
+};
+
+// ---- The warpgroup that loads: one thread.
+template <int kBlocks>
+KRON_DEVICE void load_tiles(const FfnSm90& p, char* shared, FfnBarriers& b) {
+    constexpr int kColumns = columns_for(kBlocks), kStageBytes = stage_bytes(kColumns);
+    const int slabs = slabs_of(p.inner), steps = steps_of(p.middle, kColumns);
+    Place place;
+    int x_parity = 0;
+    const auto next_stage = [&] {
+        barrier_wait(&b.empty[place.stage], place.parity ^ 1);
+        barrier_arrive_expect(&b.full[place.stage], kStageBytes);
+        return shared + p.ring + place.stage * kStageBytes;
+    };
+    for (int tile = block_x(); tile < p.tiles; tile += blocks_x()) {
+        barrier_wait(&b.x_empty, x_parity ^ 1);
+        barrier_arrive_expect(&b.x_full, slabs * kSlabBytes);
+        x_parity ^= 1;
+        for (int s = 0; s < slabs; ++s)
+            for (int t = 0; t < kTokens; t += 8)  // 8 tokens' first rows, then their second rows
+                tma_load(shared + s * kSlabBytes + t * 256, p.x, &b.x_full, s * kSlab, tile * kTokens + t, 0);
+        for (int c = 0; c < steps; ++c) {
+            for (int s = 0; s < slabs; s += 2) {
+                char* to = next_stage();
+                for (int i = 0; i < 2; ++i)
+                    tma_load(to + i * kStageBytes / 2, p.b1, &b.full[place.stage], (s + i) * kSlab, c * kColumns);
+                place.next(p.stages);
+            }
+            for (int block = 0; block < kBlocks; ++block) {
+                char* to = next_stage();
+                tma_load(to, p.b2, &b.full[place.stage], c * kColumns, block * 128);
+                place.next(p.stages);
+            }
+        }
+    }
+}
+
+// ---- Between the products. h: for a token's two rows kJ times two columns p of this thread; z: those of the second
+// product's A operand.
+
+// In fp16. `bias`: for each m, words of this thread's columns.
+template <class T, Activation kAct, int kJ>
+KRON_DEVICE void middle_in_fp16(const float (&h)[4 * kJ], const char* bias, const char* mixes, int hidden,
+                                uint32_t (&z)[kJ / 2][4]) {
+    Half2 h0[kJ], h1[kJ], z0[kJ], z1[kJ];
+    KRON_UNROLL
+    for (int j = 0; j < kJ; ++j) {
+        h0[j] = pack<F16>(h[4 * j], h[4 * j + 1]);
+        h1[j] = pack<F16>(h[4 * j + 2], h[4 * j + 3]);
+        z0[j] = z1[j] = 0;
+    }
+    KRON_NO_UNROLL
+    for (int m = 0; m < hidden; ++m) {
+        const Words2 mix = load_shared8(mixes + m * 8);
+        KRON_UNROLL
+        for (int first = 0; first < kJ; first += 4) {
+            const Words4 start = load_shared(bias + (m * 4 * kJ + first) * 4);
+            KRON_UNROLL
+            for (int i = 0; i < 4; ++i) {
+                const int j = first + i;
+                const Half2 v = fma2(h0[j], low2(mix.w[0]), fma2(h1[j], high2(mix.w[0]), start.w[i]));
+                const Half2 u = activate2<kAct>(v);
+                z0[j] = fma2(u, low2(mix.w[1]), z0[j]);
+                z1[j] = fma2(u, high2(mix.w[1]), z1[j]);
+            }
+        }
+    }
+    KRON_UNROLL
+    for (int j = 0; j < kJ; ++j) {
+        z[j / 2][j % 2 * 2] = repack<T>(z0[j]);
+        z[j / 2][j % 2 * 2 + 1] = repack<T>(z1[j]);
+    }
+}
+
+template <class T>
+KRON_DEVICE float element(const Factor& f, int row, int col) {
+    return to_float(static_cast<const T*>(f.data)[row * f.stride_row + col * f.stride_col]);
+}
+
+// In fp32, for values that fp16 does not hold: rare, so all comes from global memory.
+template <class T, Activation kAct, int kJ>
+KRON_DEVICE void middle_in_fp32(const float (&h)[4 * kJ], const FfnSm90& p, int column, uint32_t (&z)[kJ / 2][4]) {
+    const T* bias = static_cast<const T*>(p.bias1);
+    KRON_UNROLL
+    for (int j = 0; j < kJ; ++j) {
+        float sum[2][2] = {};
+        const int first = column + 8 * j;
+        KRON_NO_UNROLL
+        for (int m = 0; m < p.hidden && first < p.middle; ++m) {
+            KRON_UNROLL
+            for (int e = 0; e < 2; ++e) {
+                float v = bias ? to_float(bias[int64_t(m) * p.middle + first + e]) : 0.0f;
+                v += element<T>(p.a1, m, 0) * h[4 * j + e] + element<T>(p.a1, m, 1) * h[4 * j + 2 + e];
+                const float u = activate(kAct, v);
+                sum[0][e] += element<T>(p.a2, 0, m) * u;
+                sum[1][e] += element<T>(p.a2, 1, m) * u;
+            }
+        }
+        KRON_UNROLL
+        for (int i = 0; i < 2; ++i) z[j / 2][j % 2 * 2 + i] = pack<T>(sum[i][0], sum[i][1]);
+    }
+}
+
+// ---- The results of a thread: two rows of a token, every fourth pair of columns. The four lanes that share a token
+// exchange words until each has 16 bytes in one piece.
+template <class T, int kBlocks>
+KRON_DEVICE void store_results(const FfnSm90& p, const float (&y)[kBlocks][64], int token, int t) {
+    KRON_UNROLL
+    for (int block = 0; block < kBlocks; ++block) KRON_UNROLL
+    for (int quarter = 0; quarter < 4; ++quarter) KRON_UNROLL
+    for (int row = 0; row < 2; ++row) {
+        uint32_t word[4];
+        KRON_UNROLL
+        for (int i = 0; i < 4; ++i) {
+            const int j = quarter * 4 + i, column = block * 128 + 8 * j + 2 * t;
+            float low = 0, high = 0;
+            if (p.bias2 && column < p.outer)
+                unpack<T>(load_word(static_cast<const T*>(p.bias2) + row * p.outer + column), low, high);
+            word[i] = pack<T>(y[block][4 * j + 2 * row] + low, y[block][4 * j + 2 * row + 1] + high);
+        }
+        transpose_quad(word, t);
+        const int column = block * 128 + (quarter * 4 + t) * 8;
+        if (token < p.tokens && column < p.outer)
+            store_global(static_cast<T*>(p.y) + (int64_t(token) * 2 + row) * p.outer + column,
+                         Words4{{word[0], word[1], word[2], word[3]}});
+    }
+}
+
+// ---- The left factors and bias1 in shared memory, as fp16, where the activation takes half its argument.
+template <class T, Activation kAct, int kColumns>
+KRON_DEVICE void prepare(const FfnSm90& p, char* shared, FfnBarriers& b) {
+    constexpr float kScale = kTakesHalf<kAct> ? 0.5f : 1.0f;
+    constexpr int kWords = kColumns / 2, kJ = kColumns / 8;
+    const int thread = thread_index();
+    uint32_t* bias = reinterpret_cast<uint32_t*>(shared + p.bias);
+    float largest = 0;
+    for (int i = thread; i < steps_of(p.middle, kColumns) * p.hidden * kWords; i += kFfnThreads) {
+        const int step = i / kWords / p.hidden, m = i / kWords % p.hidden;
+        const int column = step * kColumns + i % kJ * 8 + i / kJ % 4 * 2;
+        float low = 0, high = 0;
+        if (p.bias1 && column < p.middle)
+            unpack<T>(load_word(static_cast<const T*>(p.bias1) + int64_t(m) * p.middle + column), low, high);
+        bias[i] = pack<F16>(kScale * low, kScale * high);
+        largest = larger_magnitude(larger_magnitude(largest, low), high);
+    }
+    const auto most = [](float x, float y) { return x > y ? x : y; };
+    const auto sum = [](float x, float y) { return x + y; };
+    largest = over_warp(largest, most);
+    if (thread % 32 == 0) b.largest_bias[thread / 32] = largest;
+    if (thread >= 32) return;
+    float a[4] = {};
+    if (thread < p.hidden) {
+        KRON_UNROLL
+        for (int i = 0; i < 2; ++i) a[i] = element<T>(p.a1, thread, i), a[2 + i] = element<T>(p.a2, i, thread);
+        uint32_t* mix = reinterpret_cast<uint32_t*>(shared + p.mixes) + 2 * thread;
+        mix[0] = pack<F16>(kScale * a[0], kScale * a[1]);
+        mix[1] = pack<F16>(a[2], a[3]);
+    }
+    KRON_UNROLL
+    for (int i = 0; i < 4; ++i) a[i] = larger_magnitude(a[i], 0);
+    const float sum1 = over_warp(a[0] + a[1], most), top1 = over_warp(most(a[0], a[1]), most);
+    const float sum2 = most(over_warp(a[2], sum), over_warp(a[3], sum)), top2 = over_warp(most(a[2], a[3]), most);
+    if (thread == 0) b.sum1 = sum1, b.top1 = top1, b.sum2 = sum2, b.top2 = top2;
+}
+
+// Within which magnitudes of h every value between the products is one of fp16 with all its digits, of those that
+// count. After a barrier behind `prepare`.
+KRON_DEVICE void find_limits(const FfnBarriers& b, float& least, float& most) {
+    constexpr float kSmall = 0x1p-7f, kLarge = 32000;
+    float bias = 0;
+    for (int i = 0; i < kFfnThreads / 32; ++i) bias = larger_magnitude(bias, b.largest_bias[i]);
+    const bool fine = b.top1 >= kSmall && b.sum1 <= 1 / kSmall && b.top2 >= kSmall && b.sum2 <= 1 / kSmall;
+    most = fine ? quotient(quotient(kLarge, larger_magnitude(b.sum2, 1)) - bias, larger_magnitude(b.sum1, 1)) : -1;
+    least = bias >= kSmall ? 0 : quotient(kSmall, b.top1);
+}
+
+// ---- A warpgroup that computes.
+template <class T, Activation kAct, int kBlocks>
+KRON_DEVICE void compute_tiles(const FfnSm90& p, char* shared, FfnBarriers& b, int group) {
+    constexpr int kColumns = columns_for(kBlocks), kStageBytes = stage_bytes(kColumns), kJ = kColumns / 8;
+    const int slabs = slabs_of(p.inner), steps = steps_of(p.middle, kColumns);
+    const int lane = thread_index() % 32, warp = thread_index() / 32 % 4, t = lane % 4;
+    const char* x = shared + group * kSlabBytes / 2;
+    const auto arrive = [&](Barrier* barrier) {
+        if (lane == 0) barrier_arrive(barrier);
+    };
+    float least, most;
+    find_limits(b, least, most);
+    Place place;
+    int x_parity = 0, turn_parity = group ^ 1;
+    // Runs products on the next stage; the one before it is given back when its products are over.
+    Place before;
+    bool pending = false;
+    const auto on_stage = [&](auto&& products) {
+        barrier_wait(&b.full[place.stage], place.parity);
+        wgmma_fence();
+        products(shared + p.ring + place.stage * kStageBytes);
+        wgmma_commit();
+        if (pending) {
+            wgmma_wait<1>();
+            arrive(&b.empty[before.stage]);
+        }
+        before = place, pending = true;
+        place.next(p.stages);
+    };
+    const auto finish = [&] {
+        wgmma_wait<0>();
+        arrive(&b.empty[before.stage]);
+        pending = false;
+    };
+    const auto take_turn = [&] {
+        wait_turn(&b.turn[group], turn_parity);
+        turn_parity ^= 1;
+    };
+    for (int tile = block_x(); tile < p.tiles; tile += blocks_x()) {
+        float y[kBlocks][64], h[4 * kJ];
+        const auto first_product = [&] {
+            KRON_UNROLL
+            for (int i = 0; i < 4 * kJ; ++i) h[i] = 0;
+            KRON_NO_UNROLL
+            for (int s = 0; s < slabs; s += 2)
+                on_stage([&](const char* b1) {
+                    KRON_UNROLL
+                    for (int k = 0; k < 8; ++k)
+                        wgmma<T>(h, operand<128>(x + (s + k / 4) * kSlabBytes, k % 4 * 32),
+                                 operand<128>(b1 + k / 4 * kStageBytes / 2, k % 4 * 32));
+                });
+            arrive(&b.turn[group ^ 1]);
+            finish();
+            hold(h);
+        };
+        KRON_UNROLL
+        for (int block = 0; block < kBlocks; ++block) KRON_UNROLL
+        for (int i = 0; i < 64; ++i) y[block][i] = 0;
+        barrier_wait(&b.x_full, x_parity);
+        x_parity ^= 1;
+        take_turn();
+        first_product();
+        KRON_NO_UNROLL
+        for (int c = 0;; ++c) {
+            uint32_t z[kJ / 2][4];
+            if (c == steps - 1) arrive(&b.x_empty);
+            const char* bias = shared + p.bias + (c * p.hidden * 4 + t) * kJ * 4;
+            if constexpr (kIsBf16<T>) {
+                float largest = 0;
+                KRON_UNROLL
+                for (int i = 0; i < 4 * kJ; ++i) largest = larger_magnitude(largest, h[i]);
+                if (all_of_warp(largest >= least && largest <= most))
+                    middle_in_fp16<T, kAct, kJ>(h, bias, shared + p.mixes, p.hidden, z);
+                else
+                    middle_in_fp32<T, kAct, kJ>(h, p, c * kColumns + 2 * t, z);
+            } else {
+                middle_in_fp16<T, kAct, kJ>(h, bias, shared + p.mixes, p.hidden, z);
+            }
+            take_turn();
+            KRON_UNROLL
+            for (int block = 0; block < kBlocks; ++block)
+                on_stage([&](const char* b2) {
+                    KRON_UNROLL
+                    for (int k = 0; k < kJ / 2; ++k) wgmma<T>(y[block], z[k], operand<2 * kColumns>(b2, 32 * k));
+                });
+            finish();
+            if (c == steps - 1) break;
+            first_product();
+        }
+        arrive(&b.turn[group ^ 1]);
+        KRON_UNROLL
+        for (int block = 0; block < kBlocks; ++block) hold(y[block]);
+        store_results<T, kBlocks>(p, y, tile * kTokens + group * 32 + warp * 8 + lane / 4, t);
+    }
+}
+
+template <class T, Activation kAct, int kBlocks>
+KRON_GLOBAL void KRON_LAUNCH_BOUNDS(kFfnThreads, 1) ffn_sm90(const KRON_GRID_CONSTANT FfnSm90 p) {
+#ifdef KRON_SM90
+    char* shared = shared_memory();
+    FfnBarriers& b = *reinterpret_cast<FfnBarriers*>(shared + p.barriers);
+    if (thread_index() == 0) {
+        constexpr int kWarps = 8;  // that compute
+        barrier_init(&b.x_full, 1);
+        barrier_init(&b.x_empty, kWarps);
+        for (int i = 0; i < 2; ++i) barrier_init(&b.turn[i], kWarps / 2);
+        for (int i = 0; i < p.stages; ++i) barrier_init(&b.full[i], 1), barrier_init(&b.empty[i], kWarps);
+        fence_barrier_init();
+    }
+    prepare<T, kAct, columns_for(kBlocks)>(p, shared, b);
+    sync_threads();
+    if (thread_index() < 128) {
+        give_registers<kRegistersToLoad>();
+        if (thread_index() == 0) load_tiles<kBlocks>(p, shared, b);
+    } else {
+        take_registers<kRegistersToCompute>();
+        compute_tiles<T, kAct, kBlocks>(p, shared, b, shuffle(uint32_t(thread_index() / 128), 0) - 1);
+    }
+#endif
+}
+
+}  // namespace sm90
+}  // namespace cuda
+}  // namespace kron
