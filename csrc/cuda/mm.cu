@@ -11,12 +11,6 @@ namespace kron {
 namespace cuda {
 namespace {
 
-int power_of_two_from(int64_t n) {
-    int p = 1;
-    while (p < n) p *= 2;
-    return p;
-}
-
 bool results_are_aligned(const ForwardArgs& args, const TinyShape& tiny) {
     const int64_t vector = 16 / size_of(args.shape.dtype);
     if (tiny.co * tiny.lo % vector || (!tiny.right && tiny.lo % vector)) return false;
@@ -25,15 +19,6 @@ bool results_are_aligned(const ForwardArgs& args, const TinyShape& tiny) {
         if (!is_aligned(one.y) || !is_aligned(one.bias) || !is_aligned(one.base)) return false;
     }
     return true;
-}
-
-bool tokens_are_aligned(const ForwardArgs& args, const TinyShape& tiny) {
-    const int64_t vector = 16 / size_of(args.shape.dtype);
-    if (!is_aligned(args.x) || args.x_stride % vector) return false;
-    if (!tiny.right || tiny.ci == 1) return tiny.li % vector == 0;
-    // Words of 16 bytes that hold whole values k, an even number of them.
-    if (tiny.ci & (tiny.ci - 1)) return false;
-    return tiny.li % std::max<int64_t>(2, vector / tiny.ci) == 0;
 }
 
 bool factors_need_packing(const ForwardArgs& args, const TinyShape& tiny) {
@@ -63,17 +48,26 @@ Status pack(const ForwardArgs& args, const MmPlan& plan, const Launch& launch, c
         params.factors[i] = {f.data, f.stride_term, f.stride_row, f.stride_col, out + i * plan.packed_bytes};
     }
     const Grid grid{divide_up(plan.packed_columns, kPackTile), divide_up(p.lo, kPackTile), int64_t(p.count) * p.terms};
-    switch (args.shape.dtype) {
-        case DType::bf16:
-            return start(pack_factors<Bf16>, grid, kPackThreads, kPackShared, launch, params);
-        case DType::f16:
-            return start(pack_factors<F16>, grid, kPackThreads, kPackShared, launch, params);
-        default:
-            return start(pack_factors<float>, grid, kPackThreads, kPackShared, launch, params);
-    }
+    return with_type(args.shape.dtype, [&](auto type) {
+        return start(pack_factors<decltype(type)>, grid, kPackThreads, kPackShared, launch, params);
+    });
 }
 
 }  // namespace
+
+int power_of_two_from(int64_t n) {
+    int p = 1;
+    while (p < n) p *= 2;
+    return p;
+}
+
+bool tokens_are_aligned(const void* data, int64_t stride, DType dtype, bool right, int64_t parts, int64_t width) {
+    const int64_t vector = 16 / size_of(dtype);
+    if (!is_aligned(data) || stride % vector) return false;
+    if (!right || parts == 1) return width % vector == 0;
+    if (parts & (parts - 1)) return false;
+    return width % std::max<int64_t>(2, vector / parts) == 0;
+}
 
 const char* refuse_mm(const ForwardArgs& args, const Launch& launch) {
     TinyShape tiny{};
@@ -88,7 +82,7 @@ const char* refuse_mm(const ForwardArgs& args, const Launch& launch) {
     return nullptr;
 }
 
-MmPlan plan_mm(const ForwardArgs& args, const Launch& launch) {
+MmPlan plan_mm(const ForwardArgs& args, const Launch& launch, bool reduce) {
     TinyShape tiny{};
     tiny_shape(args.shape, tiny);
     const int64_t bytes = size_of(args.shape.dtype), vector = 16 / bytes;
@@ -98,10 +92,11 @@ MmPlan plan_mm(const ForwardArgs& args, const Launch& launch) {
     p.terms = int(args.shape.terms), p.right = tiny.right;
     p.co = int(tiny.co), p.ci = int(tiny.ci), p.lo = int(tiny.lo), p.li = int(tiny.li);
     // Terms follow each other along the inner dimension, which only the contracting form can do.
-    plan.expand = p.co > p.ci && p.terms == 1 && p.ci <= 8;
-    p.halves = !plan.expand && p.co > 8 ? 2 : 1;
-    plan.group = power_of_two_from(plan.expand ? p.ci : std::min(p.co, 8));
-    p.x_vector = tokens_are_aligned(args, tiny);
+    plan.form = reduce ? MmForm::reduce : p.co > p.ci && p.terms == 1 && p.ci <= 8 ? MmForm::expand : MmForm::contract;
+    const int rows = plan.form == MmForm::contract ? p.co : p.ci;
+    p.halves = rows > 8 ? 2 : 1;
+    plan.group = power_of_two_from(std::min(rows, 8));
+    p.x_vector = tokens_are_aligned(args.x, args.x_stride, args.shape.dtype, tiny.right, tiny.ci, tiny.li);
     p.y_vector = results_are_aligned(args, tiny);
     p.term_inner = int(round_up(p.li, kStepBytes / bytes));
     p.inner = p.terms * p.term_inner;
@@ -113,7 +108,7 @@ MmPlan plan_mm(const ForwardArgs& args, const Launch& launch) {
     plan.packed_columns = round_up(p.li, vector);
     plan.packed_bytes = aligned_bytes(p.terms * int64_t(p.lo) * plan.packed_columns * bytes);
 
-    const int64_t fixed = weight_bytes(p, plan.group) + kStages * kStageBytes;
+    const int64_t fixed = small_bytes(p, plan.group, plan.form) + kStages * kStageBytes;
     p.panel = choose_panel(p.inner, int(kTileBytes / bytes), bytes, launch.shared_per_block - fixed);
     plan.shared_bytes = fixed + int64_t(kRows) * row_pitch(p.panel, int(bytes));
 
@@ -148,14 +143,7 @@ Status run_mm(const ForwardArgs& args, const MmPlan& plan, const Launch& launch,
         out.tiny_term = tiny.stride_term, out.tiny_row = tiny.stride_row, out.tiny_col = tiny.stride_col;
         out.bias = one.bias, out.base = one.base, out.y = one.y;
     }
-    switch (args.shape.dtype) {
-        case DType::bf16:
-            return start_mm_sm80<Bf16>(ready, launch);
-        case DType::f16:
-            return start_mm_sm80<F16>(ready, launch);
-        default:
-            return start_mm_sm80<float>(ready, launch);
-    }
+    return with_type(args.shape.dtype, [&](auto type) { return start_mm_sm80<decltype(type)>(ready, launch); });
 }
 
 const char* refuse_kron_mm(const ForwardArgs& args, const Launch& launch) {

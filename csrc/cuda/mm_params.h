@@ -8,6 +8,9 @@
 //   inner
 //                dimension
 //   expanding    G = ci rows x_c; y_g = sum_c C[g, c] (L x_c) is made of the accumulators
+//   reducing     as expanding, and of the accumulators sum_t L x_c . other_m for every c and m as well: a gradient of
+//   C.
+//                Where y is null, that alone
 #pragma once
 
 #include <cstdint>
@@ -20,13 +23,15 @@ namespace cuda {
 constexpr int kMostTiny = 16;
 constexpr int64_t kMostTerms = 16;
 
+enum class MmForm { contract, expand, reduce };
+
 struct MmProjection {
     const void* large;  // (terms, lo, li), rows contiguous and aligned to 16 bytes
     int64_t large_term, large_row;
     const void* tiny;
     int64_t tiny_term, tiny_row, tiny_col;
     const void *bias, *base;  // null: none
-    void* y;
+    void* y;                  // null when only reducing
 };
 
 struct MmParams {
@@ -45,6 +50,30 @@ struct MmParams {
     float alpha;
     Activation activation;
     MmProjection projections[kMostProjections];
+    // Reducing only: another tensor of tokens, with co parts of width lo, and the sums of each projection and block,
+    // [m][row] of all halves' rows.
+    const void* other;
+    int64_t other_stride;
+    bool other_vector;
+    float* sums;
+};
+
+// The large factor's gradient (mm_large_grad.cuh).
+// Of a block: its part of the result, and rows at a time.
+constexpr int kLargeGradPlain = 128, kLargeGradMixed = 64, kLargeGradRows = 32;
+
+struct LargeGradParams {
+    const void *plain, *mixed;  // parts of widths plain_width and mixed_width
+    int64_t plain_stride, mixed_stride;
+    int plain_width, mixed_width, rows, parts;  // parts: of mixed; rows: of the mix, and parts of plain
+    bool right, plain_vector, mixed_vector;
+    const void* tiny;  // (terms, rows, parts)
+    int64_t tiny_term, tiny_row, tiny_col;
+    int64_t tokens;
+    int halves, terms;
+    int plain_tiles, mixed_tiles;
+    int64_t split_tokens;  // in halves
+    float* sums;           // (splits, terms, plain_width, mixed_width)
 };
 
 }  // namespace cuda

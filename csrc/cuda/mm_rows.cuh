@@ -88,7 +88,7 @@ class RowFiller {
     struct Place {
         const T* token;
         const Weights<G>* mix;
-        int k;
+        int k, first_part;  // of a half's rows, where they are parts
         bool there;
     };
     KRON_DEVICE Place place(int64_t token, int inner) const {
@@ -97,7 +97,7 @@ class RowFiller {
         const bool there = token < x.count && term < terms && k < x.width;
         const int half = int(token & (x.halves - 1));
         const int64_t row = x.halves == 2 ? token >> 1 : token;
-        return Place{x.data + row * x.stride, mix + (term * x.halves + half) * x.parts, k, there};
+        return Place{x.data + row * x.stride, mix + (term * x.halves + half) * x.parts, k, half * 8, there};
     }
     KRON_DEVICE char* row(int token, int g, int column) const {
         return tile + row_of<G, kFragmentOrder>(token, g) * pitch + column * int(sizeof(T));
@@ -117,12 +117,15 @@ class RowFiller {
                         float v[N];
                         unpack_vector<T>(load_global(p.token + int64_t(c) * x.width + p.k), v, 0);
                         const Weights<G> w = p.mix[c];
-                        KRON_UNROLL for (int g = 0; g < G; ++g) KRON_UNROLL for (int i = 0; i < N; ++i) z[g][i] +=
-                            w.of[g] * v[i];
+                        KRON_UNROLL for (int g = 0; g < G; ++g) {
+                            KRON_UNROLL for (int i = 0; i < N; ++i) z[g][i] += w.of[g] * v[i];
+                        }
                     }
                 } else {
-                    KRON_UNROLL for (int g = 0; g < G; ++g) if (g < x.parts)
-                        unpack_vector<T>(load_global(p.token + int64_t(g) * x.width + p.k), z[g], 0);
+                    KRON_UNROLL for (int g = 0; g < G; ++g) {
+                        const int c = p.first_part + g;
+                        if (c < x.parts) unpack_vector<T>(load_global(p.token + int64_t(c) * x.width + p.k), z[g], 0);
+                    }
                 }
             }
             KRON_UNROLL for (int g = 0; g < G; ++g) store_row<T>(row(token, g, column), z[g]);
@@ -145,10 +148,13 @@ class RowFiller {
                 KRON_UNROLL for (int c = 0; c < kParts; ++c) {
                     if constexpr (kMix) {
                         const Weights<G> w = p.mix[c];
-                        KRON_UNROLL for (int g = 0; g < G; ++g) KRON_UNROLL for (int i = 0; i < N; ++i) z[g][i] +=
-                            w.of[g] * v[i * kParts + c];
-                    } else if (c < G) {
-                        KRON_UNROLL for (int i = 0; i < N; ++i) z[c < G ? c : 0][i] = v[i * kParts + c];
+                        KRON_UNROLL for (int g = 0; g < G; ++g) {
+                            KRON_UNROLL for (int i = 0; i < N; ++i) z[g][i] += w.of[g] * v[i * kParts + c];
+                        }
+                    } else {
+                        const int g = c % 8;  // first_part is 0 or 8
+                        if (g < G && p.first_part == c - g)
+                            KRON_UNROLL for (int i = 0; i < N; ++i) z[g % G][i] = v[i * kParts + c];
                     }
                 }
             }
@@ -165,16 +171,19 @@ class RowFiller {
             const int token = item / steps, column = item % steps * N;
             const Place p = place(first + token, from + column);
             float z[G][N] = {};
-            if (p.there) KRON_NO_UNROLL for (int c = 0; c < x.parts; ++c) KRON_UNROLL for (int i = 0; i < N; ++i) {
+            const int parts = p.there ? x.parts : 0;
+            KRON_NO_UNROLL for (int c = 0; c < parts; ++c) {
+                KRON_UNROLL for (int i = 0; i < N; ++i) {
                     if (p.k + i >= x.width) continue;
                     const float v = to_float(p.token[c * step_part + (p.k + i) * step_k]);
                     KRON_UNROLL for (int g = 0; g < G; ++g) {
                         if constexpr (kMix)
                             z[g][i] += p.mix[c].of[g] * v;
-                        else if (g == c)
+                        else if (p.first_part + g == c)
                             z[g][i] = v;
                     }
                 }
+            }
             KRON_UNROLL for (int g = 0; g < G; ++g) store_row<T>(row(token, g, column), z[g]);
         }
     }

@@ -9,6 +9,7 @@
 
 #include "device/mma.h"
 #include "mm_params.h"
+#include "mm_reduce.cuh"
 #include "mm_store.cuh"
 
 namespace kron {
@@ -27,12 +28,16 @@ KRON_BOTH int row_pitch(int panel, int value_bytes) {
     return panel * value_bytes + 16;
 }
 // Numbers of the tiny factor held in shared memory.
-KRON_BOTH int weight_count(const MmParams& p, int group) {
-    const int expanded = group * p.co, contracted = p.terms * p.halves * p.ci * group;
-    return expanded > contracted ? expanded : contracted;
+KRON_BOTH int weight_count(const MmParams& p, int group, MmForm form) {
+    return form == MmForm::contract ? p.terms * p.halves * p.ci * group : p.co * group;
 }
-KRON_BOTH int weight_bytes(const MmParams& p, int group) {
-    return (weight_count(p, group) * 4 + 15) / 16 * 16;
+// Sums of the warps when reducing.
+KRON_BOTH int slot_count(const MmParams& p, int group, MmForm form) {
+    return form == MmForm::reduce ? kThreads / 32 * p.halves * p.co * group : 0;
+}
+// Bytes of both, in front of the rows.
+KRON_BOTH int small_bytes(const MmParams& p, int group, MmForm form) {
+    return ((weight_count(p, group, form) + 3) / 4 * 4 + slot_count(p, group, form) + 3) / 4 * 16;
 }
 
 // acc[i][j][e] of a thread (g = lane / 4, t = lane % 4): row g + 8 (2 i + e / 2), column 8 t + 2 j + e % 2 of the
@@ -91,20 +96,21 @@ struct LargeFactor {
     }
 };
 
-template <class T, int G, bool kExpand>
+template <class T, int G, MmForm kForm>
 struct MmBlock {
     using Mix = Weights<G>;
     const MmParams& p;
     const MmProjection& projection;
     int64_t first_token;  // in halves
+    int64_t block_sums;   // where among those of all blocks the sums of this one go
 
     // Contracting: Weights[term][half][c] of rows g; expanding: Weights[m] of parts c.
     KRON_DEVICE void load_weights(float* weights) const {
         const T* tiny = static_cast<const T*>(projection.tiny);
-        for (int i = thread_index(); i < weight_count(p, G); i += kThreads) {
+        for (int i = thread_index(); i < weight_count(p, G, kForm); i += kThreads) {
             const int g = i % G, other = i / G;
             int term = 0, row, column;
-            if constexpr (kExpand) {
+            if constexpr (kForm != MmForm::contract) {
                 row = other, column = g;
             } else {
                 const int half = other / p.ci % p.halves;
@@ -126,9 +132,8 @@ struct MmBlock {
         const bool interleave = p.right && p.co == G * p.halves;
         if (interleave) {
             float mixed[G][8];
-            KRON_UNROLL for (int v = 0; v < G; ++v) KRON_UNROLL for (int i = 0; i < 8; ++i) mixed[v][i] =
-                w[(v * 8 + i) % G][(v * 8 + i) / G];
-            KRON_UNROLL for (int v = 0; v < G; ++v) KRON_UNROLL for (int i = 0; i < 8; ++i) w[v][i] = mixed[v][i];
+            KRON_UNROLL for (int i = 0; i < 8 * G; ++i) mixed[i / 8][i % 8] = w[i % G][i / G];
+            KRON_UNROLL for (int i = 0; i < 8 * G; ++i) w[i / 8][i % 8] = mixed[i / 8][i % 8];
         }
         KRON_NO_UNROLL for (int v = 0; v < G; ++v) {
             // Where value 0 goes, how far the next one lies, and how many there are.
@@ -150,58 +155,63 @@ struct MmBlock {
             KRON_NO_UNROLL for (int i = 0; i < 8; ++i) {
                 KRON_NO_UNROLL for (int m = 0; m < p.co; m += 8) {
                     float v[8] = {};
-                    KRON_UNROLL for (int e = 0; e < 8; ++e) KRON_UNROLL for (int c = 0; c < G; ++c) v[e] +=
-                        mix[m + e].of[c] * w[c][0];
+                    KRON_UNROLL for (int e = 0; e < 8; ++e) {
+                        KRON_UNROLL for (int c = 0; c < G; ++c) v[e] += mix[m + e].of[c] * w[c][0];
+                    }
                     store_results(to, v, row, int64_t(column + i) * p.co + m, 1, column + i < p.lo ? 8 : 0);
                 }
-                KRON_UNROLL for (int c = 0; c < G; ++c) KRON_UNROLL for (int e = 0; e < 7; ++e) w[c][e] = w[c][e + 1];
+                KRON_UNROLL for (int c = 0; c < G; ++c) {
+                    KRON_UNROLL for (int e = 0; e < 7; ++e) w[c][e] = w[c][e + 1];
+                }
             }
             return;
         }
         KRON_NO_UNROLL for (int m = 0; m < p.co; ++m) {
             const Mix coefficients = mix[m];
             float v[8] = {};
-            KRON_UNROLL for (int c = 0; c < G; ++c) KRON_UNROLL for (int i = 0; i < 8; ++i) v[i] +=
-                coefficients.of[c] * w[c][i];
+            KRON_UNROLL for (int c = 0; c < G; ++c) {
+                KRON_UNROLL for (int i = 0; i < 8; ++i) v[i] += coefficients.of[c] * w[c][i];
+            }
             const int64_t first = p.right ? int64_t(column) * p.co + m : int64_t(m) * p.lo + column;
             store_results(to, v, row, first, p.right ? p.co : 1, p.lo - column);
         }
     }
     // Loops over rows are not unrolled, for the sake of the code's size; registers have no index, so the rows move up.
     KRON_DEVICE static void shift(float (&w)[G][8]) {
-        KRON_UNROLL for (int g = 0; g + 1 < G; ++g) KRON_UNROLL for (int i = 0; i < 8; ++i) w[g][i] = w[g + 1][i];
+        KRON_UNROLL for (int g = 0; g + 1 < G; ++g) {
+            KRON_UNROLL for (int i = 0; i < 8; ++i) w[g][i] = w[g + 1][i];
+        }
     }
 
-    KRON_DEVICE void store(Accumulators& acc, int first_column, const Mix* mix) const {
-        const int lane = thread_index() % 32, warp = thread_index() / 32;
-        const int column = first_column + warp * kWarpColumns + lane % 4 * 8;
+    KRON_DEVICE void store(Accumulators& acc, int column, const Mix* mix) const {
         const Results<T> to{static_cast<const T*>(projection.bias), static_cast<const T*>(projection.base),
                             static_cast<T*>(projection.y), p.activation, p.y_vector};
         KRON_NO_UNROLL for (int i = 0; i < 8 / G; ++i) {
-            const int64_t token = first_token + i * 8 + lane / 4;
+            const int64_t token = first_token + i * 8 + thread_index() % 32 / 4;
             if (token < p.tokens * p.halves) {
                 float w[G][8];
-                KRON_UNROLL for (int g = 0; g < G; ++g) KRON_UNROLL for (int e = 0; e < 8; ++e) w[g][e] = acc.at(g, e);
-                if constexpr (kExpand)
+                KRON_UNROLL for (int i = 0; i < 8 * G; ++i) w[i / 8][i % 8] = acc.at(i / 8, i % 8);
+                if constexpr (kForm != MmForm::contract)
                     store_expanded(to, w, token, column, mix);
                 else
                     store_contracted(to, w, token, column);
             }
-            KRON_UNROLL for (int r = 0; r + G < 8; ++r) KRON_UNROLL for (int e = 0; e < 8; ++e) acc.at(r, e) =
-                acc.at(r + G, e);
+            KRON_UNROLL for (int r = 0; r + G < 8; ++r) {
+                KRON_UNROLL for (int e = 0; e < 8; ++e) acc.at(r, e) = acc.at(r + G, e);
+            }
         }
     }
 
     KRON_DEVICE void run(int split) const {
         float* weights = reinterpret_cast<float*>(shared_memory());
-        char* rows = shared_memory() + weight_bytes(p, G);
+        char* rows = shared_memory() + small_bytes(p, G, kForm);
         const int pitch = row_pitch(p.panel, int(sizeof(T)));
         char* stages = rows + kRows * pitch;
         const LargeFactor<T> large{p, projection};
         const Tokens<T> x{
             static_cast<const T*>(p.x), p.x_stride, p.tokens * p.halves, p.halves, p.ci, p.li, p.right, p.x_vector};
-        const RowFiller<T, G, !kExpand, true> filler(x, reinterpret_cast<const Mix*>(weights), p.terms, p.term_inner,
-                                                     rows, pitch);
+        const RowFiller<T, G, kForm == MmForm::contract, true> filler(x, reinterpret_cast<const Mix*>(weights), p.terms,
+                                                                      p.term_inner, rows, pitch);
         const int inner_tiles = (p.inner + kTileInner<T> - 1) / kTileInner<T>, panel_tiles = p.panel / kTileInner<T>;
         const int first_tile = split * p.split_tiles;
         const int last_tile = first_tile + p.split_tiles < p.column_tiles ? first_tile + p.split_tiles : p.column_tiles;
@@ -219,6 +229,10 @@ struct MmBlock {
         };
         for (int i = 0; i < kStages - 1; ++i) load_next();
         load_weights(weights);
+        const TinyReducer<T, G> reducer{
+            {static_cast<const T*>(p.other), p.other_stride, x.count, p.halves, p.co, p.lo, p.right, p.other_vector},
+            reinterpret_cast<Mix*>(weights + (weight_count(p, G, kForm) + 3) / 4 * 4)};
+        if constexpr (kForm == MmForm::reduce) reducer.clear();
 
         int stage = 0;
         for (int tile = first_tile; tile < last_tile; ++tile) {
@@ -227,7 +241,7 @@ struct MmBlock {
                 const int within = inner % panel_tiles;
                 if (within == 0 && (inner_tiles > panel_tiles || tile == first_tile)) {
                     // The weights are there; the rows of the panel before are no longer read.
-                    if (!kExpand || inner_tiles > panel_tiles) sync_threads();
+                    if (kForm == MmForm::contract || inner_tiles > panel_tiles) sync_threads();
                     filler.fill(first_token, kRows / G, inner * kTileInner<T>, p.panel);
                 }
                 cp_async_wait<kStages - 2>();
@@ -237,16 +251,25 @@ struct MmBlock {
                                  stages + stage * kStageBytes + thread_index() / 32 * kWarpColumns * kStagePitch);
                 stage = stage + 1 == kStages ? 0 : stage + 1;
             }
-            store(acc, tile * kColumns, reinterpret_cast<const Mix*>(weights));
+            const int lane = thread_index() % 32, warp = thread_index() / 32;
+            const int column = tile * kColumns + warp * kWarpColumns + lane % 4 * 8;
+            if constexpr (kForm == MmForm::reduce) reducer.add(acc, first_token + lane / 4, column);
+            if (kForm != MmForm::reduce || projection.y) store(acc, column, reinterpret_cast<const Mix*>(weights));
+        }
+        if constexpr (kForm == MmForm::reduce) {
+            sync_threads();  // all warps' sums are there
+            reducer.finish(p.sums + block_sums * p.co * p.halves * G);
         }
     }
 };
 
 // Blocks of one row tile follow each other, so that x comes from L2 for all but the first.
-template <class T, int G, bool kExpand>
+template <class T, int G, MmForm kForm>
 KRON_GLOBAL void KRON_LAUNCH_BOUNDS(kThreads, 2) mm_sm80(const MmParams p) {
     const int split = block_x() % p.column_splits, rest = block_x() / p.column_splits;
-    const MmBlock<T, G, kExpand> block{p, p.projections[rest % p.count], int64_t(rest / p.count) * (kRows / G)};
+    const int projection = rest % p.count, tile = rest / p.count;
+    const int64_t sums = (int64_t(projection) * p.row_tiles + tile) * p.column_splits + split;
+    const MmBlock<T, G, kForm> block{p, p.projections[projection], int64_t(tile) * (kRows / G), sums};
     block.run(split);
 }
 

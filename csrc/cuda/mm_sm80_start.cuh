@@ -10,9 +10,10 @@ namespace cuda {
 
 template <class T, int G>
 Status start_mm_group(const MmPlan& plan, const Launch& launch) {
-    const Grid grid{plan.blocks, 1, 1};
-    return start(plan.expand ? mm_sm80<T, G, true> : mm_sm80<T, G, false>, grid, kThreads, plan.shared_bytes, launch,
-                 plan.params);
+    void (*const kernel)(MmParams) = plan.form == MmForm::contract ? mm_sm80<T, G, MmForm::contract>
+                                     : plan.form == MmForm::expand ? mm_sm80<T, G, MmForm::expand>
+                                                                   : mm_sm80<T, G, MmForm::reduce>;
+    return start(kernel, Grid{plan.blocks, 1, 1}, kThreads, plan.shared_bytes, launch, plan.params);
 }
 
 template <class T>

@@ -28,16 +28,6 @@ std::string run(Mm& mm) {
     return kron::cuda::kron_mm(args, launch).what;
 }
 
-double worst_error(const std::vector<double>& expected, const test::Buffer& got) {
-    double scale = 0.25, worst = 0;
-    for (size_t i = 0; i < expected.size(); ++i) {
-        scale = std::fmax(scale, std::fabs(expected[i]));
-        const double error = std::fabs(expected[i] - got.at(int64_t(i)));
-        worst = std::isfinite(error) ? std::fmax(worst, error) : HUGE_VAL;
-    }
-    return worst / scale;
-}
-
 void check(const MmCase& c, int schedules = 1) {
     Mm mm(c);
     std::vector<std::vector<double>> expected;
@@ -56,28 +46,6 @@ bool right(Mm& mm, const std::vector<double>& expected) {
     return run(mm).empty() &&
            worst_error(expected, mm.pairs[0]->y) <= allowed(mm.c.dtype, mm.c.n1 * mm.c.n2 * mm.c.terms);
 }
-
-const MmCase kShapes[] = {
-    {"k8-attention", 48, 48, 2, 2},
-    {"k21-attention", 96, 12, 2, 16},
-    {"k21-attention^T", 12, 96, 16, 2},
-    {"k8-w1", 8, 2, 96, 96},
-    {"k8-w2", 2, 8, 96, 96},
-    {"k21-w1", 16, 2, 48, 96},
-    {"k21-w2", 2, 16, 96, 48},
-    {"odd", 3, 5, 7, 2},
-    {"scalar", 1, 1, 1, 1},
-    {"row-b", 37, 20, 1, 3},
-    {"column-b", 20, 37, 3, 1},
-    {"plain-gemm", 70, 50, 1, 1},
-    {"sixteens", 16, 16, 24, 40},
-    {"sixteens-right", 40, 24, 16, 16},
-    {"twelve-rows", 12, 3, 40, 24},
-    {"eights-right", 24, 40, 8, 4},
-    {"fours-right", 24, 40, 4, 8},
-    {"columns", 3, 2, 200, 33},
-    {"more-columns", 261, 16, 4, 4},
-};
 
 void test_mm() {
     const DType types[] = {DType::bf16, DType::f16, DType::f32};
