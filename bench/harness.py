@@ -92,16 +92,21 @@ class ResultFile:
         for row in rows:
             text = {column: format_value(row.get(column)) for column in self.columns}
             self._rows[self._id(text)] = text
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self.columns, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self._rows.values())
-        os.replace(temporary, self.path)
+        write_rows(self.path, self.columns, self._rows.values())
 
     def _id(self, row: Row) -> tuple[str, ...]:
         return tuple(format_value(row.get(column)) for column in self._key)
+
+
+def write_rows(path: Path, columns: Sequence[str], rows: Iterable[Row]) -> None:
+    """Write a CSV file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(temporary, path)
 
 
 def read_rows(path: Path) -> list[Row]:

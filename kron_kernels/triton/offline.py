@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .launch import INTERPRETED, Device, Launch, describe, specialisation
+from .launch import INTERPRETED, Device, Launch, describe
 
 # Shared memory: what one program may use. CUDA programming guide, table of technical specifications; CDNA3 ISA guide.
 DEVICES = {
@@ -108,7 +108,8 @@ def compile_all(jobs: Iterable[tuple[Launch, str]], workers: int) -> list[Report
 
 def key(launch: Launch) -> tuple[Any, ...]:
     """Equal for launches that run the same machine code."""
-    return launch.kernel, launch.constants, launch.options, *map(specialisation, launch.arguments)
+    signature, constants, attributes = _specialise(launch, amd=True)
+    return launch.kernel, launch.options, *signature.values(), *constants.items(), str(attributes)
 
 
 def _device(target: str) -> Device:
