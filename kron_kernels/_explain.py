@@ -60,11 +60,12 @@ def explain(
     arch = _gpu.arch(torch.cuda.current_device()) if device == "cuda" and torch.cuda.is_available() else None
     if device == "cuda" or name in _gpu.NAMES:
         asked = name if backend not in (None, "auto") else "auto"
-        name, reason = _gpu.choose(op, sizes, dtype, tokens, arch, asked)
+        tf32 = torch.get_float32_matmul_precision() != "highest"
+        name, reason = _gpu.choose(op, sizes, dtype, tokens, arch, asked, tf32)
     forms = {
         "cpu": _cpu_form(sizes),
         "triton": _triton_form(sizes, dtype, tokens, arch or _TYPICAL_ARCH),
-        "cuda": _cuda_form(op, sizes, dtype),
+        "cuda": _gpu.refusal("cuda", op, sizes, dtype, tokens, arch or _TYPICAL_ARCH) or "takes it",
     }
     call = f"{op} of {', '.join(map(str, sizes))}, {tokens} tokens in {str(dtype).removeprefix('torch.')} on {device}"
     return Explanation(call, name, reason, forms)
@@ -101,8 +102,3 @@ def _triton_form(products: tuple[Product, ...], dtype: torch.dtype, tokens: int,
     if refused:
         return refused
     return "; then ".join(describe.product(product, tokens, dtype.itemsize, arch) for product in products)
-
-
-def _cuda_form(op: str, products: tuple[Product, ...], dtype: torch.dtype) -> str:
-    available, reason = _gpu.status("cuda")
-    return (_gpu.refusal("cuda", op, products, dtype) or "takes it") if available else reason

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _fused_ops, _ops
+from . import _cuda, _fused_ops, _ops
 from ._problem import Product
 
 CHOICES = Path(__file__).parent / "choices.json"
@@ -67,7 +67,7 @@ def interpreted() -> bool:
 def status(name: str) -> tuple[bool, str]:
     """Whether a backend of ``NAMES`` can run here, and the reason in words."""
     if name == "cuda":
-        return False, "this version has no CUDA C++ kernels"
+        return _cuda.status()
     if importlib.util.find_spec("triton") is None:
         return False, "Triton is not installed: pip install 'kron_kernels[triton]'"
     version = importlib.metadata.version("triton")
@@ -86,10 +86,17 @@ def best() -> str:
     return next((name for name in NAMES if status(name)[0]), "reference")
 
 
-def refusal(backend: str, op: str, products: Products, dtype: torch.dtype) -> str | None:
-    """Why a backend does not take an op on operands of a dtype; None where it does."""
+def refusal(
+    backend: str, op: str, products: Products, dtype: torch.dtype, tokens: int = 1, arch: int | str | None = None
+) -> str | None:
+    """Why a backend does not take an op on operands of a dtype; None where it does.
+
+    ``arch`` as 90 or "gfx942"; None where there is no device.
+    """
     if op not in _implementations(backend):
         return f"it has no kernel of {op}"
+    if backend == "cuda":
+        return _cuda.refusal(op, dtype, tokens, products, arch if isinstance(arch, int) else 80)
     if backend == "triton" and interpreted() and dtype is torch.bfloat16:
         return "Triton's interpreter is wrong in bfloat16"
     from .triton import plan
@@ -99,9 +106,17 @@ def refusal(backend: str, op: str, products: Products, dtype: torch.dtype) -> st
 
 @functools.lru_cache(maxsize=4096)
 def choose(
-    op: str, products: Products, dtype: torch.dtype, tokens: int, arch: int | str | None, name: str = "auto"
+    op: str,
+    products: Products,
+    dtype: torch.dtype,
+    tokens: int,
+    arch: int | str | None,
+    name: str = "auto",
+    tf32: bool = False,
 ) -> Choice:
     """The backend of a call, and why; ``name`` is what was asked for, ``arch`` as 90 or "gfx942", None on the cpu.
+
+    ``tf32`` is torch's setting of the moment, which ``refusal`` reads: answers are remembered by it.
 
     Raises RuntimeError where a backend asked for by name is not there or does not take the call.
     """
@@ -110,7 +125,7 @@ def choose(
         available, reason = status(name)
         if not available:
             raise RuntimeError(f"backend {name!r} is not available: {reason}")
-        refused = refusal(name, op, products, dtype)
+        refused = refusal(name, op, products, dtype, tokens, arch)
         if refused:
             raise RuntimeError(f"backend {name!r}, asked for by name, does not take {what}: {refused}")
         return Choice(name, "asked for by name")
@@ -119,7 +134,7 @@ def choose(
     takers, reasons = [], []
     for backend in NAMES:
         available, reason = status(backend)
-        refused = reason if not available else refusal(backend, op, products, dtype)
+        refused = reason if not available else refusal(backend, op, products, dtype, tokens, arch)
         if refused is None:
             takers.append(backend)
         else:
@@ -147,7 +162,7 @@ def _implementations(backend: str) -> dict[str, Callable[..., Any]]:
     if backend == "reference":
         return _REFERENCES
     if backend == "cuda":
-        return {}
+        return _cuda.IMPLEMENTATIONS
     from .triton.ops import IMPLEMENTATIONS
 
     return IMPLEMENTATIONS
@@ -193,7 +208,8 @@ def _dispatched(op: str) -> Callable[..., Any]:
         tokens = tensor.numel() // tensor.shape[-1] if tensor.numel() else 0
         device_arch = arch(tensor.device.index) if tensor.is_cuda else None
         limit = _token_class(tokens) or _TOKEN_CLASSES[-1] + 1
-        choice = choose(op, products, tensor.dtype, limit, device_arch, forced() or DEFAULT)
+        tf32 = torch.get_float32_matmul_precision() != "highest"
+        choice = choose(op, products, tensor.dtype, limit, device_arch, forced() or DEFAULT, tf32)
         function = _implementations(choice.backend)[op]
         if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
             with torch.cuda.device(tensor.device):
