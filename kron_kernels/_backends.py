@@ -5,6 +5,7 @@ Automatic choice falls back to the reference; a backend asked for by name that i
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -68,7 +69,15 @@ CPU_BY_DEFAULT = _CPU_READY and _DEFAULT in ("auto", "cpu")
 
 def compiled_by_default(op: str) -> bool:
     """Whether calls of an op that name no backend find a compiled kernel when their tensors are on the cpu."""
-    return CPU_BY_DEFAULT and torch._C._dispatch_has_kernel_for_dispatch_key(f"kron_kernels::{op}", "CPU")
+    return CPU_BY_DEFAULT and has_kernel(op, "cpu")
+
+
+@functools.cache
+def has_kernel(op: str, device_type: str) -> bool:
+    """Whether an op has an implementation of its own for devices of a type, and not the reference alone."""
+    if device_type not in ("cpu", "cuda"):
+        return False
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"kron_kernels::{op}", device_type.upper())
 
 
 def available() -> dict[str, Status]:

@@ -30,6 +30,9 @@ _SCHEMAS = {
     "kron_qkv": "(Tensor x, Tensor[] a, Tensor[] b, Tensor[] bias, Tensor[] packed) -> Tensor[]",
     "kron_embedding": "(Tensor ids, Tensor a, Tensor b, Tensor? position_ids, Tensor? position_weight, "
     "Tensor? type_ids, Tensor? type_weight, Tensor? norm_weight, Tensor? norm_bias, float eps) -> Tensor",
+    "kron_embedding_backward": "(Tensor grad, Tensor ids, Tensor a, Tensor b, Tensor? position_ids, "
+    "Tensor? position_weight, Tensor? type_ids, Tensor? type_weight, Tensor? norm_weight, float eps, int needs)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 }
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"kron_kernels::{_name}", _schema, tags=_TAGS)
@@ -41,9 +44,11 @@ kron_ffn = torch.ops.kron_kernels.kron_ffn.default
 kron_ffn_backward = torch.ops.kron_kernels.kron_ffn_backward.default
 kron_qkv = torch.ops.kron_kernels.kron_qkv.default
 kron_embedding = torch.ops.kron_kernels.kron_embedding.default
+kron_embedding_backward = torch.ops.kron_kernels.kron_embedding_backward.default
 
-# Gradients of kron_ffn_backward, by the bit of `needs` that asks for each.
+# Gradients of kron_ffn_backward and kron_embedding_backward, by the bit of `needs` that asks for each.
 FFN_GRADIENTS = ("x", "a1", "b1", "bias1", "a2", "b2", "bias2")
+EMBEDDING_GRADIENTS = ("a", "b", "position_weight", "type_weight", "norm_weight", "norm_bias")
 
 
 def _kron_pack_reference(a: Tensor, b: Tensor) -> Tensor:
@@ -109,7 +114,7 @@ def _kron_ffn_backward_reference(
 ) -> tuple[Tensor, ...]:
     with torch.autocast(x.device.type, enabled=False):
         outputs = reference.kron_ffn_backward(grad, x, a1, b1, bias1, a2, b2, _ACTIVATION_NAMES[activation])
-        return _only_needed(outputs, _bits(needs))
+        return _only_needed(outputs, needed(needs, len(FFN_GRADIENTS)))
 
 
 def _kron_qkv_reference(
@@ -123,6 +128,26 @@ def _kron_qkv_reference(
 def _kron_embedding_reference(ids: Tensor, *operands: Any) -> Tensor:
     with torch.autocast(ids.device.type, enabled=False):
         return reference.kron_embedding(ids, *operands)
+
+
+def _kron_embedding_backward_reference(
+    grad: Tensor,
+    ids: Tensor,
+    a: Tensor,
+    b: Tensor,
+    position_ids: Tensor | None,
+    position_weight: Tensor | None,
+    type_ids: Tensor | None,
+    type_weight: Tensor | None,
+    norm_weight: Tensor | None,
+    eps: float,
+    needs: int,
+) -> tuple[Tensor, ...]:
+    with torch.autocast(grad.device.type, enabled=False):
+        outputs = reference.kron_embedding_backward(
+            grad, ids, a, b, position_ids, position_weight, type_ids, type_weight, norm_weight, eps
+        )
+        return _only_needed(outputs, needed(needs, len(EMBEDDING_GRADIENTS)))
 
 
 REFERENCES: dict[str, Callable[..., Any]] = {name: globals()[f"_{name}_reference"] for name in _SCHEMAS}
@@ -173,7 +198,7 @@ def _kron_ffn_backward_fake(
 ) -> tuple[Tensor, ...]:
     hidden, out = a1.shape[1] * b1.shape[1], a2.shape[1] * b2.shape[1]
     shapes = (x.shape, a1.shape, b1.shape, (hidden,), a2.shape, b2.shape, (out,))
-    return _only_needed(tuple(x.new_empty(shape) for shape in shapes), _bits(needs))
+    return _only_needed(tuple(x.new_empty(shape) for shape in shapes), needed(needs, len(FFN_GRADIENTS)))
 
 
 @torch.library.register_fake("kron_kernels::kron_qkv")
@@ -186,5 +211,25 @@ def _kron_embedding_fake(ids: Tensor, a: Tensor, b: Tensor, *_rest: Any) -> Tens
     return a.new_empty(*ids.shape, a.shape[2] * b.shape[2])
 
 
-def _bits(needs: int) -> tuple[bool, ...]:
-    return tuple(bool(needs >> index & 1) for index in range(len(FFN_GRADIENTS)))
+@torch.library.register_fake("kron_kernels::kron_embedding_backward")
+def _kron_embedding_backward_fake(
+    grad: Tensor,
+    ids: Tensor,
+    a: Tensor,
+    b: Tensor,
+    position_ids: Tensor | None,
+    position_weight: Tensor | None,
+    type_ids: Tensor | None,
+    type_weight: Tensor | None,
+    norm_weight: Tensor | None,
+    eps: float,
+    needs: int,
+) -> tuple[Tensor, ...]:
+    tables = (position_weight, type_weight, norm_weight, norm_weight)
+    shapes = (a.shape, b.shape, *((0,) if table is None else table.shape for table in tables))
+    return _only_needed(tuple(a.new_empty(shape) for shape in shapes), needed(needs, len(EMBEDDING_GRADIENTS)))
+
+
+def needed(needs: int, count: int) -> tuple[bool, ...]:
+    """Which of ``count`` gradients the bits of ``needs`` ask for."""
+    return tuple(bool(needs >> index & 1) for index in range(count))

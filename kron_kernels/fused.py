@@ -23,6 +23,7 @@ from ._checks import (
     check_projections,
     check_types,
 )
+from ._embedding import KronEmbedding, is_differentiated_by_ops
 from ._fused_ops import kron_embedding as embedding_op
 from ._fused_ops import kron_ffn as ffn_op
 from ._fused_ops import kron_ffn_backward, kron_mm_norm, kron_pack
@@ -270,6 +271,8 @@ def kron_embedding(
     a, b = stacks(a, b)
     check_embedding(ids, a, b, *tables, norm_weight, norm_bias)
     if _observed(ids, backend, differentiable, autocast=False):
+        if is_differentiated_by_ops(backend, ids.device.type):
+            return apply(KronEmbedding, ids, a, b, *tables, norm_weight, norm_bias, eps)
         return reference.kron_embedding(ids, a, b, *tables, norm_weight, norm_bias, eps)
     return embedding_op(ids, a, b, *tables, norm_weight, norm_bias, eps)
 
