@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -141,3 +142,74 @@ def ffn_gradients(case: FfnCase, dtype: torch.dtype) -> tuple[tuple[Tensor, ...]
         return torch.autograd.grad(reference.kron_ffn(*leaves, case.activation), leaves, one.grad)
 
     return of(o), of(double(o))
+
+
+# Terms, p, k of rows of p * k values, and whether position and type rows and a norm follow.
+EMBEDDINGS = (
+    (1, 12, 8, True),
+    (2, 12, 16, True),
+    (3, 5, 3, False),
+    (1, 64, 12, True),
+    (1, 7, 1, True),
+    (2, 9, 40, False),
+)
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """Operands of the op ``kron_embedding``, in its order; ``grad (3, 21, p * k)`` of the output."""
+
+    operands: tuple[Any, ...]
+    grad: Tensor
+
+    def double(self) -> Embedding:
+        return Embedding(tuple(map(_double, self.operands)), self.grad.double())
+
+
+def _double(operand: Any) -> Any:
+    return operand.double() if isinstance(operand, Tensor) and operand.is_floating_point() else operand
+
+
+def make_embedding(terms: int, p: int, k: int, whole: bool, dtype: torch.dtype) -> Embedding:
+    """63 tokens, of a table of 50 rows; positions broadcast, types are int32."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
+
+    m = p * k
+    ids = torch.randint(0, 50, (3, 21), generator=generator)
+    a, b = normal(terms, 50, p), normal(terms, 1, k)
+    positions, types, weight, bias = normal(30, m), normal(2, m), normal(m), normal(m)
+    rest: tuple[Any, ...] = (None,) * 6
+    if whole:
+        type_ids = torch.randint(0, 2, (3, 21), generator=generator, dtype=torch.int32)
+        rest = (torch.arange(21), positions, type_ids, types, weight, bias)
+    return Embedding((ids, a, b, *rest, EPS), normal(3, 21, m))
+
+
+@functools.cache
+def embedding_case(terms: int, p: int, k: int, whole: bool, dtype: torch.dtype) -> tuple[Embedding, Tensor, Tensor]:
+    """Operands, output of torch in the same dtype, and the fp64 oracle; made once for all tests of a run."""
+    o = make_embedding(terms, p, k, whole, dtype)
+    return o, reference.kron_embedding(*o.operands), reference.kron_embedding(*o.double().operands)
+
+
+@functools.cache
+def embedding_gradients(
+    terms: int, p: int, k: int, whole: bool, dtype: torch.dtype
+) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
+    """Gradients of a, b, the tables and the norm by autograd: in the same dtype, and in fp64; None of what is not."""
+    o = make_embedding(terms, p, k, whole, dtype)
+
+    def of(one: Embedding) -> tuple[Tensor | None, ...]:
+        tensors = list(one.operands)
+        places = [place for place in (1, 2, 4, 6, 7, 8) if tensors[place] is not None]
+        leaves = [tensors[place].detach().requires_grad_() for place in places]
+        for place, leaf in zip(places, leaves, strict=True):
+            tensors[place] = leaf
+        gradients = torch.autograd.grad(reference.kron_embedding(*tensors), leaves, one.grad)
+        found = dict(zip(places, gradients, strict=True))
+        return tuple(found.get(place) for place in (1, 2, 4, 6, 7, 8))
+
+    return of(o), of(o.double())

@@ -122,40 +122,15 @@ def test_joint_projections_are_the_single_ones(case: cases.Case, dtype: torch.dt
         cases.assert_accurate(y, exact, cases.forward_oracle(d))
 
 
-EMBEDDINGS = [
-    (1, 12, 8, True),
-    (2, 12, 16, True),
-    (3, 5, 3, False),
-    (1, 64, 12, True),
-    (1, 7, 1, True),
-    (2, 9, 40, False),
-]
-
-
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=short)
-@pytest.mark.parametrize(("terms", "p", "k", "whole"), EMBEDDINGS)
+@pytest.mark.parametrize(("terms", "p", "k", "whole"), block_cases.EMBEDDINGS)
 def test_embedding(terms: int, p: int, k: int, whole: bool, dtype: torch.dtype, isa: str) -> None:
-    """``whole``: with position and type rows and a norm."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
-
-    m = p * k
-    ids = torch.randint(0, 50, (3, 21), generator=generator)
-    a, b = normal(terms, 50, p), normal(terms, 1, k)
-    positions, types, weight, bias = normal(30, m), normal(2, m), normal(m), normal(m)
-    rest: tuple[Any, ...] = (None,) * 6
-    if whole:
-        type_ids = torch.randint(0, 2, (3, 21), generator=generator, dtype=torch.int32)
-        rest = (torch.arange(21), positions, type_ids, types, weight, bias)
-    exact = [tensor.double() if tensor is not None and tensor.is_floating_point() else tensor for tensor in rest]
-    oracle = reference.kron_embedding(ids, a.double(), b.double(), *exact, block_cases.EPS)
-    same_dtype = reference.kron_embedding(ids, a, b, *rest, block_cases.EPS)
-    y = _fused_ops.kron_embedding(ids, a, b, *rest, block_cases.EPS)
-    assert y.shape == (3, 21, m)
+    o, same_dtype, oracle = block_cases.embedding_case(terms, p, k, whole, dtype)
+    ids, a, *rest = o.operands
+    y = _fused_ops.kron_embedding(ids, a, *rest)
+    assert y.shape == (3, 21, p * k)
     cases.assert_accurate(y, same_dtype, oracle)
-    columns = _fused_ops.kron_embedding(ids.T.contiguous().T, a.mT.contiguous().mT, b, *rest, block_cases.EPS)
+    columns = _fused_ops.kron_embedding(ids.T.contiguous().T, a.mT.contiguous().mT, *rest)
     assert torch.equal(columns, y)
 
 

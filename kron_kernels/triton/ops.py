@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from . import mm
+from . import embedding, mm
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "kron_embedding": embedding.kron_embedding,
     "kron_mm": mm.kron_mm,
     "kron_mm_add": mm.kron_mm_add,
     "kron_mm_add_": mm.kron_mm_add_,
