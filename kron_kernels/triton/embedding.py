@@ -10,9 +10,7 @@ from torch import Tensor
 
 from .kernels.embedding import embedding_kernel
 from .launch import Options, launch
-
-# The longest row that a program holds: 32 values a thread.
-WIDEST = 16384
+from .rows import row_warps
 
 
 class Indices(NamedTuple):
@@ -66,11 +64,6 @@ def row_of(a: Tensor, b: Tensor, values: int) -> Row:
     return Row(a.shape[0], p, k, p2, k2, max(1, min(16, values // (p2 * k2))))
 
 
-def warps(values: int, each: int) -> int:
-    """Warps of a program so that a thread holds about ``each`` of its values."""
-    return max(1, min(16, values // (32 * each)))
-
-
 def kron_embedding(
     ids: Tensor,
     a: Tensor,
@@ -96,7 +89,7 @@ def kron_embedding(
         (triton.cdiv(tokens, row.tokens),),
         (*arguments, *vectors, y, tokens, a.shape[1], _rows(position_weight), _rows(type_weight), eps),
         row,
-        Options(warps(row.tokens * row.p2 * row.k2, 16), 1),
+        Options(row_warps(row.tokens * row.p2 * row.k2), 1),
     )
     return y
 

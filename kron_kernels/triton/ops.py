@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from . import embedding, mm
+from . import embedding, mm, rows
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "kron_embedding": embedding.kron_embedding,
@@ -13,4 +13,6 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "kron_mm_add": mm.kron_mm_add,
     "kron_mm_add_": mm.kron_mm_add_,
     "kron_mm_backward": mm.kron_mm_backward,
+    "kron_mm_int8": rows.kron_mm_int8,
+    "kron_mm_norm": rows.kron_mm_norm,
 }

@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .rows import load_vector, normalise
+
 
 @triton.jit
 def load_indices(ids, t, T, inner, outer_stride, inner_stride, rows):
@@ -59,15 +61,6 @@ def add_table_rows(y, table, index, stride_row, column, mask):
     return y + tl.load(table + index[:, None] * stride_row + column[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
-@triton.jit
-def normalise(y, real, eps, M: tl.constexpr):
-    """``y (BT, M2)``, zeros where not ``real``, with mean 0 and variance 1 over M columns; 1 / deviation."""
-    mean = tl.sum(y, axis=1, keep_dims=True) / M
-    centred = tl.where(real, y - mean, 0.0)
-    scale = tl.rsqrt(tl.sum(centred * centred, axis=1, keep_dims=True) / M + eps)
-    return centred * scale, scale
-
-
 @triton.jit(do_not_specialize=["T", "V", "position_rows", "type_rows"])
 def embedding_kernel(
     ids, ids_inner, ids_outer_stride, ids_inner_stride,
@@ -101,9 +94,7 @@ def embedding_kernel(
         known = known & found
     if norm_weight is not None:
         y, _ = normalise(y, real[None, :], eps, P * K)
-        weight = tl.load(norm_weight + column, mask=real, other=0.0).to(tl.float32)
-        bias = tl.load(norm_bias + column, mask=real, other=0.0).to(tl.float32)
-        y = y * weight[None, :] + bias[None, :]
+        y = y * load_vector(norm_weight, column, real) + load_vector(norm_bias, column, real)
     # An index outside its table cannot raise here without waiting for the device; it must not go unseen either.
     y = tl.where(known[:, None], y, float("nan"))
     tl.store(y_out + t.to(tl.int64)[:, None] * (P * K) + column[None, :], y.to(y_out.dtype.element_ty), mask=mask)

@@ -1,0 +1,70 @@
+"""Launchers of products with a pass over whole rows of the result behind them (``kernels/rows.py``)."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import reference
+from .kernels.rows import add_norm_kernel, quantise_kernel
+from .launch import Options, launch
+from .mm import run_product
+from .operands import rows
+
+# The longest row that a program holds.
+WIDEST = 16384
+_VALUES = 4096
+
+
+def kron_mm_norm(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    packed: Tensor | None = None,
+) -> Tensor:
+    """The op ``kron_mm_norm``; ``packed`` is of the CPU. Longer rows than a program holds are normed by torch."""
+    size = a.shape[1] * b.shape[1]
+    y = x.new_empty(*x.shape[:-1], size)
+    run_product(x, a, b, y, bias)
+    if size > WIDEST:
+        return F.layer_norm(residual + y, (size,), norm_weight, norm_bias, eps)
+    if y.numel() > 0:
+        residual = rows(residual)
+        arguments = (y, residual, norm_weight.contiguous(), norm_bias.contiguous(), y.numel() // size)
+        _launch_rows(add_norm_kernel, y, (*arguments, residual.stride(0), eps))
+    return y
+
+
+def kron_mm_int8(x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The op ``kron_mm_int8``. The product is rounded to the dtype of x before it is rounded to bytes."""
+    size = a.shape[-2] * b.shape[-2]
+    y = x.new_empty(*x.shape[:-1], size)
+    run_product(x, a, b, y)
+    if size > WIDEST:
+        return reference.quantize_tokens(y)
+    q = torch.empty_like(y, dtype=torch.int8)
+    scale = y.new_empty(*y.shape[:-1], 1, dtype=torch.float32)
+    if y.numel() > 0:
+        _launch_rows(quantise_kernel, y, (y, q, scale, scale.numel()))
+    return q, scale
+
+
+def _launch_rows(kernel: object, y: Tensor, arguments: tuple[object, ...]) -> None:
+    """One program for some 4096 values of ``y (..., M)``."""
+    size = y.shape[-1]
+    padded = triton.next_power_of_2(size)
+    tokens = max(1, min(16, _VALUES // padded))
+    programs = triton.cdiv(y.numel() // size, tokens)
+    launch(kernel, (programs,), arguments, (size, padded, tokens), Options(row_warps(tokens * padded), 1))
+
+
+def row_warps(values: int) -> int:
+    """Warps of a program that holds so many values, for 16 of them a thread or, in the longest rows, 32."""
+    return max(1, min(16, values // 512))
