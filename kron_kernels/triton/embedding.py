@@ -1,4 +1,4 @@
-"""Launchers of the embedding (``kernels/embedding.py``) and its gradient (``kernels/embedding_backward.py``)."""
+"""Launcher of the embedding (``kernels/embedding.py``)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import NamedTuple
 import triton
 from torch import Tensor
 
+from .._problem import Product
 from .kernels.embedding import embedding_kernel
 from .launch import Options, launch
-from .rows import row_warps
+from .plan import power_of_two
+from .row_plan import embedding_row, row_tiles
 
 
 class Indices(NamedTuple):
@@ -57,11 +59,9 @@ class Row(NamedTuple):
     tokens: int
 
 
-def row_of(a: Tensor, b: Tensor, values: int) -> Row:
-    """``values``: how many a program is to hold."""
-    p, k = a.shape[2], b.shape[2]
-    p2, k2 = triton.next_power_of_2(p), triton.next_power_of_2(k)
-    return Row(a.shape[0], p, k, p2, k2, max(1, min(16, values // (p2 * k2))))
+def row_of(product: Product, tokens: int) -> Row:
+    p, k = product.n1, product.n2
+    return Row(product.terms, p, k, power_of_two(p, 1), power_of_two(k, 1), tokens)
 
 
 def kron_embedding(
@@ -77,24 +77,25 @@ def kron_embedding(
     eps: float,
 ) -> Tensor:
     """The op ``kron_embedding``; a token with an index outside its table gets NaN."""
-    row = row_of(a, b, 4096)
+    product = Product.of(a, b)
+    tokens, warps = row_tiles(embedding_row(product))
+    row = row_of(product, tokens)
     y = a.new_empty(*ids.shape, row.p * row.k)
-    tokens = ids.numel()
-    if tokens == 0:
+    if ids.numel() == 0:
         return y
-    arguments = _inputs(ids, a, b, position_ids, position_weight, type_ids, type_weight)
+    arguments = inputs(ids, a, b, position_ids, position_weight, type_ids, type_weight)
     vectors = (None if vector is None else vector.contiguous() for vector in (norm_weight, norm_bias))
     launch(
         embedding_kernel,
-        (triton.cdiv(tokens, row.tokens),),
-        (*arguments, *vectors, y, tokens, a.shape[1], _rows(position_weight), _rows(type_weight), eps),
+        (triton.cdiv(ids.numel(), tokens),),
+        (*arguments, *vectors, y, ids.numel(), *table_rows(a, position_weight, type_weight), eps),
         row,
-        Options(row_warps(row.tokens * row.p2 * row.k2), 1),
+        Options(warps, 1),
     )
     return y
 
 
-def _inputs(
+def inputs(
     ids: Tensor,
     a: Tensor,
     b: Tensor,
@@ -113,5 +114,6 @@ def _inputs(
     return (*(part for each in every for part in each), a, *a.stride(), b, b.stride(0), b.stride(2), *tables)
 
 
-def _rows(table: Tensor | None) -> int:
-    return 0 if table is None else table.shape[0]
+def table_rows(a: Tensor, *tables: Tensor | None) -> tuple[int, ...]:
+    """How many rows the tables have, that of A the first."""
+    return a.shape[1], *(0 if table is None else table.shape[0] for table in tables)

@@ -12,10 +12,7 @@ from .kernels.rows import add_norm_kernel, quantise_kernel
 from .launch import Options, launch
 from .mm import run_product
 from .operands import rows
-
-# The longest row that a program holds.
-WIDEST = 16384
-_VALUES = 4096
+from .row_plan import LONGEST_ROW, row_tiles
 
 
 def kron_mm_norm(
@@ -33,7 +30,7 @@ def kron_mm_norm(
     size = a.shape[1] * b.shape[1]
     y = x.new_empty(*x.shape[:-1], size)
     run_product(x, a, b, y, bias)
-    if size > WIDEST:
+    if size > LONGEST_ROW:
         return F.layer_norm(residual + y, (size,), norm_weight, norm_bias, eps)
     if y.numel() > 0:
         residual = rows(residual)
@@ -47,7 +44,7 @@ def kron_mm_int8(x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     size = a.shape[-2] * b.shape[-2]
     y = x.new_empty(*x.shape[:-1], size)
     run_product(x, a, b, y)
-    if size > WIDEST:
+    if size > LONGEST_ROW:
         return reference.quantize_tokens(y)
     q = torch.empty_like(y, dtype=torch.int8)
     scale = y.new_empty(*y.shape[:-1], 1, dtype=torch.float32)
@@ -57,14 +54,8 @@ def kron_mm_int8(x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _launch_rows(kernel: object, y: Tensor, arguments: tuple[object, ...]) -> None:
-    """One program for some 4096 values of ``y (..., M)``."""
+    """One program for each few rows of ``y (..., M)``."""
     size = y.shape[-1]
     padded = triton.next_power_of_2(size)
-    tokens = max(1, min(16, _VALUES // padded))
-    programs = triton.cdiv(y.numel() // size, tokens)
-    launch(kernel, (programs,), arguments, (size, padded, tokens), Options(row_warps(tokens * padded), 1))
-
-
-def row_warps(values: int) -> int:
-    """Warps of a program that holds so many values, for 16 of them a thread or, in the longest rows, 32."""
-    return max(1, min(16, values // 512))
+    tokens, warps = row_tiles(padded)
+    launch(kernel, (triton.cdiv(y.numel() // size, tokens),), arguments, (size, padded, tokens), Options(warps, 1))

@@ -59,7 +59,7 @@ def test_rows_that_no_program_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     o = cases.make(cases.Case("odd", 6))
     operands = (o.x, o.a, o.b, o.bias, *block_cases.norm_operands(o.grad, torch.float32), 1e-5)
     expected = rows.kron_mm_norm(*operands), *rows.kron_mm_int8(*operands[:3])
-    monkeypatch.setattr(rows, "WIDEST", 20)
+    monkeypatch.setattr(rows, "LONGEST_ROW", 20)
     monkeypatch.setattr(rows, "launch", None)
     torch.testing.assert_close((rows.kron_mm_norm(*operands), *rows.kron_mm_int8(*operands[:3])), expected)
 
