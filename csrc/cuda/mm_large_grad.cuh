@@ -56,7 +56,7 @@ KRON_DEVICE void load_down(uint32_t (&a)[4][4], uint32_t (&b)[4][2], const char*
 }
 
 template <class T, int G>
-KRON_GLOBAL void KRON_LAUNCH_BOUNDS(kGradThreads, 3) mm_large_grad(const LargeGradParams p) {
+KRON_GLOBAL void KRON_LAUNCH_BOUNDS(kGradThreads, G == 8 ? 2 : 3) mm_large_grad(const LargeGradParams p) {
     const int tile = block_x() % (p.plain_tiles * p.mixed_tiles), term = block_x() / (p.plain_tiles * p.mixed_tiles);
     const int first_plain = tile / p.mixed_tiles * kGradPlain, first_mixed = tile % p.mixed_tiles * kGradMixed;
     float* weights = reinterpret_cast<float*>(shared_memory());

@@ -151,18 +151,27 @@ struct MmBlock {
     KRON_DEVICE void store_expanded(const Results<T>& to, float (&w)[G][8], int64_t token, int column,
                                     const Mix* mix) const {
         const int64_t row = token * p.co * p.lo;
-        if (p.right && p.co % 8 == 0) {  // eight results of a column are neighbours
-            KRON_NO_UNROLL for (int i = 0; i < 8; ++i) {
-                KRON_NO_UNROLL for (int m = 0; m < p.co; m += 8) {
-                    float v[8] = {};
-                    KRON_UNROLL for (int e = 0; e < 8; ++e) {
-                        KRON_UNROLL for (int c = 0; c < G; ++c) v[e] += mix[m + e].of[c] * w[c][0];
-                    }
-                    store_results(to, v, row, int64_t(column + i) * p.co + m, 1, column + i < p.lo ? 8 : 0);
-                }
-                KRON_UNROLL for (int c = 0; c < G; ++c) {
-                    KRON_UNROLL for (int e = 0; e < 7; ++e) w[c][e] = w[c][e + 1];
-                }
+        if (p.right && (p.co % 8 == 0 || p.co == 4 || p.co == 2)) {  // results of a column are neighbours
+            int m = 0;
+            KRON_NO_UNROLL for (int i = 0; i < p.co; ++i) {
+                float v[8];
+                if (p.co == 2)
+                    interleave<2>(v, w, mix);
+                else if (p.co == 4)
+                    interleave<4>(v, w, mix);
+                else
+                    interleave<8>(v, w, mix + m);
+                const int first = column * p.co + i * 8;
+                store_results(to, v, row, first, 1, p.lo * p.co - first);
+                m += 8;
+                if (m < p.co) continue;
+                m = 0;
+                if (p.co == 2)
+                    shift_columns<4>(w);
+                else if (p.co == 4)
+                    shift_columns<2>(w);
+                else
+                    shift_columns<1>(w);
             }
             return;
         }
@@ -174,6 +183,20 @@ struct MmBlock {
             }
             const int64_t first = p.right ? int64_t(column) * p.co + m : int64_t(m) * p.lo + column;
             store_results(to, v, row, first, p.right ? p.co : 1, p.lo - column);
+        }
+    }
+    // Eight neighbours: kParts results of each of 8 / kParts columns, the first of w.
+    template <int kParts>
+    KRON_DEVICE static void interleave(float (&v)[8], const float (&w)[G][8], const Mix* mix) {
+        KRON_UNROLL for (int e = 0; e < 8; ++e) {
+            v[e] = 0;
+            KRON_UNROLL for (int c = 0; c < G; ++c) v[e] += mix[e % kParts].of[c] * w[c][e / kParts];
+        }
+    }
+    template <int kBy>
+    KRON_DEVICE static void shift_columns(float (&w)[G][8]) {
+        KRON_UNROLL for (int c = 0; c < G; ++c) {
+            KRON_UNROLL for (int e = 0; e + kBy < 8; ++e) w[c][e] = w[c][e + kBy];
         }
     }
     // Loops over rows are not unrolled, for the sake of the code's size; registers have no index, so the rows move up.
@@ -265,7 +288,7 @@ struct MmBlock {
 
 // Blocks of one row tile follow each other, so that x comes from L2 for all but the first.
 template <class T, int G, MmForm kForm>
-KRON_GLOBAL void KRON_LAUNCH_BOUNDS(kThreads, 2) mm_sm80(const MmParams p) {
+KRON_GLOBAL void KRON_LAUNCH_BOUNDS(kThreads, G <= 2 && kForm != MmForm::reduce ? 3 : 2) mm_sm80(const MmParams p) {
     const int split = block_x() % p.column_splits, rest = block_x() / p.column_splits;
     const int projection = rest % p.count, tile = rest / p.count;
     const int64_t sums = (int64_t(projection) * p.row_tiles + tile) * p.column_splits + split;
