@@ -50,7 +50,7 @@ Status run(const FfnSm90& p, const Launch& launch, int64_t shared_bytes) {
     const auto kernel = blocks_of(p.outer) == 1   ? ffn_sm90<T, kAct, 1>
                         : blocks_of(p.outer) == 2 ? ffn_sm90<T, kAct, 2>
                                                   : ffn_sm90<T, kAct, 3>;
-    return start<FfnSm90>(kernel, grid, kFfnThreads, shared_bytes, launch, p);
+    return start<FfnSm90>(kernel, grid, kThreads, shared_bytes, launch, p);
 }
 template <class T>
 Status run(const FfnSm90& p, Activation activation, const Launch& launch, int64_t shared_bytes) {

@@ -12,21 +12,14 @@
 
 #include "device/activation.h"
 #include "device/half2.h"
-#include "device/tensor_map.h"
 #include "device/warp.h"
+#include "ring_sm90.cuh"
 
 namespace kron {
 namespace cuda {
 namespace sm90 {
 
-using namespace device;
-
-constexpr int kFfnThreads = 384;
-constexpr int kTokens = 64;  // of a tile
-constexpr int kMostStages = 16;
-constexpr int kSlab = 64;                      // values of the inner dimension in a row of 128 bytes
 constexpr int kSlabBytes = 2 * kTokens * 128;  // of x
-constexpr int kRegistersToLoad = 24, kRegistersToCompute = 240;
 
 struct FfnSm90 {
     TensorMap x, b1, b2;
@@ -42,11 +35,9 @@ struct FfnSm90 {
 
 // In shared memory, behind the tiles.
 struct FfnBarriers {
-    Barrier x_full, x_empty;
-    Barrier turn[2];
-    Barrier full[kMostStages], empty[kMostStages];
+    RingBarriers ring;
     // Magnitudes: the largest of a row of A1 and of A2, summed up or by themselves, and of bias1 by warps.
-    float sum1, top1, sum2, top2, largest_bias[kFfnThreads / 32];
+    float sum1, top1, sum2, top2, largest_bias[kThreads / 32];
 };
 
 KRON_BOTH int slabs_of(int inner) {
@@ -64,45 +55,26 @@ KRON_BOTH int steps_of(int middle, int columns) {
     return (middle + columns - 1) / columns;
 }
 
-// A stage of the ring and the parity of its phase.
-struct Place {
-    int stage = 0, parity = 0;
-    KRON_DEVICE void next(int stages) {
-        if (++stage == stages) stage = 0, parity ^= 1;
-    }
-};
-
-// ---- The warpgroup that loads: one thread.
+// ---- The thread that loads.
 template <int kBlocks>
-KRON_DEVICE void load_tiles(const FfnSm90& p, char* shared, FfnBarriers& b) {
+KRON_DEVICE void load_tiles(const FfnSm90& p, char* shared, const Ring& ring) {
     constexpr int kColumns = columns_for(kBlocks), kStageBytes = stage_bytes(kColumns);
     const int slabs = slabs_of(p.inner), steps = steps_of(p.middle, kColumns);
-    Place place;
-    int x_parity = 0;
-    const auto next_stage = [&] {
-        barrier_wait(&b.empty[place.stage], place.parity ^ 1);
-        barrier_arrive_expect(&b.full[place.stage], kStageBytes);
-        return shared + p.ring + place.stage * kStageBytes;
-    };
+    Loader<kStageBytes> loader(ring);
     for (int tile = block_x(); tile < p.tiles; tile += blocks_x()) {
-        barrier_wait(&b.x_empty, x_parity ^ 1);
-        barrier_arrive_expect(&b.x_full, slabs * kSlabBytes);
-        x_parity ^= 1;
+        loader.wait_for_x_place(slabs * kSlabBytes);
         for (int s = 0; s < slabs; ++s)
             for (int t = 0; t < kTokens; t += 8)  // 8 tokens' first rows, then their second rows
-                tma_load(shared + s * kSlabBytes + t * 256, p.x, &b.x_full, s * kSlab, tile * kTokens + t, 0);
+                tma_load(shared + s * kSlabBytes + t * 256, p.x, &ring.b.x_full, s * kSlab, tile * kTokens + t, 0);
         for (int c = 0; c < steps; ++c) {
-            for (int s = 0; s < slabs; s += 2) {
-                char* to = next_stage();
-                for (int i = 0; i < 2; ++i)
-                    tma_load(to + i * kStageBytes / 2, p.b1, &b.full[place.stage], (s + i) * kSlab, c * kColumns);
-                place.next(p.stages);
-            }
-            for (int block = 0; block < kBlocks; ++block) {
-                char* to = next_stage();
-                tma_load(to, p.b2, &b.full[place.stage], c * kColumns, block * 128);
-                place.next(p.stages);
-            }
+            for (int s = 0; s < slabs; s += 2)
+                loader.next_stage([&](char* to, Barrier* full) {
+                    for (int i = 0; i < 2; ++i)
+                        tma_load(to + i * kStageBytes / 2, p.b1, full, (s + i) * kSlab, c * kColumns);
+                });
+            for (int block = 0; block < kBlocks; ++block)
+                loader.next_stage(
+                    [&](char* to, Barrier* full) { tma_load(to, p.b2, full, c * kColumns, block * 128); });
         }
     }
 }
@@ -206,7 +178,7 @@ KRON_DEVICE void prepare(const FfnSm90& p, char* shared, FfnBarriers& b) {
     const int thread = thread_index();
     uint32_t* bias = reinterpret_cast<uint32_t*>(shared + p.bias);
     float largest = 0;
-    for (int i = thread; i < steps_of(p.middle, kColumns) * p.hidden * kWords; i += kFfnThreads) {
+    for (int i = thread; i < steps_of(p.middle, kColumns) * p.hidden * kWords; i += kThreads) {
         const int step = i / kWords / p.hidden, m = i / kWords % p.hidden;
         const int column = step * kColumns + i % kJ * 8 + i / kJ % 4 * 2;
         float low = 0, high = 0;
@@ -240,50 +212,23 @@ KRON_DEVICE void prepare(const FfnSm90& p, char* shared, FfnBarriers& b) {
 KRON_DEVICE void find_limits(const FfnBarriers& b, float& least, float& most) {
     constexpr float kSmall = 0x1p-7f, kLarge = 32000;
     float bias = 0;
-    for (int i = 0; i < kFfnThreads / 32; ++i) bias = larger_magnitude(bias, b.largest_bias[i]);
+    for (int i = 0; i < kThreads / 32; ++i) bias = larger_magnitude(bias, b.largest_bias[i]);
     const bool fine = b.top1 >= kSmall && b.sum1 <= 1 / kSmall && b.top2 >= kSmall && b.sum2 <= 1 / kSmall;
-    most = fine ? quotient(quotient(kLarge, larger_magnitude(b.sum2, 1)) - bias, larger_magnitude(b.sum1, 1)) : -1;
-    least = bias >= kSmall ? 0 : quotient(kSmall, b.top1);
+    const auto one_over = [](float sum) { return reciprocal_approx(larger_magnitude(sum, 1)); };
+    most = fine ? (kLarge * one_over(b.sum2) - bias) * one_over(b.sum1) : -1;
+    least = bias >= kSmall ? 0 : kSmall * reciprocal_approx(b.top1);
 }
 
 // ---- A warpgroup that computes.
 template <class T, Activation kAct, int kBlocks>
-KRON_DEVICE void compute_tiles(const FfnSm90& p, char* shared, FfnBarriers& b, int group) {
+KRON_DEVICE void compute_tiles(const FfnSm90& p, char* shared, const FfnBarriers& b, const Ring& ring, int group) {
     constexpr int kColumns = columns_for(kBlocks), kStageBytes = stage_bytes(kColumns), kJ = kColumns / 8;
     const int slabs = slabs_of(p.inner), steps = steps_of(p.middle, kColumns);
     const int lane = thread_index() % 32, warp = thread_index() / 32 % 4, t = lane % 4;
     const char* x = shared + group * kSlabBytes / 2;
-    const auto arrive = [&](Barrier* barrier) {
-        if (lane == 0) barrier_arrive(barrier);
-    };
     float least, most;
     find_limits(b, least, most);
-    Place place;
-    int x_parity = 0, turn_parity = group ^ 1;
-    // Runs products on the next stage; the one before it is given back when its products are over.
-    Place before;
-    bool pending = false;
-    const auto on_stage = [&](auto&& products) {
-        barrier_wait(&b.full[place.stage], place.parity);
-        wgmma_fence();
-        products(shared + p.ring + place.stage * kStageBytes);
-        wgmma_commit();
-        if (pending) {
-            wgmma_wait<1>();
-            arrive(&b.empty[before.stage]);
-        }
-        before = place, pending = true;
-        place.next(p.stages);
-    };
-    const auto finish = [&] {
-        wgmma_wait<0>();
-        arrive(&b.empty[before.stage]);
-        pending = false;
-    };
-    const auto take_turn = [&] {
-        wait_turn(&b.turn[group], turn_parity);
-        turn_parity ^= 1;
-    };
+    Computer<kStageBytes> self(ring, group);
     for (int tile = block_x(); tile < p.tiles; tile += blocks_x()) {
         float y[kBlocks][64], h[4 * kJ];
         const auto first_product = [&] {
@@ -291,27 +236,25 @@ KRON_DEVICE void compute_tiles(const FfnSm90& p, char* shared, FfnBarriers& b, i
             for (int i = 0; i < 4 * kJ; ++i) h[i] = 0;
             KRON_NO_UNROLL
             for (int s = 0; s < slabs; s += 2)
-                on_stage([&](const char* b1) {
+                self.on_stage([&](const char* b1) {
                     KRON_UNROLL
                     for (int k = 0; k < 8; ++k)
                         wgmma<T>(h, operand<128>(x + (s + k / 4) * kSlabBytes, k % 4 * 32),
                                  operand<128>(b1 + k / 4 * kStageBytes / 2, k % 4 * 32));
                 });
-            arrive(&b.turn[group ^ 1]);
-            finish();
+            self.end_turn();
+            self.finish();
             hold(h);
         };
         KRON_UNROLL
-        for (int block = 0; block < kBlocks; ++block) KRON_UNROLL
-        for (int i = 0; i < 64; ++i) y[block][i] = 0;
-        barrier_wait(&b.x_full, x_parity);
-        x_parity ^= 1;
-        take_turn();
+        for (int i = 0; i < kBlocks * 64; ++i) y[i / 64][i % 64] = 0;
+        self.wait_for_x();
+        self.take_turn();
         first_product();
         KRON_NO_UNROLL
         for (int c = 0;; ++c) {
             uint32_t z[kJ / 2][4];
-            if (c == steps - 1) arrive(&b.x_empty);
+            if (c == steps - 1) self.release_x();
             const char* bias = shared + p.bias + (c * p.hidden * 4 + t) * kJ * 4;
             if constexpr (kIsBf16<T>) {
                 float largest = 0;
@@ -324,18 +267,18 @@ KRON_DEVICE void compute_tiles(const FfnSm90& p, char* shared, FfnBarriers& b, i
             } else {
                 middle_in_fp16<T, kAct, kJ>(h, bias, shared + p.mixes, p.hidden, z);
             }
-            take_turn();
+            self.take_turn();
             KRON_UNROLL
             for (int block = 0; block < kBlocks; ++block)
-                on_stage([&](const char* b2) {
+                self.on_stage([&](const char* b2) {
                     KRON_UNROLL
                     for (int k = 0; k < kJ / 2; ++k) wgmma<T>(y[block], z[k], operand<2 * kColumns>(b2, 32 * k));
                 });
-            finish();
+            self.finish();
             if (c == steps - 1) break;
             first_product();
         }
-        arrive(&b.turn[group ^ 1]);
+        self.end_turn();
         KRON_UNROLL
         for (int block = 0; block < kBlocks; ++block) hold(y[block]);
         store_results<T, kBlocks>(p, y, tile * kTokens + group * 32 + warp * 8 + lane / 4, t);
@@ -343,27 +286,16 @@ KRON_DEVICE void compute_tiles(const FfnSm90& p, char* shared, FfnBarriers& b, i
 }
 
 template <class T, Activation kAct, int kBlocks>
-KRON_GLOBAL void KRON_LAUNCH_BOUNDS(kFfnThreads, 1) ffn_sm90(const KRON_GRID_CONSTANT FfnSm90 p) {
+KRON_GLOBAL void KRON_LAUNCH_BOUNDS(kThreads, 1) ffn_sm90(const KRON_GRID_CONSTANT FfnSm90 p) {
 #ifdef KRON_SM90
     char* shared = shared_memory();
     FfnBarriers& b = *reinterpret_cast<FfnBarriers*>(shared + p.barriers);
-    if (thread_index() == 0) {
-        constexpr int kWarps = 8;  // that compute
-        barrier_init(&b.x_full, 1);
-        barrier_init(&b.x_empty, kWarps);
-        for (int i = 0; i < 2; ++i) barrier_init(&b.turn[i], kWarps / 2);
-        for (int i = 0; i < p.stages; ++i) barrier_init(&b.full[i], 1), barrier_init(&b.empty[i], kWarps);
-        fence_barrier_init();
-    }
+    const Ring ring{b.ring, shared + p.ring, p.stages};
+    if (thread_index() == 0) init_ring(b.ring, p.stages);
     prepare<T, kAct, columns_for(kBlocks)>(p, shared, b);
     sync_threads();
-    if (thread_index() < 128) {
-        give_registers<kRegistersToLoad>();
-        if (thread_index() == 0) load_tiles<kBlocks>(p, shared, b);
-    } else {
-        take_registers<kRegistersToCompute>();
-        compute_tiles<T, kAct, kBlocks>(p, shared, b, shuffle(uint32_t(thread_index() / 128), 0) - 1);
-    }
+    run_roles([&] { load_tiles<kBlocks>(p, shared, ring); },
+              [&](int group) { compute_tiles<T, kAct, kBlocks>(p, shared, b, ring, group); });
 #endif
 }
 
