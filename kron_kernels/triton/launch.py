@@ -123,12 +123,3 @@ def describe(kernel: Any, constants: tuple[Any, ...], options: Options) -> str:
     names = kernel.arg_names[-len(constants) :]
     values = ", ".join(f"{name}={value}" for name, value in zip(names, constants, strict=True))
     return f"{kernel.fn.__name__}({values}) with {options.num_warps} warps and {options.num_stages} stages"
-
-
-def specialisation(argument: Any) -> Any:
-    """What Triton compiles an argument into the code for: type and alignment, and of integers 1 and multiples of 16."""
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0
-    if isinstance(argument, int):
-        return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31
-    return type(argument)  # None, or a float, which is passed at run time

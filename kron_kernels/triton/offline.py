@@ -22,6 +22,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from .configs import chip_name
 from .launch import INTERPRETED, Device, Launch, describe
 
 # Shared memory: what one program may use. CUDA programming guide, table of technical specifications; CDNA3 ISA guide.
@@ -72,8 +73,8 @@ class Report(NamedTuple):
     stores: dict[int, int]
 
 
-def compile_launch(launch: Launch, target: str) -> Report:
-    """Compile a recorded launch for one of ``DEVICES``.
+def compile_launch(launch: Launch, target: str | Device) -> Report:
+    """Compile a recorded launch for one of ``DEVICES``, by name, or for another.
 
     Raises RuntimeError with the kernel and its constants where the compiler refuses.
     """
@@ -84,19 +85,19 @@ def compile_launch(launch: Launch, target: str) -> Report:
         compiled = triton.compile(source, target=_gpu_target(device), options=options)
     except Exception as error:  # the compiler's own errors have no common class
         what = describe(launch.kernel, launch.constants, launch.options)
-        raise RuntimeError(f"{what} does not compile for {target}: {error}") from error
+        raise RuntimeError(f"{what} does not compile for {chip_name(device.arch)}: {error}") from error
     if "amdgcn" in compiled.asm:
         return _read_amdgcn(compiled.asm["amdgcn"], compiled.metadata.shared)
     return _read_cubin(compiled.asm["cubin"], compiled.metadata.shared)
 
 
-def compile_all(jobs: Iterable[tuple[Launch, str]], workers: int) -> list[Report | RuntimeError]:
+def compile_all(jobs: Iterable[tuple[Launch, str | Device]], workers: int) -> list[Report | RuntimeError]:
     """``compile_launch`` of many, with the error in the place of a report where one does not compile.
 
     Threads are enough: Triton's passes and the assembler run outside of Python's lock.
     """
 
-    def one(job: tuple[Launch, str]) -> Report | RuntimeError:
+    def one(job: tuple[Launch, str | Device]) -> Report | RuntimeError:
         try:
             return compile_launch(*job)
         except RuntimeError as error:
@@ -112,9 +113,11 @@ def key(launch: Launch) -> tuple[Any, ...]:
     return launch.kernel, launch.options, *signature.values(), *constants.items(), str(attributes)
 
 
-def _device(target: str) -> Device:
+def _device(target: str | Device) -> Device:
     if INTERPRETED:
         raise RuntimeError("kernels cannot be compiled under TRITON_INTERPRET=1")
+    if isinstance(target, Device):
+        return target
     if target not in DEVICES:
         raise ValueError(f"target: expected one of {', '.join(DEVICES)}, got {target!r}")
     return DEVICES[target]

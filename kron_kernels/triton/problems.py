@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,15 @@ class Layer:
         scale = self.terms**-0.5
         a = normal(self.terms, *self.a, scale=scale * self.a[1] ** -0.5)
         return a, normal(self.terms, *self.b, scale=self.b[1] ** -0.5)
+
+    @classmethod
+    def parse(cls, text: str) -> Layer:
+        """Of "384x384,2x2", or "384x768,2x4,4" with the number of terms. Raises ValueError for anything else."""
+        found = re.fullmatch(r"(\d+)x(\d+),(\d+)x(\d+)(?:,(\d+))?", text)
+        numbers = [int(number or 1) for number in found.groups()] if found else []
+        if found is None or min(numbers) < 1:
+            raise ValueError(f"shape: expected m1xn1,m2xn2 or m1xn1,m2xn2,terms, got {text!r}")
+        return cls((numbers[0], numbers[1]), (numbers[2], numbers[3]), numbers[4])
 
 
 # "k8", "k21": table 1 of KroneckerBERT (NAACL 2022). "tq": TQCompressor's feed-forward of GPT-2, four terms.

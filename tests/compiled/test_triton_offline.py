@@ -52,6 +52,10 @@ def test_a_tile_too_large_for_the_registers_spills(target: str) -> None:
     assert report.local > 0
 
 
+def test_a_chip_that_has_no_name() -> None:
+    assert compile_launch(record(300, 128, 64), launch.Device(86, 84, 99 * 1024)).mma > 0
+
+
 def test_misaligned_tensors_are_compiled_as_such() -> None:
     x = torch.empty(300 * 128 + 1, dtype=torch.bfloat16)[1:].view(300, 128)
     with launch.recording(DEVICES["sm_80"]) as launches:
