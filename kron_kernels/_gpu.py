@@ -53,6 +53,7 @@ _OPERANDS: dict[str, Callable[..., tuple[Tensor, Products]]] = {
     "kron_ffn_backward": lambda _grad, x, a1, b1, _bias1, a2, b2, *_: (x, (Product.of(a1, b1), Product.of(a2, b2))),
     "kron_qkv": lambda x, a, b, *_: (x, tuple(Product.of(*pair) for pair in zip(a, b, strict=True))),
     "kron_embedding": lambda _ids, a, b, *_: (a, (Product.of(a, b),)),
+    "kron_embedding_backward": lambda _grad, _ids, a, b, *_: (a, (Product.of(a, b),)),
 }
 OPS = tuple(_OPERANDS)
 _REFERENCES: dict[str, Callable[..., Any]] = {**_ops.REFERENCES, **_fused_ops.REFERENCES}
@@ -99,8 +100,10 @@ def refusal(
         return _cuda.refusal(op, dtype, tokens, products, arch if isinstance(arch, int) else 80)
     if backend == "triton" and interpreted() and dtype is torch.bfloat16:
         return "Triton's interpreter is wrong in bfloat16"
-    from .triton import plan
+    from .triton import plan, row_plan
 
+    if op.startswith("kron_embedding"):
+        return row_plan.embedding_refusal(products[0], dtype, gradient=op.endswith("backward"))
     return next((reason for product in products if (reason := plan.refusal(product, dtype))), None)
 
 
@@ -205,7 +208,7 @@ def _dispatched(op: str) -> Callable[..., Any]:
 
     def implementation(*args: Any, **kwargs: Any) -> Any:
         tensor, products = operands(*args, **kwargs)
-        tokens = tensor.numel() // tensor.shape[-1] if tensor.numel() else 0
+        tokens = tensor.numel() // tensor.shape[-1] if tensor.numel() else 0  # of an embedding the rows of its table
         device_arch = arch(tensor.device.index) if tensor.is_cuda else None
         limit = _token_class(tokens) or _TOKEN_CLASSES[-1] + 1
         tf32 = torch.get_float32_matmul_precision() != "highest"

@@ -43,6 +43,15 @@ def test_triton_computes_what_it_has_kernels_for(device: pytest.MonkeyPatch) -> 
     assert "neither factor is tiny" in reason
 
 
+def test_embeddings_have_conditions_of_their_own(device: pytest.MonkeyPatch) -> None:
+    table = (Product(1, 30522, 12, 1, 64),)
+    for op in ("kron_embedding", "kron_embedding_backward"):
+        assert _gpu.choose(op, table, torch.bfloat16, 4096, 90).backend == "triton"
+    long = (Product(1, 30522, 4096, 1, 8),)
+    backend, reason = _gpu.choose("kron_embedding", long, torch.bfloat16, 4096, 90)
+    assert (backend, reason) == ("reference", "triton: a program cannot hold rows of 4096 * 8 values; cuda: not built")
+
+
 def test_backend_asked_for_by_name_is_not_exchanged(device: pytest.MonkeyPatch) -> None:
     assert _gpu.choose("kron_mm", PAIR, torch.bfloat16, 128, 90, "triton") == ("triton", "asked for by name")
     assert _gpu.choose("kron_mm", PAIR, torch.bfloat16, 128, 90, "reference").backend == "reference"
