@@ -56,12 +56,12 @@ KRON_DEVICE void load_down(uint32_t (&a)[4][4], uint32_t (&b)[4][2], const char*
 }
 
 template <class T, int G>
-KRON_GLOBAL void KRON_LAUNCH_BOUNDS(kGradThreads, G == 8 ? 2 : 3) mm_large_grad(const LargeGradParams p) {
+KRON_GLOBAL void KRON_LAUNCH_BOUNDS(kGradThreads, G >= 4 ? 2 : 3) mm_large_grad(const LargeGradParams p) {
     const int tile = block_x() % (p.plain_tiles * p.mixed_tiles), term = block_x() / (p.plain_tiles * p.mixed_tiles);
     const int first_plain = tile / p.mixed_tiles * kGradPlain, first_mixed = tile % p.mixed_tiles * kGradMixed;
     float* weights = reinterpret_cast<float*>(shared_memory());
     char* buffers = shared_memory() + grad_weight_bytes(p, G);
-    for (int i = thread_index(); i < p.halves * p.parts * G; i += kGradThreads) {
+    KRON_NO_UNROLL for (int i = thread_index(); i < p.halves * p.parts * G; i += kGradThreads) {
         const int row = i / G / p.parts * 8 + i % G, part = i / G % p.parts;
         const T* tiny = static_cast<const T*>(p.tiny) + term * p.tiny_term;
         weights[i] = row < p.rows ? to_float(tiny[row * p.tiny_row + part * p.tiny_col]) : 0.0f;
@@ -87,7 +87,7 @@ KRON_GLOBAL void KRON_LAUNCH_BOUNDS(kGradThreads, G == 8 ? 2 : 3) mm_large_grad(
 
     float acc[4][4][4] = {};
     int buffer = 0;
-    for (int64_t token = first; token < last; token += kTokens) {
+    KRON_NO_UNROLL for (int64_t token = first; token < last; token += kTokens) {
         char* plain_rows = buffers + buffer * kGradBuffer<T>;
         char* mixed_rows = plain_rows + kGradRows * kPlainPitch<T>;
         const RowFiller<T, G, false, false> fill_plain(plain, mix, 1, kAll, plain_rows, kPlainPitch<T>);

@@ -15,11 +15,11 @@ struct TinyReducer {
     Weights<G>* slots;
 
     KRON_DEVICE void clear() const {
-        for (int i = thread_index(); i < 4 * values(); i += threads_of_block()) floats()[i] = 0;
+        KRON_NO_UNROLL for (int i = thread_index(); i < 4 * values(); i += threads_of_block()) floats()[i] = 0;
     }
     // The sums of the warps, [m][row], a row being a half and a g.
     KRON_DEVICE void finish(float* out) const {
-        for (int i = thread_index(); i < values(); i += threads_of_block()) {
+        KRON_NO_UNROLL for (int i = thread_index(); i < values(); i += threads_of_block()) {
             const int g = i % G, half = i / G % other.halves, m = i / G / other.halves;
             const int slot = (half * other.parts + m) * G + g;
             float sum = 0;

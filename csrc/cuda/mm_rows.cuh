@@ -85,91 +85,136 @@ class RowFiller {
     }
 
   private:
+    // Some values of a token: where they come from, and where in the tile they go.
     struct Place {
         const T* token;
-        const Weights<G>* mix;
-        int k, first_part;  // of a half's rows, where they are parts
-        bool there;
+        int mix, k, first_part;  // mix: of the Weights; first_part: of a half's rows, where they are parts
+        int row, column;
+        bool there;  // or zeros
     };
-    KRON_DEVICE Place place(int64_t token, int inner) const {
-        int term = 0, k = inner;
-        if (k >= term_inner) term = k / term_inner, k -= term * term_inner;
+    KRON_DEVICE Place place(int64_t first, int row, int from, int column) const {
+        int64_t token = first + row;
+        int term = 0, k = from + column;
+        KRON_NO_UNROLL while (k >= term_inner) k -= term_inner, ++term;
         const bool there = token < x.count && term < terms && k < x.width;
+        if (!there) term = k = 0, token = 0;
         const int half = int(token & (x.halves - 1));
-        const int64_t row = x.halves == 2 ? token >> 1 : token;
-        return Place{x.data + row * x.stride, mix + (term * x.halves + half) * x.parts, k, half * 8, there};
+        const T* data = x.data + (x.halves == 2 ? token >> 1 : token) * x.stride;
+        return Place{data, (term * x.halves + half) * x.parts, k, half * 8, row, column, there};
     }
+
+    // The items of a tile, `values` values of a token each, that a thread takes one after another.
+    struct Items {
+        KRON_DEVICE Items(int tokens, int length, int values)
+            : tokens(tokens),
+              steps(length / values),
+              row(thread_index() / steps),
+              step(thread_index() % steps),
+              row_jump(threads_of_block() / steps),
+              step_jump(threads_of_block() % steps) {}
+        KRON_DEVICE bool left() const { return row < tokens; }
+        KRON_DEVICE void next() {
+            row += row_jump, step += step_jump;
+            if (step >= steps) step -= steps, ++row;
+        }
+        int tokens, steps, row, step, row_jump, step_jump;
+    };
     KRON_DEVICE char* row(int token, int g, int column) const {
         return tile + row_of<G, kFragmentOrder>(token, g) * pitch + column * int(sizeof(T));
     }
 
-    // x_c lie one after another: each is read in words of 16 bytes.
+    // x_c lie one after another: each is read in words of 16 bytes, four of them at a time.
     KRON_DEVICE void fill_runs(int64_t first, int tokens, int from, int length) const {
-        constexpr int N = kVector<T>;
-        const int steps = length / N;
-        for (int item = thread_index(); item < tokens * steps; item += threads_of_block()) {
-            const int token = item / steps, column = item % steps * N;
-            const Place p = place(first + token, from + column);
-            float z[G][N] = {};
-            if (p.there) {
-                if constexpr (kMix) {
-                    KRON_UNROLL_BY_4 for (int c = 0; c < x.parts; ++c) {
-                        float v[N];
-                        unpack_vector<T>(load_global(p.token + int64_t(c) * x.width + p.k), v, 0);
-                        const Weights<G> w = p.mix[c];
-                        KRON_UNROLL for (int g = 0; g < G; ++g) {
-                            KRON_UNROLL for (int i = 0; i < N; ++i) z[g][i] += w.of[g] * v[i];
-                        }
+        constexpr int N = kVector<T>, kItems = kMix ? (G <= 4 ? 2 : 1) : (G <= 2 ? 4 / G : 1);
+        constexpr int kParts = kMix ? 4 / kItems : G;
+        Items items(tokens, length, N);
+        KRON_NO_UNROLL while (items.left()) {
+            Place p[kItems];
+            KRON_UNROLL for (int i = 0; i < kItems; ++i) {
+                p[i] = place(first, items.row, from, items.step * N);
+                p[i].there = p[i].there && items.left();
+                items.next();
+            }
+            float z[kItems][G][N] = {};
+            KRON_NO_UNROLL for (int c = 0; c < (kMix ? x.parts : 1); c += kParts) {
+                Words4 words[kItems][kParts];
+                KRON_UNROLL for (int i = 0; i < kItems; ++i) {
+                    KRON_UNROLL for (int u = 0; u < kParts; ++u) {
+                        const int part = c + u + (kMix ? 0 : p[i].first_part);
+                        words[i][u] =
+                            load_global_if(p[i].token + int64_t(part) * x.width + p[i].k, p[i].there && part < x.parts);
                     }
-                } else {
-                    KRON_UNROLL for (int g = 0; g < G; ++g) {
-                        const int c = p.first_part + g;
-                        if (c < x.parts) unpack_vector<T>(load_global(p.token + int64_t(c) * x.width + p.k), z[g], 0);
+                }
+                KRON_UNROLL for (int i = 0; i < kItems; ++i) {
+                    KRON_UNROLL for (int u = 0; u < kParts; ++u) {
+                        if constexpr (kMix) {
+                            if (c + u < x.parts) add_mixed(z[i], mix[p[i].mix + c + u], words[i][u]);
+                        } else {
+                            unpack_vector<T>(words[i][u], z[i][u], 0);
+                        }
                     }
                 }
             }
-            KRON_UNROLL for (int g = 0; g < G; ++g) store_row<T>(row(token, g, column), z[g]);
+            KRON_UNROLL for (int i = 0; i < kItems; ++i) {
+                if (p[i].row >= tokens) continue;
+                KRON_UNROLL for (int g = 0; g < G; ++g) store_row<T>(row(p[i].row, g, p[i].column), z[i][g]);
+            }
+        }
+    }
+    KRON_DEVICE static void add_mixed(float (&z)[G][kVector<T>], const Weights<G>& w, const Words4& words) {
+        float v[kVector<T>];
+        unpack_vector<T>(words, v, 0);
+        KRON_UNROLL for (int g = 0; g < G; ++g) {
+            KRON_UNROLL for (int i = 0; i < kVector<T>; ++i) z[g][i] += w.of[g] * v[i];
         }
     }
 
-    // x_c lie value by value beside each other: whole words are read, of as many values k as make one, two at least.
+    // x_c lie value by value beside each other: whole words are read, of as many values k as make one, two at least;
+    // four words at a time.
     template <int kParts>
     KRON_DEVICE void fill_interleaved(int64_t first, int tokens, int from, int length) const {
         constexpr int N = kVector<T> / kParts > 2 ? kVector<T> / kParts : 2, kValues = N * kParts;
-        const int steps = length / N;
-        for (int item = thread_index(); item < tokens * steps; item += threads_of_block()) {
-            const int token = item / steps, column = item % steps * N;
-            const Place p = place(first + token, from + column);
-            float z[G][N] = {};
-            if (p.there) {
-                float v[kValues];
-                KRON_UNROLL for (int i = 0; i < kValues; i += kVector<T>)
-                    unpack_vector<T>(load_global(p.token + int64_t(p.k) * kParts + i), v, i);
-                KRON_UNROLL for (int c = 0; c < kParts; ++c) {
-                    if constexpr (kMix) {
-                        const Weights<G> w = p.mix[c];
-                        KRON_UNROLL for (int g = 0; g < G; ++g) {
-                            KRON_UNROLL for (int i = 0; i < N; ++i) z[g][i] += w.of[g] * v[i * kParts + c];
-                        }
-                    } else {
-                        const int g = c % 8;  // first_part is 0 or 8
-                        if (g < G && p.first_part == c - g)
-                            KRON_UNROLL for (int i = 0; i < N; ++i) z[g % G][i] = v[i * kParts + c];
-                    }
+        constexpr int kWords = kValues / kVector<T>, kItems = kWords >= 4 ? 1 : 4 / kWords;
+        Items items(tokens, length, N);
+        KRON_NO_UNROLL while (items.left()) {
+            Place p[kItems];
+            Words4 words[kItems][kWords];
+            KRON_UNROLL for (int i = 0; i < kItems; ++i) {
+                p[i] = place(first, items.row, from, items.step * N);
+                p[i].there = p[i].there && items.left();
+                items.next();
+                KRON_UNROLL for (int u = 0; u < kWords; ++u) {
+                    words[i][u] = load_global_if(p[i].token + int64_t(p[i].k) * kParts + u * kVector<T>, p[i].there);
                 }
             }
-            KRON_UNROLL for (int g = 0; g < G; ++g) store_row<T>(row(token, g, column), z[g]);
+            KRON_UNROLL for (int i = 0; i < kItems; ++i) {
+                if (p[i].row >= tokens) continue;
+                float v[kValues], z[G][N] = {};
+                KRON_UNROLL for (int u = 0; u < kWords; ++u) unpack_vector<T>(words[i][u], v, u * kVector<T>);
+                KRON_UNROLL for (int c = 0; c < kParts; ++c) {
+                    if constexpr (kMix) {
+                        const Weights<G> w = mix[p[i].mix + c];
+                        KRON_UNROLL for (int g = 0; g < G; ++g) {
+                            KRON_UNROLL for (int e = 0; e < N; ++e) z[g][e] += w.of[g] * v[e * kParts + c];
+                        }
+                    } else {
+                        const int g = c % 8;  // first_part is 0, or 8 with G = 8
+                        if (G == 8 ? p[i].first_part == c - g : c < G) {
+                            KRON_UNROLL for (int e = 0; e < N; ++e) z[g % G][e] = v[e * kParts + c];
+                        }
+                    }
+                }
+                KRON_UNROLL for (int g = 0; g < G; ++g) store_row<T>(row(p[i].row, g, p[i].column), z[g]);
+            }
         }
     }
 
     // Any sizes, strides and alignment, value by value.
     KRON_DEVICE void fill_scattered(int64_t first, int tokens, int from, int length) const {
         constexpr int N = kVector<T>;
-        const int steps = length / N;
         const int64_t step_part = x.right ? 1 : x.width, step_k = x.right ? x.parts : 1;
-        KRON_NO_UNROLL for (int item = thread_index(); item < tokens * steps; item += threads_of_block()) {
-            const int token = item / steps, column = item % steps * N;
-            const Place p = place(first + token, from + column);
+        KRON_NO_UNROLL for (Items items(tokens, length, N); items.left(); items.next()) {
+            const Place p = place(first, items.row, from, items.step * N);
             float z[G][N] = {};
             const int parts = p.there ? x.parts : 0;
             KRON_NO_UNROLL for (int c = 0; c < parts; ++c) {
@@ -178,13 +223,13 @@ class RowFiller {
                     const float v = to_float(p.token[c * step_part + (p.k + i) * step_k]);
                     KRON_UNROLL for (int g = 0; g < G; ++g) {
                         if constexpr (kMix)
-                            z[g][i] += p.mix[c].of[g] * v;
+                            z[g][i] += mix[p.mix + c].of[g] * v;
                         else if (p.first_part + g == c)
                             z[g][i] = v;
                     }
                 }
             }
-            KRON_UNROLL for (int g = 0; g < G; ++g) store_row<T>(row(token, g, column), z[g]);
+            KRON_UNROLL for (int g = 0; g < G; ++g) store_row<T>(row(p.row, g, p.column), z[g]);
         }
     }
 

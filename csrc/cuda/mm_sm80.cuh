@@ -107,7 +107,7 @@ struct MmBlock {
     // Contracting: Weights[term][half][c] of rows g; expanding: Weights[m] of parts c.
     KRON_DEVICE void load_weights(float* weights) const {
         const T* tiny = static_cast<const T*>(projection.tiny);
-        for (int i = thread_index(); i < weight_count(p, G, kForm); i += kThreads) {
+        KRON_NO_UNROLL for (int i = thread_index(); i < weight_count(p, G, kForm); i += kThreads) {
             const int g = i % G, other = i / G;
             int term = 0, row, column;
             if constexpr (kForm != MmForm::contract) {
@@ -258,9 +258,9 @@ struct MmBlock {
         if constexpr (kForm == MmForm::reduce) reducer.clear();
 
         int stage = 0;
-        for (int tile = first_tile; tile < last_tile; ++tile) {
+        KRON_NO_UNROLL for (int tile = first_tile; tile < last_tile; ++tile) {
             Accumulators acc = {};
-            for (int inner = 0; inner < inner_tiles; ++inner) {
+            KRON_NO_UNROLL for (int inner = 0; inner < inner_tiles; ++inner) {
                 const int within = inner % panel_tiles;
                 if (within == 0 && (inner_tiles > panel_tiles || tile == first_tile)) {
                     // The weights are there; the rows of the panel before are no longer read.

@@ -51,6 +51,16 @@ KRON_DEVICE Words4 load_global(const void* p) {
         : "l"(p));
     return v;
 }
+// Zeros, and no access, where `there` is false: no branch, so that several loads are under way at a time.
+KRON_DEVICE Words4 load_global_if(const void* p, bool there) {
+    Words4 v;
+    asm("{\n\t.reg .pred q;\n\tsetp.ne.b32 q, %5, 0;\n\t"
+        "mov.b32 %0, 0;\n\tmov.b32 %1, 0;\n\tmov.b32 %2, 0;\n\tmov.b32 %3, 0;\n\t"
+        "@q ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];\n\t}"
+        : "=&r"(v.w[0]), "=&r"(v.w[1]), "=&r"(v.w[2]), "=&r"(v.w[3])
+        : "l"(p), "r"(int(there)));
+    return v;
+}
 KRON_DEVICE Words2 load_global8(const void* p) {
     Words2 v;
     asm("ld.global.nc.v2.b32 {%0, %1}, [%2];" : "=r"(v.w[0]), "=r"(v.w[1]) : "l"(p));

@@ -66,6 +66,9 @@ inline void require_shared(const void* p) {
 inline Words4 load_global(const void* p) {
     return load_words<Words4>(p);
 }
+inline Words4 load_global_if(const void* p, bool there) {
+    return there ? load_words<Words4>(p) : Words4{};
+}
 inline Words2 load_global8(const void* p) {
     return load_words<Words2>(p);
 }
