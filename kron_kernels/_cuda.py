@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _ops
+from . import _fused_ops, _ops, reference
 
 _PACKAGE = Path(__file__).parent
 _LIBRARY = _PACKAGE / "_C_cuda.so"
@@ -104,6 +104,12 @@ def kron_mm_add_(base: Tensor, x: Tensor, a: Tensor, b: Tensor, alpha: float) ->
     _op("kron_mm_add_")(base, x, a, b, alpha, _tf32())
 
 
+def kron_mm_backward(
+    grad: Tensor, x: Tensor, a: Tensor, b: Tensor, need_x: bool, need_a: bool, need_b: bool, need_bias: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _op("kron_mm_backward")(grad, x, a, b, need_x, need_a, need_b, need_bias, _tf32())
+
+
 def kron_ffn(
     x: Tensor,
     a1: Tensor,
@@ -156,13 +162,32 @@ def kron_embedding(ids: Tensor, a: Tensor, b: Tensor, *operands: Any) -> Tensor:
     return _op("kron_embedding")(ids, a, b, *operands)
 
 
-def kron_embedding_backward(grad: Tensor, ids: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of ``a (S, V, p)`` and ``b (S, 1, k)`` from that of the rows, ``grad (..., p * k)``."""
-    terms, rows, p = a.shape
-    # (T, S * p): what each token adds to its row
-    parts, db = _op("kron_embedding_backward")(grad, ids, a, b)
-    da = torch.ops.aten.embedding_dense_backward(parts, ids.reshape(-1), rows, -1, False)
-    return da.view(rows, terms, p).transpose(0, 1), db
+def kron_embedding_backward(
+    grad: Tensor,
+    ids: Tensor,
+    a: Tensor,
+    b: Tensor,
+    position_ids: Tensor | None,
+    position_weight: Tensor | None,
+    type_ids: Tensor | None,
+    type_weight: Tensor | None,
+    norm_weight: Tensor | None,
+    eps: float,
+    needs: int,
+) -> tuple[Tensor, ...]:
+    needed = _fused_ops.needed(needs, len(_fused_ops.EMBEDDING_GRADIENTS))
+    tables = (position_ids, position_weight, type_ids, type_weight)
+    rows = None if norm_weight is None else kron_embedding(ids, a, b, *tables, None, None, eps)
+    wanted = (*(tables[:2] if needed[2] else (None, None)), *(tables[2:] if needed[3] else (None, None)))
+    grad, *others = reference.added_rows_backward(grad, rows, *wanted, norm_weight, eps)
+    da = db = a.new_empty(0)
+    if needed[0] or needed[1]:
+        # (T, S * p): what each token adds to its row of a
+        parts, db = _op("kron_embedding_backward")(grad, ids, a, b)
+        if needed[0]:
+            da = reference.sum_into_rows(parts, ids.reshape(-1), a.shape[1])
+            da = da.view(a.shape[1], a.shape[0], a.shape[2]).transpose(0, 1).contiguous()
+    return _ops._only_needed((da, db, *others), needed)
 
 
 # By op, each with its op's signature. What was packed of the factors is the CPU's and passed over.
@@ -170,7 +195,9 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "kron_mm": kron_mm,
     "kron_mm_add": kron_mm_add,
     "kron_mm_add_": kron_mm_add_,
+    "kron_mm_backward": kron_mm_backward,
     "kron_ffn": kron_ffn,
     "kron_qkv": kron_qkv,
     "kron_embedding": kron_embedding,
+    "kron_embedding_backward": kron_embedding_backward,
 }

@@ -204,36 +204,54 @@ def kron_embedding_backward(
 
     The row before the norm is computed anew. A gradient of what there is none of has shape (0,).
     """
-    nothing, size = a.new_empty(0), grad.shape[-1:]
-    grad_weight = grad_bias = nothing
-    if norm_weight is not None:
-        rows = kron_embedding(ids, a, b, position_ids, position_weight, type_ids, type_weight)
-        _, mean, scale = torch.native_layer_norm(rows, size, norm_weight, None, eps)
-        grad, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
-            grad, rows, size, mean, scale, norm_weight, norm_weight, [True, True, True]
-        )
-    tables = ((position_ids, position_weight), (type_ids, type_weight))
-    grad_tables = (
-        nothing
-        if index is None or table is None
-        else _sum_into_rows(grad.sum_to_size(*index.shape, *size), index, table)
-        for index, table in tables
-    )
+    tables = (position_ids, position_weight, type_ids, type_weight)
+    rows = None if norm_weight is None else kron_embedding(ids, a, b, *tables)
+    grad, *others = added_rows_backward(grad, rows, *tables, norm_weight, eps)
     grid = grad.unflatten(-1, (a.shape[2], b.shape[2]))
     terms = zip(a, b.squeeze(1), strict=True)
     grad_a, grad_b = zip(
         *(
             (
-                _sum_into_rows(torch.einsum("...ik,k->...i", grid, right), ids, left),
+                sum_into_rows(torch.einsum("...ik,k->...i", grid, right), ids, left.shape[0]),
                 torch.einsum("...ik,...i->k", grid, take_rows(left, ids, "ids")),
             )
             for left, right in terms
         ),
         strict=True,
     )
-    return torch.stack(grad_a), torch.stack(grad_b).unsqueeze(1), *grad_tables, grad_weight, grad_bias
+    return torch.stack(grad_a), torch.stack(grad_b).unsqueeze(1), *others
 
 
-def _sum_into_rows(rows: Tensor, index: Tensor, table: Tensor) -> Tensor:
-    """The gradient of ``take_rows(table, index)``, given that of its result, ``rows``."""
-    return torch.ops.aten.embedding_dense_backward(rows, index, table.shape[0], -1, False)
+def added_rows_backward(
+    grad: Tensor,
+    rows: Tensor | None,
+    position_ids: Tensor | None,
+    position_weight: Tensor | None,
+    type_ids: Tensor | None,
+    type_weight: Tensor | None,
+    norm_weight: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    """The part of ``kron_embedding_backward`` outside the product; ``rows`` are those that the norm takes.
+
+    Returns the gradient of the product, then of the two tables and the norm's two vectors.
+    """
+    nothing, size = grad.new_empty(0), grad.shape[-1:]
+    grad_weight = grad_bias = nothing
+    if rows is not None and norm_weight is not None:
+        _, mean, scale = torch.native_layer_norm(rows, size, norm_weight, None, eps)
+        grad, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
+            grad, rows, size, mean, scale, norm_weight, norm_weight, [True, True, True]
+        )
+    grad_tables = (
+        nothing
+        if index is None or table is None
+        else sum_into_rows(grad.sum_to_size(*index.shape, *size), index, table.shape[0])
+        for index, table in ((position_ids, position_weight), (type_ids, type_weight))
+    )
+    return grad, *grad_tables, grad_weight, grad_bias
+
+
+def sum_into_rows(rows: Tensor, index: Tensor, count: int) -> Tensor:
+    """The gradient of ``take_rows(table, index)`` of a table of ``count`` rows, given that of its result, ``rows``."""
+    return torch.ops.aten.embedding_dense_backward(rows, index, count, -1, False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import shutil
 import subprocess
@@ -17,7 +16,6 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "emulated-binding"
 
 
-@functools.cache
 def emulated_ops() -> Any:
     """The namespace of the emulated ops; skips where they cannot be built."""
     if not (ROOT / "CMakeLists.txt").is_file():

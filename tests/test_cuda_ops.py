@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import block_cases
 import cases
 from cuda_emulated import emulated_ops
-from kron_kernels import _cuda, _ops, reference
+from kron_kernels import _cuda, _fused_ops, _ops, reference
 
 HALVES = (torch.bfloat16, torch.float16)
 # One tiny factor, at most 16 x 16, and few tokens: the emulator runs every thread of every block.
@@ -33,9 +33,13 @@ MM_CASES = (
 )
 
 
+@pytest.fixture(scope="module")
+def ops() -> Any:
+    return emulated_ops()
+
+
 @pytest.fixture(autouse=True)
-def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    ops = emulated_ops()
+def emulated(ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_cuda, "_load", lambda: "")
     monkeypatch.setattr(_cuda, "_op", lambda name: getattr(ops, name).default)
 
@@ -80,6 +84,27 @@ def test_kron_mm_add(dtype: torch.dtype) -> None:
         _cuda.kron_mm_add_(o.grad, o.x, o.a, o.b, 0.5)
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("case", [case for case in MM_CASES if case.terms > 1 or case.tokens > 1], ids=lambda c: c.id)
+def test_kron_mm_backward(case: cases.Case, dtype: torch.dtype) -> None:
+    o, same_dtype, oracle = cases.backward_case(case, dtype)
+    got = _cuda.kron_mm_backward(o.grad, o.x, o.a, o.b, True, True, True, True)
+    for name, *tensors in zip(("dx", "da", "db", "dbias"), got, same_dtype, oracle, strict=True):
+        cases.assert_accurate(*tensors, name)
+
+
+def test_kron_mm_backward_computes_what_is_needed() -> None:
+    o = cases.make(cases.Case("odd", 6), torch.bfloat16)
+    everything = _cuda.kron_mm_backward(o.grad, o.x, o.a, o.b, True, True, True, True)
+    for index in range(4):
+        some = _cuda.kron_mm_backward(o.grad, o.x, o.a, o.b, *(i == index for i in range(4)))
+        assert [tensor.numel() for i, tensor in enumerate(some) if i != index] == [0, 0, 0]
+        assert torch.equal(some[index], everything[index])
+    dx, *sums = _cuda.kron_mm_backward(o.grad[:0], o.x[:0], o.a, o.b, True, True, True, True)
+    assert dx.shape == (0, 10)
+    assert all(tensor.eq(0).all() for tensor in sums)
+
+
 def test_kron_qkv_of_several_shapes() -> None:
     parts = [cases.make(cases.Case(name, 5), torch.bfloat16, seed) for seed, name in enumerate(("odd",) * 3)]
     x, last = parts[0].x, cases.make_operands(((4, 5), (3, 2)), 5, dtype=torch.bfloat16)
@@ -104,6 +129,17 @@ def test_kron_ffn(case: block_cases.FfnCase, dtype: torch.dtype) -> None:
     o, same_dtype, oracle = block_cases.ffn_case(case, dtype)
     got = _cuda.kron_ffn(*o.layers, _ops.ACTIVATION_CODES[case.activation], *_norm(o, case.norm))
     cases.assert_accurate(got, same_dtype, oracle)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_kron_ffn_on_hopper(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KRON_EMULATED_SM", "90")
+    o, same_dtype, oracle = block_cases.ffn_case(block_cases.FfnCase("k8", 17), dtype)
+    got = _cuda.kron_ffn(*o.layers, _ops.ACTIVATION_CODES["gelu"], *_norm(o, False))
+    cases.assert_accurate(got, same_dtype, oracle)
+    monkeypatch.delenv("KRON_EMULATED_SM")
+    other = _cuda.kron_ffn(*o.layers, _ops.ACTIVATION_CODES["gelu"], *_norm(o, False))
+    assert not torch.equal(got, other)  # by other kernels
 
 
 def _norm(o: block_cases.Ffn, norm: bool) -> tuple[Any, ...]:
@@ -148,18 +184,23 @@ def test_kron_embedding_broadcasts_indices_of_any_layout(dtype: torch.dtype) -> 
     assert _cuda.kron_embedding(ids[:0], a, b, *[None] * 6, 0.0).shape == (0, 5, 96)
 
 
+@pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
-def test_kron_embedding_backward(dtype: torch.dtype) -> None:
+def test_kron_embedding_backward(dtype: torch.dtype, norm: bool) -> None:
     a, b = _table(dtype)
-    ids, grad = torch.randint(11, (3, 5)), torch.randn(3, 5, 96).to(dtype)
-
-    def gradients(of: torch.dtype) -> tuple[Tensor, ...]:
-        leaves = [tensor.to(of).requires_grad_() for tensor in (a, b)]
-        return torch.autograd.grad(reference.kron_embedding(ids, *leaves), leaves, grad.to(of))
-
-    got = _cuda.kron_embedding_backward(grad, ids, a, b)
-    for one, same_dtype, oracle in zip(got, gradients(dtype), gradients(torch.float64), strict=True):
-        cases.assert_accurate(one, same_dtype, oracle)
+    ids, positions, types = torch.randint(11, (3, 5)), torch.arange(5).unsqueeze(0), torch.zeros(3, 5).long()
+    tables = (positions, torch.randn(5, 96).to(dtype), types, torch.randn(2, 96).to(dtype))
+    operands = (torch.randn(3, 5, 96).to(dtype), ids, a, b, *tables, torch.randn(96).to(dtype) if norm else None)
+    double = [one.double() if one is not None and one.is_floating_point() else one for one in operands]
+    got = _cuda.kron_embedding_backward(*operands, 1e-5, 63)
+    expected = reference.kron_embedding_backward(*operands, 1e-5)
+    oracles = reference.kron_embedding_backward(*double, 1e-5)
+    for name, *tensors in zip(_fused_ops.EMBEDDING_GRADIENTS, got, expected, oracles, strict=True):
+        cases.assert_accurate(*tensors, name)
+    for bit, one in enumerate(got):
+        some = _cuda.kron_embedding_backward(*operands, 1e-5, 1 << bit)
+        assert torch.equal(some[bit], one)
+        assert not any(tensor.numel() for index, tensor in enumerate(some) if index != bit)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +223,7 @@ def test_kron_embedding_backward(dtype: torch.dtype) -> None:
             "kron_embedding of 2 tokens, 1 terms of 3x5 .x. 1x2: the launch failed with CUDA error 1, .*no row of its",
         ),
         (
-            lambda x, a, b: _cuda.kron_embedding_backward(x, torch.tensor([1]), a, b[:, :1]),
+            lambda x, a, b: _cuda.kron_embedding_backward(x, torch.tensor([1]), a, b[:, :1], *[None] * 5, 0.0, 3),
             r"grad: expected the shape of ids with last dimension p \* k = 10, got shape \(4, 10\)",
         ),
     ],

@@ -2,6 +2,7 @@
 #include "ffn_plan.h"
 #include "ffn_sm80.cuh"
 #include "rows.cuh"
+#include "sm90.h"
 
 namespace kron {
 namespace cuda {
@@ -72,6 +73,7 @@ const char* refuse_pairs(const Shape& first, const Shape& second, const Launch& 
 }  // namespace
 
 const char* refuse_kron_ffn(const FfnArgs& args, const Launch& launch) {
+    if (!sm90::refuse_kron_ffn(args, launch)) return nullptr;
     if (const char* reason = refuse_pairs(args.first, args.second, launch)) return reason;
     if (args.w1.base || args.w2.base) return "a tensor is to be added before the activation";
     if (args.second.m2 > kMostColumnBlocks * kMostColumns) return "the second right factor has more than 768 rows";
@@ -85,6 +87,7 @@ const char* refuse_kron_ffn(const FfnArgs& args, const Launch& launch) {
 }
 
 int64_t workspace_kron_ffn(const FfnArgs& args, const Launch& launch) {
+    if (!sm90::refuse_kron_ffn(args, launch)) return 0;
     Arena arena{nullptr, 0};
     Status status{0, ""};
     operands_of(args, plan_of(args, launch), launch, arena, status);
@@ -92,6 +95,7 @@ int64_t workspace_kron_ffn(const FfnArgs& args, const Launch& launch) {
 }
 
 Status kron_ffn(const FfnArgs& args, const Launch& launch) {
+    if (!sm90::refuse_kron_ffn(args, launch)) return sm90::kron_ffn(args, launch);
     Status status{0, ""};
     if (args.first.tokens == 0) return status;
     const FfnPlan plan = plan_of(args, launch);

@@ -27,6 +27,9 @@ inline std::string problem_text(const kron::Shape& s) {
 inline std::string problem_text(const kron::ForwardArgs& args) {
     return problem_text(args.shape) + (args.count > 1 ? ", " + text(args.count) + " projections" : "");
 }
+inline std::string problem_text(const kron::BackwardArgs& args) {
+    return problem_text(args.shape);
+}
 inline std::string problem_text(const kron::FfnArgs& args) {
     return problem_text(args.first) + ", then " + problem_text(args.second);
 }
@@ -76,6 +79,7 @@ class CudaKernels {
             kron::cuda::kron_##name);                                                               \
     }
     KRON_OPERATION(mm, kron::ForwardArgs)
+    KRON_OPERATION(mm_backward, kron::BackwardArgs)
     KRON_OPERATION(ffn, kron::FfnArgs)
     KRON_OPERATION(embedding, kron::EmbeddingArgs)
     KRON_OPERATION(embedding_backward, kron::cuda::EmbeddingBackwardArgs)

@@ -26,6 +26,12 @@ void mm_add_(Tensor base, const Tensor& x, const Tensor& a, const Tensor& b, dou
     kron_mm_add_(CudaKernels(x, tf32), base, x, a, b, alpha);
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> mm_backward(const Tensor& grad, const Tensor& x, const Tensor& a,
+                                                       const Tensor& b, bool need_x, bool need_a, bool need_b,
+                                                       bool need_bias, bool tf32) {
+    return kron_mm_backward(CudaKernels(x, tf32), grad, x, a, b, need_x, need_a, need_b, need_bias);
+}
+
 Tensor ffn(const Tensor& x, const Tensor& a1, const Tensor& b1, std::optional<Tensor> bias1, const Tensor& a2,
            const Tensor& b2, std::optional<Tensor> bias2, int64_t activation, const std::optional<Tensor>& residual,
            const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias, double eps, bool tf32) {
@@ -77,6 +83,9 @@ STABLE_TORCH_LIBRARY(KRON_KERNELS_OPS, m) {
     m.def("kron_mm_add(Tensor base, Tensor x, Tensor a, Tensor b, float alpha, bool tf32) -> Tensor");
     m.def("kron_mm_add_(Tensor(a!) base, Tensor x, Tensor a, Tensor b, float alpha, bool tf32) -> ()");
     m.def(
+        "kron_mm_backward(Tensor grad, Tensor x, Tensor a, Tensor b, bool need_x, bool need_a, bool need_b, "
+        "bool need_bias, bool tf32) -> (Tensor, Tensor, Tensor, Tensor)");
+    m.def(
         "kron_ffn(Tensor x, Tensor a1, Tensor b1, Tensor? bias1, Tensor a2, Tensor b2, Tensor? bias2, int activation, "
         "Tensor? residual, Tensor? norm_weight, Tensor? norm_bias, float eps, bool tf32) -> Tensor");
     m.def("kron_qkv(Tensor x, Tensor[] a, Tensor[] b, Tensor[] bias, bool tf32) -> Tensor[]");
@@ -90,6 +99,7 @@ STABLE_TORCH_LIBRARY_IMPL(KRON_KERNELS_OPS, KRON_CUDA_KEY, m) {
     m.impl("kron_mm", TORCH_BOX(&mm));
     m.impl("kron_mm_add", TORCH_BOX(&mm_add));
     m.impl("kron_mm_add_", TORCH_BOX(&mm_add_));
+    m.impl("kron_mm_backward", TORCH_BOX(&mm_backward));
     m.impl("kron_ffn", TORCH_BOX(&ffn));
     m.impl("kron_qkv", TORCH_BOX(&qkv));
     m.impl("kron_embedding", TORCH_BOX(&embedding));

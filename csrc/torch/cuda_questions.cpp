@@ -36,6 +36,13 @@ const char* refuse_mm(const kron::Shape& s, const Launch& launch) {
     return kron::cuda::refuse_kron_mm(args, launch);
 }
 
+const char* refuse_mm_backward(const kron::Shape& s, const Launch& launch) {
+    kron::BackwardArgs args{};
+    args.shape = s, args.grad_stride = s.m1 * s.m2, args.x_stride = s.n1 * s.n2;
+    args.a = contiguous_factor(s.m1, s.n1), args.b = contiguous_factor(s.m2, s.n2);
+    return kron::cuda::refuse_kron_mm_backward(args, launch);
+}
+
 const char* refuse_ffn(const kron::Shape& first, const kron::Shape& second, bool norm, const Launch& launch) {
     kron::FfnArgs args{};
     args.first = first, args.second = second, args.x_stride = first.n1 * first.n2;
@@ -50,6 +57,14 @@ const char* refuse_embedding(const kron::Shape& s, const Launch& launch) {
     args.tokens = s.tokens, args.terms = s.terms, args.rows = s.m1, args.p = s.n1, args.k = s.n2, args.dtype = s.dtype;
     args.a = contiguous_factor(s.m1, s.n1), args.b = contiguous_factor(1, s.n2);
     return kron::cuda::refuse_kron_embedding(args, launch);
+}
+
+const char* refuse_embedding_backward(const kron::Shape& s, const Launch& launch) {
+    kron::cuda::EmbeddingBackwardArgs args{};
+    args.tokens = s.tokens, args.terms = s.terms, args.rows = s.m1, args.p = s.n1, args.k = s.n2, args.dtype = s.dtype;
+    args.grad_stride = s.n1 * s.n2;
+    args.a = contiguous_factor(s.m1, s.n1), args.b = contiguous_factor(1, s.n2);
+    return kron::cuda::refuse_kron_embedding_backward(args, launch);
 }
 
 constexpr size_t kSizes = 5;
@@ -72,6 +87,8 @@ std::string refusal(const std::string& op, int64_t dtype, int64_t tokens, const 
     for (const int64_t* n = sizes.data(); shapes.size() < count; n += kSizes)
         shapes.push_back({tokens, n[0], n[1], n[2], n[3], n[4], static_cast<kron::DType>(dtype)});
     if (is_ffn) return answer(refuse_ffn(shapes[0], shapes[1], norm, launch));
+    if (op == "kron_mm_backward") return answer(refuse_mm_backward(shapes[0], launch));
+    if (op == "kron_embedding_backward") return answer(refuse_embedding_backward(shapes[0], launch));
     if (op == "kron_embedding") return answer(refuse_embedding(shapes[0], launch));
     if (op != "kron_mm" && op != "kron_mm_add" && op != "kron_mm_add_" && op != "kron_qkv")
         return "there is no CUDA kernel of " + op;
