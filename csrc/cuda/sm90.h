@@ -10,6 +10,12 @@ namespace sm90 {
 
 #if defined(__CUDACC__) && !defined(KRON_CUDA_SM90)
 
+inline const char* refuse_kron_mm(const ForwardArgs&, const Launch&) {
+    return "built without kernels of sm_90a";
+}
+inline Status kron_mm(const ForwardArgs&, const Launch&) {
+    return Status{1, "built without kernels of sm_90a"};
+}
 inline const char* refuse_kron_ffn(const FfnArgs&, const Launch&) {
     return "built without kernels of sm_90a";
 }
@@ -18,6 +24,10 @@ inline Status kron_ffn(const FfnArgs&, const Launch&) {
 }
 
 #else
+
+// Several projections of one x in one launch.
+const char* refuse_kron_mm(const ForwardArgs& args, const Launch& launch);
+Status kron_mm(const ForwardArgs& args, const Launch& launch);
 
 const char* refuse_kron_ffn(const FfnArgs& args, const Launch& launch);
 Status kron_ffn(const FfnArgs& args, const Launch& launch);

@@ -41,12 +41,12 @@ KRON_DEVICE Half2 tanh2(Half2 a) {
     asm("tanh.approx.f16x2 %0, %1;" : "=r"(d) : "r"(a));
     return d;
 }
-// One of the values, twice.
-KRON_DEVICE Half2 low2(Half2 a) {
-    return __byte_perm(a, a, 0x1010);
+// The low halves of two words, and the high ones.
+KRON_DEVICE uint32_t low_halves(uint32_t a, uint32_t b) {
+    return __byte_perm(a, b, 0x5410);
 }
-KRON_DEVICE Half2 high2(Half2 a) {
-    return __byte_perm(a, a, 0x3232);
+KRON_DEVICE uint32_t high_halves(uint32_t a, uint32_t b) {
+    return __byte_perm(a, b, 0x7632);
 }
 
 }  // namespace device
@@ -70,6 +70,14 @@ KRON_DEVICE uint32_t repack(Half2 a) {
 template <>
 KRON_DEVICE uint32_t repack<F16>(Half2 a) {
     return multiply2(a, 0x3c003c00);
+}
+
+// One of the values, twice.
+KRON_DEVICE Half2 low2(Half2 a) {
+    return low_halves(a, a);
+}
+KRON_DEVICE Half2 high2(Half2 a) {
+    return high_halves(a, a);
 }
 
 // The activation of 2v where it is v (1 + tanh(v q(v^2))): q is a constant for silu, linear for gelu_tanh by its

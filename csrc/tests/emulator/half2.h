@@ -39,11 +39,11 @@ inline Half2 tanh2(Half2 a) {
         return std::tanh(x) * (1 + sign * 0x1p-11);
     });
 }
-inline Half2 low2(Half2 a) {
-    return (a & 0xffff) | a << 16;
+inline uint32_t low_halves(uint32_t a, uint32_t b) {
+    return (a & 0xffff) | b << 16;
 }
-inline Half2 high2(Half2 a) {
-    return a >> 16 | (a & 0xffff0000u);
+inline uint32_t high_halves(uint32_t a, uint32_t b) {
+    return a >> 16 | (b & 0xffff0000u);
 }
 inline float larger_magnitude(float a, float b) {
     return std::fmax(std::fabs(a), std::fabs(b));

@@ -1,0 +1,157 @@
+// Products with one large and one tiny factor on Hopper (cuda/mm_sm90.cu) against fp64.
+#include "../cuda/mm_sm90.cu"
+#include "cuda_mm.h"
+#include "emulator/schedules.h"
+#include "emulator/tests.h"
+
+namespace {
+
+using namespace kron::cuda;
+using cuda_test::Mm;
+using cuda_test::MmCase;
+using kron::Activation;
+using kron::DType;
+
+constexpr double kAlpha = 0.75;
+
+struct Call {
+    explicit Call(const MmCase& c) : mm(c) {
+        for (const auto& pair : mm.pairs)
+            projections.push_back({Mm::factor(c, pair->a, c.m1, c.n1), Mm::factor(c, pair->b, c.m2, c.n2),
+                                   c.bias ? pair->bias.get() : nullptr, nullptr, 0, pair->y.get()});
+        for (int64_t i = 0; i < c.count; ++i) expected.push_back(mm.expected(i, kAlpha));
+    }
+    kron::ForwardArgs args() const {
+        return {mm.shape(), mm.x_data(), mm.c.n1 * mm.c.n2 + mm.c.gap, mm.c.count, projections.data(), mm.c.activation,
+                {},         kAlpha};
+    }
+    void clear() const {
+        for (const auto& pair : mm.pairs)
+            for (int64_t i = 0; i < pair->y.count; ++i) test::write(pair->y.get(), i, mm.c.dtype, std::nan(""));
+    }
+    // Room for x and the least ring that the kernel takes: stages are used again soon.
+    Launch tight() const {
+        Launch launch{nullptr, 90, 2, 0, true, nullptr, 0};
+        while (sm90::refuse_kron_mm(args(), launch)) {
+            launch.shared_per_block += 1024;
+            if (launch.shared_per_block > 227 * 1024) {
+                test::check(false, sm90::refuse_kron_mm(args(), launch), mm.c.text().c_str());
+                break;
+            }
+        }
+        return launch;
+    }
+    bool right(const Launch& launch) const {
+        clear();
+        if (sm90::kron_mm(args(), launch).code) return false;
+        for (size_t p = 0; p < mm.pairs.size(); ++p)
+            for (size_t i = 0; i < expected[p].size(); ++i)
+                if (!(std::fabs(mm.pairs[p]->y.at(int64_t(i)) - expected[p][i]) < 0.5)) return false;
+        return true;
+    }
+
+    Mm mm;
+    std::vector<kron::Projection> projections;
+    std::vector<std::vector<double>> expected;
+};
+
+void test_case(const MmCase& c, bool large_ring = false) {
+    const Call call(c);
+    Launch launch = call.tight();
+    if (large_ring) launch.shared_per_block = 227 * 1024;
+    for (const uint64_t seed : emulator::kSeeds) {
+        emulator::settings().seed = seed;
+        call.clear();
+        const Status status = sm90::kron_mm(call.args(), launch);
+        test::check(!status.code, status.what, c.text().c_str());
+        for (size_t p = 0; p < call.expected.size(); ++p)
+            test::compare(call.expected[p], call.mm.pairs[p]->y, 2 * cuda_test::allowed(c.dtype, c.n1 * c.n2),
+                          "mm_sm90", c.text().c_str());
+    }
+}
+
+MmCase with(MmCase c, DType dtype, int64_t tokens = 70) {
+    c.dtype = dtype, c.tokens = tokens;
+    return c;
+}
+
+void test_refusals() {
+    const Call call({"attention", 64, 64, 2, 2, 33});
+    const kron::ForwardArgs good = call.args();
+    const Launch hopper{nullptr, 90, 2, 227 * 1024, true, nullptr, 0};
+    const auto expect = [&](const char* reason, auto&& change) {
+        kron::ForwardArgs args = good;
+        kron::Projection one = good.projections[0];
+        Launch launch = hopper;
+        args.projections = &one;
+        change(args, one, launch);
+        const char* got = sm90::refuse_kron_mm(args, launch);
+        test::check(got && std::string(got) == reason, reason, got ? got : "taken");
+    };
+    test::check(!sm90::refuse_kron_mm(good, hopper), "taken", "a good product");
+    expect("not a Hopper GPU", [](auto&, auto&, auto& launch) { launch.sm = 80; });
+    expect("the dtype is not bfloat16 or float16", [](auto& a, auto&, auto&) { a.shape.dtype = DType::f32; });
+    expect("more than one term", [](auto& a, auto&, auto&) { a.shape.terms = 2; });
+    expect("no factor is tiny (at most 16 x 16)", [](auto& a, auto&, auto&) { a.shape.n2 = 32; });
+    expect("not two rows a token on either side", [](auto& a, auto&, auto&) { a.shape.m2 = a.shape.n2 = 4; });
+    expect("an odd number of rows a token", [](auto& a, auto&, auto&) { a.shape.n2 = 5; });
+    expect("the right factor has a number of rows other than 2, 4, 8 or 16",
+           [](auto& a, auto&, auto&) { a.shape.m2 = 6; });
+    expect("the large factor has more than 384 columns", [](auto& a, auto&, auto&) { a.shape.n1 = 392; });
+    expect("the large factor's sizes are not multiples of 8", [](auto& a, auto&, auto&) { a.shape.m1 = 60; });
+    expect("too many tokens or rows", [](auto& a, auto&, auto&) { a.shape.tokens = int64_t(1) << 31; });
+    expect("more than 4 products of one x", [](auto& a, auto&, auto&) { a.count = 5; });
+    expect("a layer norm", [](auto& a, auto&, auto&) { a.norm.residual = a.x; });
+    expect("int8 results", [](auto& a, auto&, auto&) { a.int8.q = reinterpret_cast<int8_t*>(1); });
+    expect("an activation, except GELU after an expanding left factor",
+           [](auto& a, auto&, auto&) { a.activation = Activation::gelu; });
+    expect("a tensor to add to", [](auto& a, auto& one, auto&) { one.base = a.x; });
+    expect("the large factor is not row-major", [](auto&, auto& one, auto&) { one.a.stride_col = 64; });
+    expect("rows that begin at addresses that are no multiples of 16", [](auto& a, auto&, auto&) { a.x_stride = 129; });
+    expect("rows that begin at addresses that are no multiples of 16",
+           [](auto&, auto& one, auto&) { one.a.stride_row = 65; });
+    expect("a tensor at an address that is no multiple of 16",
+           [](auto&, auto& one, auto&) { one.y = static_cast<char*>(one.y) + 2; });
+    expect("the tiles do not fit into shared memory",
+           [](auto&, auto&, auto& launch) { launch.shared_per_block = 48 * 1024; });
+}
+
+void test_mm() {
+    const MmCase attention{"attention of K8", 136, 200, 2, 2};
+    const MmCase thin{"attention of K21", 136, 48, 2, 16};
+    const MmCase widened{"its gradient", 48, 136, 16, 2};
+    const MmCase expanding{"W1", 8, 2, 136, 192};
+    const MmCase contracting{"W2", 2, 8, 136, 104};
+    for (const MmCase& c : {attention, thin, widened, expanding, contracting}) {
+        test_case(with(c, DType::bf16));
+        test_case(with(c, DType::f16, 1), true);
+    }
+    for (const int64_t rows : {4, 8}) test_case({"right", 48, 136, rows, 2, 40});
+    test_case({"right", 136, 72, 2, 4, 40});
+    test_case({"left", 3, 2, 64, 64, 300}, true);
+    test_case({"left", 2, 4, 72, 64, 40});
+    MmCase several = attention;
+    several.count = 3, several.gap = 8, several.bias = false, several.tokens = 200;
+    test_case(several);
+    several = thin, several.count = 2;
+    test_case(several);
+    MmCase gelu = expanding;
+    gelu.activation = Activation::gelu;
+    test_case(gelu);
+    test_case(with(attention, DType::bf16, 0));
+    for (MmCase c : {attention, thin}) {
+        c.tokens = 300;
+        const Call call(c);
+        // Where the ring holds a tile's factors the next x may come while this one is read; in the least one its stages
+        // are used again at once.
+        const Launch tight = call.tight();
+        Launch wide = tight;
+        wide.shared_per_block = 227 * 1024;
+        emulator::check_every_site_matters([&] { return call.right(tight) && call.right(wide); }, c.text());
+    }
+    test_refusals();
+}
+
+const bool added = emulator::add_test("mm_sm90", test_mm);
+
+}  // namespace
