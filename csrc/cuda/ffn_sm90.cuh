@@ -238,9 +238,12 @@ KRON_DEVICE void compute_tiles(const FfnSm90& p, char* shared, const FfnBarriers
             for (int s = 0; s < slabs; s += 2)
                 self.on_stage([&](const char* b1) {
                     KRON_UNROLL
-                    for (int k = 0; k < 8; ++k)
-                        wgmma<T>(h, operand<128>(x + (s + k / 4) * kSlabBytes, k % 4 * 32),
-                                 operand<128>(b1 + k / 4 * kStageBytes / 2, k % 4 * 32));
+                    for (int half = 0; half < 2; ++half) {
+                        const uint64_t rows = operand<128>(x + (s + half) * kSlabBytes);
+                        const uint64_t columns = operand<128>(b1 + half * kStageBytes / 2);
+                        KRON_UNROLL
+                        for (int k = 0; k < 4; ++k) wgmma<T>(h, part_of(rows, 32 * k), part_of(columns, 32 * k));
+                    }
                 });
             self.end_turn();
             self.finish();
@@ -271,8 +274,9 @@ KRON_DEVICE void compute_tiles(const FfnSm90& p, char* shared, const FfnBarriers
             KRON_UNROLL
             for (int block = 0; block < kBlocks; ++block)
                 self.on_stage([&](const char* b2) {
+                    const uint64_t columns = operand<2 * kColumns>(b2);
                     KRON_UNROLL
-                    for (int k = 0; k < kJ / 2; ++k) wgmma<T>(y[block], z[k], operand<2 * kColumns>(b2, 32 * k));
+                    for (int k = 0; k < kJ / 2; ++k) wgmma<T>(y[block], z[k], part_of(columns, 32 * k));
                 });
             self.finish();
             if (c == steps - 1) break;

@@ -233,8 +233,9 @@ KRON_DEVICE void compute_for_mm(const MmSm90& p, char* shared, const Ring& ring,
                 for (int s = 0; s < kSteps; s += 4)
                     if (s * 16 < p.li)
                         self.on_stage([&](const char* large) {
+                            const uint64_t columns = operand<128>(large);
                             KRON_UNROLL
-                            for (int k = 0; k < 4; ++k) wgmma<T>(d, rows[s + k], operand<128>(large, 32 * k));
+                            for (int k = 0; k < 4; ++k) wgmma<T>(d, rows[s + k], part_of(columns, 32 * k));
                         });
                 self.end_turn();
                 self.finish();

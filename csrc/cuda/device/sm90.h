@@ -118,12 +118,16 @@ KRON_DEVICE void store_operand(void* p, const Words4& v) {
 KRON_DEVICE void fence_operands() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
-// Describes a tile of rows of kRowBytes, or the part of it from byte `offset` of each row on.
+// Describes a tile of rows of kRowBytes. Shared addresses have 18 bits.
 template <int kRowBytes>
-KRON_DEVICE uint64_t operand(const void* tile, int offset) {
+KRON_DEVICE uint64_t operand(const void* tile) {
     static_assert(kRowBytes == 128 || kRowBytes == 64, "rows of 128 bytes or 64");
-    constexpr uint64_t kSwizzle = uint64_t(kRowBytes == 128 ? 1 : 2) << 62, kEightRows = uint64_t(kRowBytes / 2) << 32;
-    return kSwizzle | kEightRows | uint64_t(1) << 16 | ((shared_address(tile) + uint32_t(offset)) & 0x3ffff) >> 4;
+    constexpr uint32_t kSwizzle = (kRowBytes == 128 ? 1u : 2u) << 30, kEightRows = kRowBytes / 2;
+    return uint64_t(kSwizzle | kEightRows) << 32 | 1u << 16 | shared_address(tile) >> 4;
+}
+// The same from byte `offset` of each row on, by one addition: the tensor cores wait for descriptors.
+KRON_DEVICE uint64_t part_of(uint64_t operand, int offset) {
+    return operand >> 32 << 32 | (uint32_t(operand) + uint32_t(offset / 16));
 }
 // Before the first product of a group: what this thread did with its registers comes first.
 KRON_DEVICE void wgmma_fence() {

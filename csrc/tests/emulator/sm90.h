@@ -218,11 +218,13 @@ inline void fence_operands(const char* file = __builtin_FILE(), int line = __bui
     products().stores.clear();
 }
 template <int kRowBytes>
-inline uint64_t operand(const void* tile, int offset) {
+inline uint64_t operand(const void* tile) {
     const int64_t start = static_cast<const char*>(tile) - emulator::shared_memory();
     if (start % 1024) emulator::fail("an operand at an address that is no multiple of 1024");
-    return uint64_t(kRowBytes == 128 ? 1 : 2) << 62 | uint64_t(kRowBytes * 8 / 16) << 32 |
-           uint64_t(start + offset) >> 4;
+    return uint64_t(kRowBytes == 128 ? 1 : 2) << 62 | uint64_t(kRowBytes * 8 / 16) << 32 | uint64_t(start) >> 4;
+}
+inline uint64_t part_of(uint64_t operand, int offset) {
+    return operand + uint64_t(offset / 16);
 }
 
 // Row `row` of 16 values of what a descriptor describes.
