@@ -59,7 +59,9 @@ Operands operands_of(const FfnArgs& args, const FfnPlan& plan, const Launch& lau
     return all;
 }
 
-const char* refuse_pairs(const Shape& first, const Shape& second, const Launch& launch) {
+}  // namespace
+
+const char* refuse_ffn_pairs(const Shape& first, const Shape& second, const Launch& launch) {
     if (const char* reason = refuse_type(first.dtype, launch)) return reason;
     if (first.terms != 1 || second.terms != 1) return "a pair has more than one term";
     if (first.m1 != second.n1 || first.m2 != second.n2) return "the middle has another grid in each of the pairs";
@@ -70,11 +72,9 @@ const char* refuse_pairs(const Shape& first, const Shape& second, const Launch& 
     return nullptr;
 }
 
-}  // namespace
-
 const char* refuse_kron_ffn(const FfnArgs& args, const Launch& launch) {
     if (!sm90::refuse_kron_ffn(args, launch)) return nullptr;
-    if (const char* reason = refuse_pairs(args.first, args.second, launch)) return reason;
+    if (const char* reason = refuse_ffn_pairs(args.first, args.second, launch)) return reason;
     if (args.w1.base || args.w2.base) return "a tensor is to be added before the activation";
     if (args.second.m2 > kMostColumnBlocks * kMostColumns) return "the second right factor has more than 768 rows";
     if (args.norm.residual && args.second.m2 > kMostColumns) return "the norm is over more than 384 columns a row";
@@ -125,14 +125,7 @@ Status kron_ffn(const FfnArgs& args, const Launch& launch) {
     params.activation = args.activation;
     params.tiles = int(plan.tiles);
     params.partial = operands.partial;
-    switch (args.first.dtype) {
-        case DType::bf16:
-            return start_ffn_sm80<Bf16>(params, plan, launch);
-        case DType::f16:
-            return start_ffn_sm80<F16>(params, plan, launch);
-        default:
-            return start_ffn_sm80<float>(params, plan, launch);
-    }
+    return with_type(args.first.dtype, [&](auto type) { return start_ffn_sm80<decltype(type)>(params, plan, launch); });
 }
 
 }  // namespace cuda

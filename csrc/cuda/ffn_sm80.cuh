@@ -290,12 +290,6 @@ struct FinishParams {
     int parts, width;  // rows * n
 };
 
-KRON_DEVICE float sum_of_warp(float value) {
-    KRON_UNROLL
-    for (int mask = 16; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
-    return value;
-}
-
 // A token a warp: the sum of the parts, always in the same order, bias, norm. Each lane keeps its elements in shared
 // memory.
 template <class T>

@@ -1,7 +1,8 @@
-// Starts the forward kernels of one type.
+// Starts the kernels of one type.
 #pragma once
 
 #include "device/launch.h"
+#include "ffn_backward_sm80.cuh"
 #include "ffn_plan.h"
 #include "ffn_sm80.cuh"
 
@@ -22,6 +23,12 @@ Status start_ffn_sm80(const ffn::ForwardParams& params, const FfnPlan& plan, con
     const int64_t row_bytes = params.residual ? int64_t(plan.rows) * params.n * 4 : 0;
     return start(ffn::finish_kernel<T>, Grid{(params.tokens + kWarps - 1) / kWarps}, 32 * kWarps, kWarps * row_bytes,
                  launch, ffn::FinishParams{params, int(plan.parts), plan.rows * params.n});
+}
+
+template <class T>
+Status start_ffn_backward_sm80(const ffn::BackwardParams& params, const FfnBackwardPlan& plan, const Launch& launch) {
+    return start(plan.rows == 1 ? ffn::backward_kernel<T, 1> : ffn::backward_kernel<T, 2>,
+                 Grid{plan.shares, plan.column_blocks}, 32 * ffn::kBackwardWarps, plan.shared_bytes, launch, params);
 }
 
 }  // namespace cuda

@@ -61,22 +61,28 @@ KRON_DEVICE void round_words(uint32_t (&words)[kCount]) {
     }
 }
 
-// out += 16 rows by kTileColumns over 16 values of the inner dimension.
-template <class T>
-KRON_DEVICE void multiply_step(float (&out)[kTiles<T>][4], const char* left, const char* right) {
-    uint32_t a[kSteps<T>][4], b[4];
+// out += 16 rows by kBlocks times kTileColumns over 16 values of the inner dimension; the second operand's blocks lie
+// block_bytes apart.
+template <class T, int kBlocks>
+KRON_DEVICE void multiply_step(float (&out)[kBlocks * kTiles<T>][4], const char* left, const char* right,
+                               int block_bytes) {
+    uint32_t a[kSteps<T>][4];
     KRON_UNROLL
     for (int s = 0; s < kSteps<T>; ++s) {
         ldmatrix(a[s], left + 32 * s);
         round_words<T>(a[s]);
     }
-    ldmatrix(b, right);
-    round_words<T>(b);
-    // One of kSteps and kTiles is 1.
     KRON_UNROLL
-    for (int i = 0; i < kSteps<T> * kTiles<T>; ++i) {
-        const uint32_t pair[2] = {b[2 * i], b[2 * i + 1]};
-        mma_sync<T>(out[i % kTiles<T>], a[i % kSteps<T>], pair);
+    for (int block = 0; block < kBlocks; ++block) {
+        uint32_t b[4];
+        ldmatrix(b, right + block * block_bytes);
+        round_words<T>(b);
+        // One of kSteps and kTiles is 1.
+        KRON_UNROLL
+        for (int i = 0; i < kSteps<T> * kTiles<T>; ++i) {
+            const uint32_t pair[2] = {b[2 * i], b[2 * i + 1]};
+            mma_sync<T>(out[block * kTiles<T> + i % kTiles<T>], a[i % kSteps<T>], pair);
+        }
     }
 }
 
@@ -90,12 +96,12 @@ KRON_DEVICE void multiply(float (&out)[kTiles<T>][4], const char* left, const ch
     int k = 0;
     KRON_UNROLL_BY_2
     for (; k + 32 <= count; k += 32) {
-        multiply_step<T>(out, left, right);
-        multiply_step<T>(odd, left + kBytes, right + kBytes);
+        multiply_step<T, 1>(out, left, right, 0);
+        multiply_step<T, 1>(odd, left + kBytes, right + kBytes, 0);
         left += 2 * kBytes;
         right += 2 * kBytes;
     }
-    if (k < count) multiply_step<T>(out, left, right);
+    if (k < count) multiply_step<T, 1>(out, left, right, 0);
     KRON_UNROLL
     for (int i = 0; i < 4 * kTiles<T>; ++i) out[i / 4][i % 4] += odd[i / 4][i % 4];
 }
@@ -121,6 +127,12 @@ KRON_DEVICE void store_pair(T* to, float first, float second) {
         *reinterpret_cast<uint32_t*>(to) = pack<T>(first, second);
     else
         store_global8(to, Words2{{float_to_bits(first), float_to_bits(second)}});
+}
+
+KRON_DEVICE float sum_of_warp(float value) {
+    KRON_UNROLL
+    for (int mask = 16; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
+    return value;
 }
 
 // Column m of the tiny left factors: a1[c] = A1[m, c] and a2[i] = A2[i, m].

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "device/launch.h"
+#include "mm_plan.h"
 #include "pack.cuh"
 #include "tiny.h"
 
@@ -27,18 +28,6 @@ struct Rows {
     int64_t stride;  // in elements
 };
 
-inline Status copy_rows(DType dtype, const PackParams& params, const Launch& launch) {
-    const Grid grid{divide_up(params.columns, kPackTile), divide_up(params.rows, kPackTile)};
-    switch (dtype) {
-        case DType::bf16:
-            return start(pack_factors<Bf16>, grid, kPackThreads, kPackShared, launch, params);
-        case DType::f16:
-            return start(pack_factors<F16>, grid, kPackThreads, kPackShared, launch, params);
-        default:
-            return start(pack_factors<float>, grid, kPackThreads, kPackShared, launch, params);
-    }
-}
-
 // `columns` is a multiple of 8. A failure to start the copy goes to `status`; an arena without memory copies nothing.
 inline Rows aligned_rows(DType dtype, const Factor& f, int64_t rows, int64_t columns, Arena& arena,
                          const Launch& launch, Status& status) {
@@ -50,7 +39,10 @@ inline Rows aligned_rows(DType dtype, const Factor& f, int64_t rows, int64_t col
         PackParams params{int(std::min(kMostRows, rows - row)), int(columns), int(columns), 1, 1, {}};
         params.factors[0] = {static_cast<const char*>(f.data) + row * f.stride_row * size, 0, f.stride_row,
                              f.stride_col, copy + row * columns * size};
-        status = copy_rows(dtype, params, launch);
+        const Grid grid{divide_up(columns, kPackTile), divide_up(params.rows, kPackTile)};
+        status = with_type(dtype, [&](auto type) {
+            return start(pack_factors<decltype(type)>, grid, kPackThreads, kPackShared, launch, params);
+        });
     }
     return {copy, columns};
 }

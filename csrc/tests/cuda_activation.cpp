@@ -3,31 +3,13 @@
 
 #include <string>
 
+#include "cuda_ffn.h"
 #include "emulator/tests.h"
-#include "support.h"
 
 namespace {
 
 using kron::Activation;
 using namespace kron::cuda::device;
-
-double slope_of(Activation kind, double x) {
-    const double c = 2 * std::sqrt(2 / M_PI), v = kind == Activation::silu ? x : c * (x + 0.044715 * x * x * x);
-    const double s = 1 / (1 + std::exp(-v));
-    switch (kind) {
-        case Activation::gelu:
-            return 0.5 * std::erfc(-x / std::sqrt(2.0)) + x * std::exp(-x * x / 2) / std::sqrt(2 * M_PI);
-        case Activation::gelu_tanh:
-            return s + x * s * (1 - s) * c * (1 + 3 * 0.044715 * x * x);
-        case Activation::relu:
-            return x > 0;
-        case Activation::silu:
-            return s * (1 + x * (1 - s));
-        case Activation::none:
-            break;
-    }
-    return 1;
-}
 
 // Largest errors of value and slope as activation.h states them: relative to max(1, |x|).
 void test_one(Activation kind, double value_error, double slope_error) {
@@ -37,7 +19,7 @@ void test_one(Activation kind, double value_error, double slope_error) {
         const float x = float(i) * 0.00051f;  // up to 20.4
         const double scale = std::fmax(1, std::fabs(x));
         worst = std::fmax(worst, std::fabs(activate(kind, x) - test::activate(kind, x)) / scale);
-        worst_slope = std::fmax(worst_slope, std::fabs(activation_slope(kind, x) - slope_of(kind, x)) / scale);
+        worst_slope = std::fmax(worst_slope, std::fabs(activation_slope(kind, x) - test::slope(kind, x)) / scale);
     }
     const auto report = [&](double error, double allowed) {
         return name + ": error " + std::to_string(error * 1e7) + "e-7, allowed " + std::to_string(allowed * 1e7) +

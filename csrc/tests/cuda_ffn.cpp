@@ -67,8 +67,11 @@ void test_shapes() {
         test_one(f);
         f.normed = true;
         test_one(f, test::ffn_launch(8));
-        f.rows = 2, f.strided = true, f.tokens = 11;
-        test_one(f);
+        f.rows = 2, f.tokens = 11;
+        for (const int64_t gap : {3, 16}) {
+            f.gap = gap;
+            test_one(f);
+        }
         f.n = 144, f.k = 16, f.tokens = 5;
         test_one(f);
         f.n = 288;
@@ -85,7 +88,7 @@ void test_parts() {
             Ffn f;
             f.tokens = 6, f.middle = middle, f.dtype = dtype;
             test_one(f, test::ffn_launch(2));
-            f.normed = true, f.strided = true;
+            f.normed = true, f.gap = 3;
             test_one(f, test::ffn_launch(40));
         }
 }
@@ -140,13 +143,8 @@ void test_refusals() {
     expect("a tensor is to be added before the activation");
 }
 
-void test_ffn() {
-    test_shapes();
-    test_parts();
-    test_barriers();
-    test_refusals();
-}
-
-const bool added = emulator::add_test("ffn", test_ffn);
+const bool added = emulator::add_test("ffn", test_shapes) && emulator::add_test("ffn parts", test_parts) &&
+                   emulator::add_test("ffn barriers", test_barriers) &&
+                   emulator::add_test("ffn refusals", test_refusals);
 
 }  // namespace
