@@ -59,7 +59,7 @@ def finish(value, bias, base, y, row_base, columns, alpha, mask, ACT: tl.constex
         value += tl.load(bias + columns, mask=mask, other=0.0).to(tl.float32)
     if base is not None:
         value += tl.load(base + row_base + columns, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y + row_base + columns, activate(value, ACT).to(y.dtype.element_ty), mask=mask)
+    tl.store(y + row_base + columns, activate(value, ACT, y.dtype.element_ty).to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
