@@ -1,0 +1,134 @@
+"""How a feed-forward block runs, and its tiles: pure functions of sizes. No Triton here."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, NamedTuple
+
+from .._problem import Product
+from .configs import tunable
+from .plan import ceil_div, power_of_two, token_bucket
+
+if TYPE_CHECKING:
+    from .launch import Device
+
+# Values of a token that the kernels unroll over: columns of A1, rows of A2; and rows of A1.
+_MOST_GRID, _MOST_MIDDLE = 4, 32
+# Accumulators of one thread that outputs may take (of its 255 registers, what the middle of the block leaves), and
+# values of the tiny factors that it can keep beside so many.
+_MOST_OUTPUTS, _MOST_MIX = 192, 32
+
+
+class Ffn(NamedTuple):
+    """Sizes of a block as ``kernels/ffn.py`` names them: A1 (M, C), B1 (P, K), A2 (Q, M), B2 (N, P)."""
+
+    c: int
+    m: int
+    q: int
+    k: int
+    p: int
+    n: int
+
+
+class FfnTiles(NamedTuple):
+    """One kernel, or 2 that hand over z; a program's tokens, columns of z, depth of a step; warps, loads in flight."""
+
+    kernels: int
+    tokens: int
+    columns: int
+    depth: int
+    num_warps: int
+    num_stages: int
+
+
+class RowTiles(NamedTuple):
+    """Rows, columns and depth of the product with B2, the second of two kernels; warps, loads in flight."""
+
+    rows: int
+    columns: int
+    depth: int
+    num_warps: int
+    num_stages: int
+
+
+@functools.cache
+def chained(first: Product, second: Product) -> Ffn | str:
+    """The block without its wide middle; or, in words, why it has to run as two products."""
+    if first.terms != 1 or second.terms != 1:
+        return f"two products: only single pairs chain, and these are sums of {first.terms} and {second.terms}"
+    if (first.m1, first.m2) != (second.n1, second.n2):
+        given, taken = f"{first.m1}x{first.m2}", f"{second.n1}x{second.n2}"
+        return f"two products: the first pair gives a grid of {given}, the second takes one of {taken}"
+    if max(first.n1, second.m1) > _MOST_GRID or first.m1 > _MOST_MIDDLE:
+        tiny = f"{first.m1}x{first.n1} and {second.m1}x{second.n1}"
+        return (
+            f"two products: left factors of {tiny} are too large to be mixed in (at most {_MOST_MIDDLE} rows of the "
+            f"first, {_MOST_GRID} columns, {_MOST_GRID} rows of the second)"
+        )
+    return Ffn(first.n1, first.m1, second.m1, first.n2, first.m2, second.m2)
+
+
+def fits(first: Product, second: Product, tokens: int, element: int, device: Device) -> str | None:
+    """None where the block runs as one kernel; otherwise as what it runs, and why."""
+    ffn = chained(first, second)
+    if isinstance(ffn, str):
+        return ffn
+    if tiles_of(ffn, tokens, element, device).kernels == 1:
+        return None
+    if _one_kernel(ffn, element, device.shared // 1024) is None:
+        return "two kernels that hand over the narrow middle: a program cannot hold a token's input, outputs and mix"
+    return "two kernels that hand over the narrow middle: that was measured to be faster"
+
+
+def tiles_of(ffn: Ffn, tokens: int, element: int, device: Device) -> FfnTiles:
+    return ffn_tiles(device.arch, ffn, token_bucket(tokens), element, device.shared // 1024)
+
+
+@tunable("ffn_kernel")
+def ffn_tiles(ffn: Ffn, tokens: int, element: int, kilobytes: int) -> FfnTiles:
+    """Tiles of the block on a device with so much shared memory a program."""
+    return _one_kernel(ffn, element, kilobytes) or two_kernels(ffn, tokens, element)
+
+
+def _one_kernel(ffn: Ffn, element: int, kilobytes: int) -> FfnTiles | None:
+    """As many tokens as registers and shared memory hold, 64 at most; None where not even 16 would do.
+
+    With float32 B1 and B2 would pass by for too few tokens.
+    """
+    if element > 2 or ffn.m * (ffn.c + ffn.q) > _MOST_MIX:
+        return None
+    depth, block = held_block(ffn.k), held_block(ffn.n)
+    k, n = ceil_div(ffn.k, depth) * depth, ceil_div(ffn.n, block) * block
+    for tokens, columns in ((64, 32), (64, 16), (32, 32), (32, 16), (16, 32), (16, 16)):
+        warps = 8 if tokens >= 32 else 4
+        outputs = ffn.q * n * tokens
+        shared = element * (ffn.c * k * tokens + 2 * columns * (k + n)) + 4096
+        if outputs <= _MOST_OUTPUTS * 32 * warps and shared <= kilobytes * 1024:
+            return FfnTiles(1, tokens, columns, depth, warps, 2)
+    return None
+
+
+def two_kernels(ffn: Ffn, tokens: int, element: int) -> FfnTiles:
+    """Tiles of ``ffn_middle``: few enough that several programs of a multiprocessor take turns."""
+    depth = min(power_of_two(ffn.k), 64 if element == 2 else 32)
+    columns = min(power_of_two(ffn.p), 64 if element == 2 else 32)
+    return FfnTiles(2, min(power_of_two(tokens), 64), columns, depth, 8 if element == 2 else 4, 3)
+
+
+@tunable("ffn_rows")
+def row_tiles(ffn: Ffn, tokens: int, element: int) -> RowTiles:
+    """Tiles of ``ffn_rows``."""
+    depth = min(power_of_two(ffn.p), 64 if element == 2 else 32)
+    columns = min(power_of_two(ffn.n), 128)
+    rows = min(power_of_two(ffn.q * tokens), 128)
+    return RowTiles(rows, columns, depth, 8 if rows * columns > 4096 else 4, 3)
+
+
+def held_block(size: int) -> int:
+    """The power of two, 128 at most, in blocks of which a dimension is held with the fewest values beyond its edge."""
+    return min((128, 64, 32, 16), key=lambda block: (ceil_div(size, block) * block, -block))
+
+
+def pair(size: int) -> int:
+    """How many values of a token go into the rows of one tile."""
+    return 2 if size > 1 else 1
