@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from . import embedding, embedding_backward, ffn, mm, rows
+from . import embedding, embedding_backward, ffn, mm, projections, rows
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "kron_embedding": embedding.kron_embedding,
@@ -17,4 +17,5 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "kron_mm_backward": mm.kron_mm_backward,
     "kron_mm_int8": rows.kron_mm_int8,
     "kron_mm_norm": rows.kron_mm_norm,
+    "kron_qkv": projections.kron_qkv,
 }

@@ -89,7 +89,6 @@ def embedding_backward_kernel(
             # y has mean 0 and variance 1: what changes neither, of dy.
             along = tl.sum(dy * y, axis=1, keep_dims=True) / M
             dy = (dy - tl.sum(dy, axis=1, keep_dims=True) / M - y * along) * scale
-            dy = tl.where(mask, dy, 0.0)
         if row_grad is not None:
             place = t.to(tl.int64)[:, None] * M + column[None, :]
             tl.store(row_grad + place, dy.to(row_grad.dtype.element_ty), mask=mask)

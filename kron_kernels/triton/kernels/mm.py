@@ -88,21 +88,17 @@ def store_tiles(
             finish(tiles[g], bias, base, y, row_base, columns, alpha, inside & (n < LO), ACT)
 
 
-@triton.jit(do_not_specialize=["T"])
-def mm_kernel(
-    x, large, tiny, bias, base, y, other, partial, alpha,
+@triton.jit
+def multiply(
+    program, x, large, tiny, bias, base, y, other, partial, alpha,
     T, x_stride, other_stride, large_term, large_row, large_col, tiny_term, tiny_row, tiny_col,
     S: tl.constexpr, CO: tl.constexpr, CI: tl.constexpr, LO: tl.constexpr, LI: tl.constexpr,
     RIGHT: tl.constexpr, EXPAND: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr,
     BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """``y (T, CO * LO)`` of ``x (T, CI * LI)``, ``large (S, LO, LI)``, ``tiny (S, CO, CI)``: see the head of the file.
-
-    y None: nothing but the reduction. partial ``(programs, S, CI, CO)`` or None: no reduction.
-    """
+    """One program's tile of the product, as ``mm_kernel`` says."""
     # Blocks of one token block follow each other, so that x comes from memory once.
     blocks: tl.constexpr = (LO + BN - 1) // BN
-    program = tl.program_id(0)
     n0 = program % blocks * BN
     t = (program // blocks).to(tl.int64) * BT + tl.arange(0, BT)
     if not EXPAND:
@@ -149,6 +145,25 @@ def mm_kernel(
                 results = mixed
         if y is not None:
             store_tiles(results, bias, base, y, alpha, t, T, n0, CO, LO, RIGHT, ACT, BT, BN)
+
+
+@triton.jit(do_not_specialize=["T"])
+def mm_kernel(
+    x, large, tiny, bias, base, y, other, partial, alpha,
+    T, x_stride, other_stride, large_term, large_row, large_col, tiny_term, tiny_row, tiny_col,
+    S: tl.constexpr, CO: tl.constexpr, CI: tl.constexpr, LO: tl.constexpr, LI: tl.constexpr,
+    RIGHT: tl.constexpr, EXPAND: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr,
+    BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """``y (T, CO * LO)`` of ``x (T, CI * LI)``, ``large (S, LO, LI)``, ``tiny (S, CO, CI)``: see the head of the file.
+
+    y None: nothing but the reduction. partial ``(programs, S, CI, CO)`` or None: no reduction.
+    """
+    multiply(
+        tl.program_id(0), x, large, tiny, bias, base, y, other, partial, alpha,
+        T, x_stride, other_stride, large_term, large_row, large_col, tiny_term, tiny_row, tiny_col,
+        S, CO, CI, LO, LI, RIGHT, EXPAND, ACT, PRECISION, BT, BN, BK,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T", "tokens_each"])
