@@ -148,6 +148,10 @@ def _mm_add(problem: Problem, normal: Callable[..., Tensor]) -> tuple[Any, ...]:
     return normal(problem.tokens, m), normal(problem.tokens, n), *layer.factors(normal), 0.5
 
 
+def _mm_int8(problem: Problem, normal: Callable[..., Tensor]) -> tuple[Any, ...]:
+    return _mm(problem, normal)[:3]
+
+
 def _mm_norm(problem: Problem, normal: Callable[..., Tensor]) -> tuple[Any, ...]:
     x, a, b, bias, _ = _mm(problem, normal)
     m = bias.shape[0]
@@ -183,23 +187,32 @@ def _embedding(problem: Problem, normal: Callable[..., Tensor]) -> tuple[Any, ..
     return ids, a, normal(1, 1, k), *tables, normal(width), normal(width), 1e-12
 
 
+def _embedding_backward(problem: Problem, normal: Callable[..., Tensor]) -> tuple[Any, ...]:
+    ids, a, b, *tables, weight, _bias, eps = _embedding(problem, normal)
+    return normal(problem.tokens, weight.shape[0]), ids, a, b, *tables, weight, eps, 0b111111
+
+
 _OPERANDS: dict[str, Callable[[Problem, Callable[..., Tensor]], tuple[Any, ...]]] = {
     "kron_mm": _mm,
     "kron_mm_backward": _mm_backward,
     "kron_mm_add": _mm_add,
     "kron_mm_norm": _mm_norm,
+    "kron_mm_int8": _mm_int8,
     "kron_ffn": _ffn,
     "kron_ffn_backward": _ffn_backward,
     "kron_qkv": _qkv,
     "kron_embedding": _embedding,
+    "kron_embedding_backward": _embedding_backward,
 }
 _TABLES: dict[str, Mapping[str, Any]] = {
     "kron_mm": LAYERS,
     "kron_mm_backward": LAYERS,
     "kron_mm_add": {"k8-attention": None, "balanced": None},
+    "kron_mm_int8": {"k8-attention": None},
     "kron_mm_norm": {"k8-attention": None, "k21-attention": None, "balanced": None},
     "kron_ffn": FFNS,
     "kron_ffn_backward": FFNS,
     "kron_qkv": QKVS,
     "kron_embedding": EMBEDDINGS,
+    "kron_embedding_backward": EMBEDDINGS,
 }
