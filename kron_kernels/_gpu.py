@@ -123,7 +123,7 @@ def choose(
 
     Raises RuntimeError where a backend asked for by name is not there or does not take the call.
     """
-    what = f"{op} of {', '.join(map(str, products))} in {str(dtype).removeprefix('torch.')}"
+    what = describe(op, products, dtype)
     if name in NAMES:
         available, reason = status(name)
         if not available:
@@ -144,13 +144,19 @@ def choose(
             reasons.append(f"{backend}: {refused}")
     if not takers:
         return Choice("reference", "; ".join(reasons))
-    measured = _measured().get(f"{what} on {arch}", {}).get(str(_token_class(tokens)))
+    measured = _measured().get(f"{what} on {arch}", {}).get(str(token_class(tokens)))
     if measured is not None and measured["backend"] in takers:
         return Choice(measured["backend"], f"measured: {measured['ratio']:.2f} times as fast as {measured['over']}")
     return Choice(takers[0], "; ".join(["not measured", *reasons]))
 
 
-def _token_class(tokens: int) -> int | None:
+def describe(op: str, products: Products, dtype: torch.dtype) -> str:
+    """A call in words, as choices.json has it."""
+    return f"{op} of {', '.join(map(str, products))} in {str(dtype).removeprefix('torch.')}"
+
+
+def token_class(tokens: int) -> int | None:
+    """The largest number of tokens that one measurement speaks for, along with this one; None: no limit."""
     return next((limit for limit in _TOKEN_CLASSES if tokens <= limit), None)
 
 
@@ -210,7 +216,7 @@ def _dispatched(op: str) -> Callable[..., Any]:
         tensor, products = operands(*args, **kwargs)
         tokens = tensor.numel() // tensor.shape[-1] if tensor.numel() else 0  # of an embedding the rows of its table
         device_arch = arch(tensor.device.index) if tensor.is_cuda else None
-        limit = _token_class(tokens) or _TOKEN_CLASSES[-1] + 1
+        limit = token_class(tokens) or _TOKEN_CLASSES[-1] + 1
         tf32 = torch.get_float32_matmul_precision() != "highest"
         choice = choose(op, products, tensor.dtype, limit, device_arch, forced() or DEFAULT, tf32)
         function = _implementations(choice.backend)[op]

@@ -61,6 +61,7 @@ def compare(
     starting: Callable[[str], None] = lambda name: None,
     beside: Sequence[Variant] = (),
     over: Sequence[str] = (),
+    timer: Callable[..., list[Timing]] = interleave,
 ) -> list[Result]:
     """Check every candidate against float64, then time those that are right, interleaved, over dense.
 
@@ -71,6 +72,7 @@ def compare(
         starting: called with a candidate's name before it first runs: who died is known should the process die.
         beside: what takes its turns in the same rounds though it computes something else, and is not checked.
         over: names of candidates or of ``beside`` to compare every candidate with besides dense.
+        timer: ``interleave``, or what times on another device and is called alike.
 
     Returns:
         One :class:`Result` a candidate, in the order given, then one for each of ``beside``. Should dense itself be
@@ -87,7 +89,7 @@ def compare(
         ]
     starting("timing")
     variants = [Variant(candidate.name, problem.runner(candidate), candidate.rest_seconds) for candidate in right]
-    timings = {timing.name: timing for timing in interleave([*variants, *beside], BASELINE, seconds=seconds)}
+    timings = {timing.name: timing for timing in timer([*variants, *beside], BASELINE, seconds=seconds)}
     others = {name: timings[name] for name in over if name in timings}
     results = [*checked, *(Result(variant.name, "ok") for variant in beside)]
     return [_timed(result, timings.get(result.name), others) for result in results]

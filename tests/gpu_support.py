@@ -1,0 +1,41 @@
+"""What the GPU tests share: where and on what they run, operands moved as they lie, refusals that are in order."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from kron_kernels import _gpu
+from kron_kernels._problem import Product
+
+# With interpreted kernels on the CPU in place of a GPU: tests/gpu/conftest.py.
+REHEARSED = not torch.cuda.is_available() and os.environ.get("KRON_KERNELS_GPU_TESTS") == "cpu"
+# The interpreter is wrong in bfloat16.
+DTYPES = (torch.float32, torch.float16) if REHEARSED else (torch.float32, torch.float16, torch.bfloat16)
+
+
+def moved(tensor: Tensor, device: str) -> Tensor:
+    """The tensor on a device with its strides and its place in the storage, which ``to`` would change."""
+    storage = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
+    return storage.clone().to(device).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+@contextlib.contextmanager
+def refused(backend: str, op: str, factors: tuple[Tensor, ...], dtype: torch.dtype, tokens: int) -> Iterator[None]:
+    """Inside, a call; where the backend says that it does not take it, it has to raise, and the test is skipped."""
+    products = tuple(Product.of(a, b) for a, b in zip(factors[::2], factors[1::2], strict=True))
+    arch = _gpu.arch(0) if torch.cuda.is_available() else None
+    ops = (op.removesuffix("_backward"), op) if op.endswith("_backward") else (op,)
+    reasons = [_gpu.refusal(backend, each, products, dtype, tokens, arch) for each in ops]
+    reason = next((reason for reason in reasons if reason is not None), None)
+    if reason is None:
+        yield
+        return
+    with pytest.raises(RuntimeError, match=f"backend '{backend}', asked for by name, does not take"):
+        yield
+    pytest.skip(f"{backend}: {reason}")
