@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from . import _backends, _gpu
 from ._problem import Product
 from .reference import order_cost
+from .triton import describe, plan
+from .triton.plan import Device
 
-# The chip whose tiles are shown where there is none.
-_TYPICAL_ARCH = 90
+# The chip whose tiles are shown where there is none: an H100.
+_TYPICAL = Device(90, 132, 232448)
 
 
 @dataclass(frozen=True)
@@ -57,15 +60,19 @@ def explain(
         raise ValueError(f"device: expected 'cpu' or 'cuda', got {device!r}")
     name = _backends.resolve(backend, device)
     reason = "asked for by name" if backend not in (None, "auto") else _backends.available()[name].reason
-    arch = _gpu.arch(torch.cuda.current_device()) if device == "cuda" and torch.cuda.is_available() else None
+    arch, chip = None, _TYPICAL
+    if device == "cuda" and torch.cuda.is_available():
+        properties: Any = torch.cuda.get_device_properties()
+        arch = _gpu.arch(torch.cuda.current_device())
+        chip = Device(arch, properties.multi_processor_count, properties.shared_memory_per_block_optin)
     if device == "cuda" or name in _gpu.NAMES:
         asked = name if backend not in (None, "auto") else "auto"
         tf32 = torch.get_float32_matmul_precision() != "highest"
         name, reason = _gpu.choose(op, sizes, dtype, tokens, arch, asked, tf32)
     forms = {
         "cpu": _cpu_form(sizes),
-        "triton": _triton_form(sizes, dtype, tokens, arch or _TYPICAL_ARCH),
-        "cuda": _gpu.refusal("cuda", op, sizes, dtype, tokens, arch or _TYPICAL_ARCH) or "takes it",
+        "triton": _triton_form(op, sizes, dtype, tokens, chip),
+        "cuda": _gpu.refusal("cuda", op, sizes, dtype, tokens, chip.arch) or "takes it",
     }
     call = f"{op} of {', '.join(map(str, sizes))}, {tokens} tokens in {str(dtype).removeprefix('torch.')} on {device}"
     return Explanation(call, name, reason, forms)
@@ -95,10 +102,10 @@ def _cpu_form(products: tuple[Product, ...]) -> str:
     return "; then ".join(orders)
 
 
-def _triton_form(products: tuple[Product, ...], dtype: torch.dtype, tokens: int, arch: int | str) -> str:
-    from .triton import describe, plan
-
+def _triton_form(op: str, products: tuple[Product, ...], dtype: torch.dtype, tokens: int, device: Device) -> str:
     refused = next((reason for product in products if (reason := plan.refusal(product, dtype))), None)
     if refused:
         return refused
-    return "; then ".join(describe.product(product, tokens, dtype.itemsize, arch) for product in products)
+    if op == "kron_ffn":
+        return describe.feed_forward(products[0], products[1], tokens, dtype.itemsize, device)
+    return "; then ".join(describe.product(product, tokens, dtype.itemsize, device.arch) for product in products)

@@ -39,6 +39,17 @@ def test_forms_of_the_triton_kernels() -> None:
     assert "not torch.float64" in form(*W1, dtype=torch.float64)
 
 
+def test_forms_of_the_feed_forward_block() -> None:
+    def form(*products: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> str:
+        return explain(*products, op="kron_ffn", dtype=dtype, device="cpu", tokens=4096).forms["triton"]
+
+    assert form(W1, W2).startswith("one kernel, the 3072 wide middle in registers; ")
+    assert form(W1, W2, dtype=torch.float32).startswith("two kernels that hand over the narrow middle")
+    apart = form((384, 384, 8, 2), (384, 384, 2, 8))
+    assert apart.startswith("two products: ")
+    assert "the 8x2 factor on the right mixed in while storing" in apart
+
+
 def test_the_choice_on_a_cuda_device(monkeypatch: pytest.MonkeyPatch) -> None:
     statuses = {"triton": (True, "Triton 3"), "cuda": (False, "not built")}
     monkeypatch.setattr(_gpu, "status", statuses.__getitem__)

@@ -40,7 +40,7 @@ def _run(x: Tensor, name: str | None, dtype: object) -> tuple[Tensor, Tensor, Te
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
-@pytest.mark.parametrize("name", (None, *reference.ACTIVATIONS))
+@pytest.mark.parametrize("name", [None, *reference.ACTIVATIONS])
 def test_errors_are_below_what_results_are_rounded_to(name: str | None, dtype: object) -> None:
     x = torch.cat([torch.linspace(-12, 12, 40001), torch.logspace(-6, 4, 500), -torch.logspace(-6, 4, 500)])
     x[0] = 0.0
@@ -59,7 +59,7 @@ def test_errors_are_below_what_results_are_rounded_to(name: str | None, dtype: o
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
-@pytest.mark.parametrize("name", (None, *reference.ACTIVATIONS))
+@pytest.mark.parametrize("name", [None, *reference.ACTIVATIONS])
 def test_nan_infinity_and_large_values(name: str | None, dtype: object) -> None:
     x = torch.tensor([float("nan"), float("inf"), 1e30, -1e30])
     y, value, _ = _run(x, name, dtype)

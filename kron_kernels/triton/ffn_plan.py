@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from .._problem import Product
 from .configs import tunable
-from .plan import ceil_div, power_of_two, token_bucket
-
-if TYPE_CHECKING:
-    from .launch import Device
+from .plan import Device, ceil_div, power_of_two, token_bucket
 
 # Values of a token that the kernels unroll over: columns of A1, rows of A2; and rows of A1.
 _MOST_GRID, _MOST_MIDDLE = 4, 32

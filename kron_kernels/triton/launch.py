@@ -15,6 +15,8 @@ import torch
 import triton
 from torch import Tensor
 
+from .plan import Device
+
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 _GRID_LIMITS = (2**31 - 1, 65535, 65535)
@@ -25,14 +27,6 @@ class Options(NamedTuple):
 
     num_warps: int
     num_stages: int
-
-
-class Device(NamedTuple):
-    """What plans depend on: arch 80, 90, ... of CUDA or a name such as "gfx942"; bytes of shared memory a program."""
-
-    arch: int | str
-    multiprocessors: int
-    shared: int
 
 
 # The interpreter has no device; the numbers are an A100's.

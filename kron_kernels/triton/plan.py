@@ -18,6 +18,14 @@ _REGISTERS = 140
 _SHARED_BYTES = 99 * 1024
 
 
+class Device(NamedTuple):
+    """What plans depend on: arch 80, 90, ... of CUDA or a name such as "gfx942"; bytes of shared memory a program."""
+
+    arch: int | str
+    multiprocessors: int
+    shared: int
+
+
 class Tiles(NamedTuple):
     """A program's tokens, columns of the large factor's result, and depth of one step; warps, and loads in flight."""
 
