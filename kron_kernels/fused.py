@@ -1,7 +1,8 @@
 """Public functions for whole blocks of a transformer: feed-forward, projections of one input, embedding, add and norm.
 
 Each is one op on the CPU, where the intermediate of the block stays in cache. Asked for gradients, ``kron_ffn`` keeps
-its inputs only and computes its middle anew; the others are then compositions of ``kron_matmul`` and torch.
+its inputs only and computes its middle anew, and on a GPU so does ``kron_embedding``; the others are then compositions
+of ``kron_matmul`` and torch.
 """
 
 from __future__ import annotations
@@ -250,7 +251,8 @@ def kron_embedding(
         ``(..., p * k)``, dtype of ``a``.
 
     Raises:
-        IndexError: an index outside its table.
+        IndexError: an index outside its table. Kernels on a GPU, which could raise only by waiting for it, make that
+            token's row NaN and give it no gradient.
         ValueError, TypeError: shapes, dtypes or devices that do not fit; a table without its indices.
 
     Differentiable in the tables, factors and norm; equal gradients on equal input.

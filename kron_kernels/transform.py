@@ -29,9 +29,9 @@ def kron_matmul_int8(x: Tensor, a: Tensor, b: Tensor, *, backend: str | None = N
 
     Returns:
         ``q (..., m1 * m2)``, int8, and ``scale (..., 1)``, float32: ``scale = max |y| / 127`` over the token's results
-        ``y``, ``q = y / scale`` rounded to nearest, ties to even. The kernels round ``y`` only this once, the reference
-        also to the dtype of ``x``. A token of zeros has scale 0 and ``q`` 0. A token with a NaN or an infinity has that
-        as its scale, and ``q`` 0: ``q * scale`` is NaN throughout.
+        ``y``, ``q = y / scale`` rounded to nearest, ties to even. The CPU kernels round ``y`` only this once, others
+        first to the dtype of ``x``. A token of zeros has scale 0 and ``q`` 0. A token with a NaN or an infinity has
+        that as its scale, and ``q`` 0: ``q * scale`` is NaN throughout.
 
     Raises:
         ValueError, TypeError, RuntimeError: as ``kron_matmul``; ValueError where a gradient would be asked of an

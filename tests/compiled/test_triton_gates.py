@@ -52,6 +52,10 @@ PROBLEM = Problem("k8-attention", "kron_mm", "bf16", 4096)
         ("k8-ffn", "kron_ffn", "sm_90"),
         ("k8-qkv", "kron_qkv", "sm_90"),
         ("k8-embedding", "kron_embedding", "sm_90"),
+        ("k8-embedding", "kron_embedding_backward", "sm_90"),
+        ("k21-embedding", "kron_embedding_backward", "sm_80"),
+        ("k8-attention", "kron_mm_int8", "sm_90"),
+        ("k8-attention", "kron_mm_norm", "sm_90"),
     ],
 )
 def test_shipped_tiles_pass(name: str, op: str, chip: str) -> None:
