@@ -14,7 +14,7 @@ def product(problem: Product, tokens: int, element: int, arch: int | str) -> str
         block, warps, _ = plan.chain_tiles(arch, problem, plan.token_bucket(tokens), element)
         first = "left" if plan.left_first(problem) else "right"
         return f"two chained products, the {first} factor first, {block} tokens a program of {warps} warps"
-    tiles = plan.mm_tiles(arch, apart, plan.token_bucket(tokens), element, apart.expands, False)
+    tiles = plan.mm_tiles(arch, apart, plan.token_bucket(tokens), element, apart.expands, False, element == 4)
     rows = min(apart.tiny_in, apart.tiny_out)
     side = "right" if apart.right else "left"
     where = "storing" if apart.expands else "loading"

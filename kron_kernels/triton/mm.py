@@ -9,7 +9,7 @@ from .._problem import Product
 from . import chain
 from .kernels import mm as kernels
 from .launch import Options, device_of, launch
-from .operands import precision, rows, stacks
+from .operands import is_exact, precision, rows, stacks
 from .plan import MixedProduct, ceil_div, large_gradient_tiles, mixed, mm_tiles, splits, token_bucket
 from .sums import sum_partials
 
@@ -76,7 +76,8 @@ def run_mixed(
     """One launch of ``mm_kernel`` over ``x (T, n)``; with ``other (T, m)`` the partial sums of the tiny gradient."""
     tokens = x.shape[0]
     expand = product.expands or other is not None
-    tiles = mm_tiles(device_of(x).arch, product, token_bucket(tokens), x.element_size(), expand, other is not None)
+    shape = (product, token_bucket(tokens), x.element_size(), expand, other is not None, is_exact(x))
+    tiles = mm_tiles(device_of(x).arch, *shape)
     programs = ceil_div(tokens, tiles.tokens) * ceil_div(product.large_out, tiles.columns)
     partial = None
     if other is not None:
@@ -151,7 +152,7 @@ def _mixed_backward(
 def _large_gradient(product: MixedProduct, grad: Tensor, x: Tensor, tiny: Tensor, dlarge: Tensor) -> None:
     tokens = x.shape[0]
     device = device_of(x)
-    tiles = large_gradient_tiles(device.arch, product, token_bucket(tokens), x.element_size())
+    tiles = large_gradient_tiles(device.arch, product, token_bucket(tokens), x.element_size(), is_exact(x))
     blocks = ceil_div(product.large_out, tiles.columns) * ceil_div(product.large_in, tiles.depth)
     parts, each = splits(tokens, tiles.tokens, blocks * product.terms, device.multiprocessors)
     partial = x.new_empty(parts, *dlarge.shape, dtype=torch.float32)

@@ -20,3 +20,8 @@ def stacks(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 def precision(x: Tensor) -> str:
     """How float32 operands go through the tensor cores: as torch's setting for its own products says."""
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def is_exact(x: Tensor) -> bool:
+    """Whether products are of float32 operands as they are: without the tensor cores."""
+    return x.dtype is torch.float32 and precision(x) == "ieee"

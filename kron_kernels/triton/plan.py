@@ -97,8 +97,13 @@ def power_of_two(size: int, least: int = 16) -> int:
 
 
 @tunable("mm_kernel")
-def mm_tiles(product: MixedProduct, tokens: int, element: int, expand: bool, reduces: bool) -> Tiles:
-    """Tiles of ``mm_kernel`` for a number of tokens (``token_bucket``) and bytes of an element."""
+def mm_tiles(
+    product: MixedProduct, tokens: int, element: int, expand: bool, reduces: bool, exact: bool = False
+) -> Tiles:
+    """Tiles of ``mm_kernel`` for a number of tokens (``token_bucket``) and bytes of an element.
+
+    ``exact``: float32 without the tensor cores, whose operands all go through registers.
+    """
     tiny_out, tiny_in, right = product.tiny_out, product.tiny_in, product.right
     rows = tiny_in if expand else tiny_out
     together = right or product.terms > 1  # results wait for each other: to be interleaved, or summed over terms
@@ -116,15 +121,20 @@ def mm_tiles(product: MixedProduct, tokens: int, element: int, expand: bool, red
                 total += (tiny_out * element / 4 if together else 1) * block * columns
         return total
 
-    return _best_tiles(product, tokens, element, rows, registers)
+    return _best_tiles(product, tokens, element, rows, registers, 16 if exact else 128 // element)
 
 
 def _best_tiles(
-    product: MixedProduct, tokens: int, element: int, rows: int, registers: Callable[[int, int, int], float]
+    product: MixedProduct,
+    tokens: int,
+    element: int,
+    rows: int,
+    registers: Callable[[int, int, int], float],
+    deepest: int,
 ) -> Tiles:
     """Of the tiles that fit, those that load the fewest values for a multiply-add, edges counted in."""
     most_columns = min(power_of_two(product.large_out), 256)
-    most_depth = min(power_of_two(product.large_in), 64 if element == 2 else 32)
+    most_depth = min(power_of_two(product.large_in), deepest)
     best: tuple[tuple[float, ...], Tiles] | None = None
     for block, columns, depth, warps in itertools.product(
         (16, 32, 64, 128), (16, 32, 64, 128, 256), (16, 32, 64), (4, 8)
@@ -157,12 +167,12 @@ def _best_tiles(
 
 
 @tunable("large_gradient_kernel")
-def large_gradient_tiles(product: MixedProduct, tokens: int, element: int) -> Tiles:
+def large_gradient_tiles(product: MixedProduct, tokens: int, element: int, exact: bool = False) -> Tiles:
     """Tiles of ``large_gradient_kernel``: here a step is a number of tokens, and depth the other dimension."""
-    columns = min(power_of_two(product.large_out), 128)
+    columns = min(power_of_two(product.large_out), 64 if exact else 128)
     depth = min(power_of_two(product.large_in), 64)
     tiles = product.tiny_out * columns + product.tiny_in * depth
-    block = min(power_of_two(tokens), 64 if element == 2 else 32)
+    block = min(power_of_two(tokens), 16 if exact else 128 // element)
     while block > 16 and tiles * block * element * 2 > _SHARED_BYTES:
         block //= 2
     while columns > 16 and tiles * block * element > _SHARED_BYTES:

@@ -10,7 +10,7 @@ from .._problem import Product
 from .kernels.projections import projections_kernel
 from .launch import Options, device_of, launch
 from .mm import run_product
-from .operands import precision, rows
+from .operands import is_exact, precision, rows
 from .plan import MixedProduct, ceil_div, mixed, mm_tiles, token_bucket
 
 # Projections of one launch.
@@ -60,7 +60,8 @@ def _run_group(
     """One launch for two to four products ``x (T, n)`` of one shape and of the same strides."""
     count, tokens = len(a), x.shape[0]
     large, tiny = (a, b) if product.right else (b, a)
-    tiles = mm_tiles(device_of(x).arch, product, token_bucket(tokens), x.element_size(), product.expands, False)
+    shape = (product, token_bucket(tokens), x.element_size(), product.expands, False, is_exact(x))
+    tiles = mm_tiles(device_of(x).arch, *shape)
     programs = count * ceil_div(tokens, tiles.tokens) * ceil_div(product.large_out, tiles.columns)
     biases: Sequence[Tensor | None] = [each.contiguous() for each in bias] or [None]
     operands: tuple[Sequence[Tensor | None], ...] = (large, tiny, biases, results)
