@@ -71,7 +71,13 @@ class RowFiller {
 
     KRON_DEVICE void fill(int64_t first, int tokens, int from, int length) const {
         if (!x.vector) return fill_scattered(first, tokens, from, length);
-        if (!x.right || x.parts == 1) return fill_runs(first, tokens, from, length);
+        if (!x.right || x.parts == 1) {
+            if constexpr (kMix)
+                mix_runs(first, tokens, from, length);
+            else
+                copy_runs(first, tokens, from, length);
+            return;
+        }
         switch (x.parts) {  // others are not x.vector
             case 2:
                 return fill_interleaved<2>(first, tokens, from, length);
@@ -123,41 +129,67 @@ class RowFiller {
         return tile + row_of<G, kFragmentOrder>(token, g) * pitch + column * int(sizeof(T));
     }
 
+    // The next kItems of a thread's items.
+    template <int kItems>
+    KRON_DEVICE void take(Items& items, Place (&p)[kItems], int64_t first, int from, int values) const {
+        KRON_UNROLL for (int i = 0; i < kItems; ++i) {
+            p[i] = place(first, items.row, from, items.step * values);
+            p[i].there = p[i].there && items.left();
+            items.next();
+        }
+    }
+
     // x_c lie one after another: each is read in words of 16 bytes, four of them at a time.
-    KRON_DEVICE void fill_runs(int64_t first, int tokens, int from, int length) const {
-        constexpr int N = kVector<T>, kItems = kMix ? (G <= 4 ? 2 : 1) : (G <= 2 ? 4 / G : 1);
-        constexpr int kParts = kMix ? 4 / kItems : G;
+    KRON_DEVICE void mix_runs(int64_t first, int tokens, int from, int length) const {
+        constexpr int N = kVector<T>, kItems = G <= 4 ? 2 : 1, kParts = 4 / kItems;
         Items items(tokens, length, N);
         KRON_NO_UNROLL while (items.left()) {
             Place p[kItems];
-            KRON_UNROLL for (int i = 0; i < kItems; ++i) {
-                p[i] = place(first, items.row, from, items.step * N);
-                p[i].there = p[i].there && items.left();
-                items.next();
-            }
+            take(items, p, first, from, N);
             float z[kItems][G][N] = {};
-            KRON_NO_UNROLL for (int c = 0; c < (kMix ? x.parts : 1); c += kParts) {
+            KRON_NO_UNROLL for (int c = 0; c < x.parts; c += kParts) {
                 Words4 words[kItems][kParts];
                 KRON_UNROLL for (int i = 0; i < kItems; ++i) {
                     KRON_UNROLL for (int u = 0; u < kParts; ++u) {
-                        const int part = c + u + (kMix ? 0 : p[i].first_part);
-                        words[i][u] =
-                            load_global_if(p[i].token + int64_t(part) * x.width + p[i].k, p[i].there && part < x.parts);
+                        words[i][u] = load_global_if(p[i].token + int64_t(c + u) * x.width + p[i].k,
+                                                     p[i].there && c + u < x.parts);
                     }
                 }
                 KRON_UNROLL for (int i = 0; i < kItems; ++i) {
                     KRON_UNROLL for (int u = 0; u < kParts; ++u) {
-                        if constexpr (kMix) {
-                            if (c + u < x.parts) add_mixed(z[i], mix[p[i].mix + c + u], words[i][u]);
-                        } else {
-                            unpack_vector<T>(words[i][u], z[i][u], 0);
-                        }
+                        if (c + u < x.parts) add_mixed(z[i], mix[p[i].mix + c + u], words[i][u]);
                     }
                 }
             }
             KRON_UNROLL for (int i = 0; i < kItems; ++i) {
                 if (p[i].row >= tokens) continue;
                 KRON_UNROLL for (int g = 0; g < G; ++g) store_row<T>(row(p[i].row, g, p[i].column), z[i][g]);
+            }
+        }
+    }
+    // The same of rows that are parts: words as they are, eight at a time.
+    KRON_DEVICE void copy_runs(int64_t first, int tokens, int from, int length) const {
+        constexpr int N = kVector<T>, kItems = 8 / G;
+        Items items(tokens, length, N);
+        KRON_NO_UNROLL while (items.left()) {
+            Place p[kItems];
+            Words4 words[kItems][G];
+            take(items, p, first, from, N);
+            KRON_UNROLL for (int i = 0; i < kItems; ++i) {
+                KRON_UNROLL for (int g = 0; g < G; ++g) {
+                    const int part = p[i].first_part + g;
+                    words[i][g] =
+                        load_global_if(p[i].token + int64_t(part) * x.width + p[i].k, p[i].there && part < x.parts);
+                }
+            }
+            KRON_UNROLL for (int i = 0; i < kItems; ++i) {
+                if (p[i].row >= tokens) continue;
+                KRON_UNROLL for (int g = 0; g < G; ++g) {
+                    if constexpr (sizeof(T) == 4) {
+                        KRON_UNROLL for (uint32_t& w : words[i][g].w) w = to_tf32(bits_to_float(w));
+                    }
+                    store_shared(row(p[i].row, g, p[i].column), words[i][g]);
+                }
             }
         }
     }
@@ -179,10 +211,8 @@ class RowFiller {
         KRON_NO_UNROLL while (items.left()) {
             Place p[kItems];
             Words4 words[kItems][kWords];
+            take(items, p, first, from, N);
             KRON_UNROLL for (int i = 0; i < kItems; ++i) {
-                p[i] = place(first, items.row, from, items.step * N);
-                p[i].there = p[i].there && items.left();
-                items.next();
                 KRON_UNROLL for (int u = 0; u < kWords; ++u) {
                     words[i][u] = load_global_if(p[i].token + int64_t(p[i].k) * kParts + u * kVector<T>, p[i].there);
                 }
