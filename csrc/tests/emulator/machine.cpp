@@ -11,7 +11,7 @@
 namespace emulator {
 namespace {
 
-constexpr size_t kStackBytes = 256 * 1024;
+constexpr size_t kStackBytes = 64 * 1024;
 constexpr int kLanes = 32;
 
 enum class Mode { ready, waiting, at_barrier, with_warp, done };
@@ -48,7 +48,7 @@ struct Machine {
     std::vector<int> order;  // of the warps: who goes on first
     std::map<int, Barrier> barriers;
     Deleter deleters[kStates];
-    ucontext_t scheduler;
+    ucontext_t outside;  // of the threads: run_block
     int running = 0, threads = 0;
     Dim3 grid{}, block{};
     char* shared = nullptr;
@@ -64,7 +64,8 @@ struct Machine {
         return z ^ (z >> 31);
     }
     Fiber& current() { return *fibers[size_t(running)]; }
-    void to_scheduler() { swapcontext(&current().context, &scheduler); }
+    // Lets others run: returns when this thread is chosen again.
+    void yield();
     void draw_priorities() {
         for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[random() % i]);
     }
@@ -83,7 +84,19 @@ void enter() {
     Machine& m = machine();
     (*m.thread)();
     m.current().mode = Mode::done;
-    m.to_scheduler();
+    m.yield();
+}
+
+void Machine::yield() {
+    ucontext_t& here = current().context;
+    const int next = error.empty() ? choose() : -1;
+    if (next < 0) {
+        swapcontext(&here, &outside);
+        return;
+    }
+    running = next;
+    current().mode = Mode::ready;
+    if (&current().context != &here) swapcontext(&here, &current().context);
 }
 
 int Machine::choose() {
@@ -140,16 +153,10 @@ void Machine::run_block() {
         fiber.mode = Mode::ready;
         makecontext(&fiber.context, enter, 0);
     }
+    running = choose();
+    swapcontext(&outside, &current().context);
     const auto ended = [](const std::unique_ptr<Fiber>& f) { return f->mode == Mode::done; };
-    while (error.empty() && !std::all_of(fibers.begin(), fibers.begin() + threads, ended)) {
-        running = choose();
-        if (running < 0) {
-            describe_deadlock();
-            break;
-        }
-        current().mode = Mode::ready;
-        swapcontext(&scheduler, &current().context);
-    }
+    if (error.empty() && !std::all_of(fibers.begin(), fibers.begin() + threads, ended)) describe_deadlock();
     for (int i = 0; i < threads; ++i)
         for (int s = 0; s < kStates; ++s) {
             void*& slot = fibers[size_t(i)]->states[s];
@@ -235,7 +242,7 @@ int64_t shared_bytes() {
 void fail(const std::string& what) {
     Machine& m = machine();
     m.error = "thread " + std::to_string(m.running) + ": " + what;
-    for (;;) m.to_scheduler();  // which runs nobody again
+    for (;;) m.yield();
 }
 
 bool in_shared(const void* p, int64_t bytes) {
@@ -254,7 +261,7 @@ void wait_until(const std::function<bool()>& ready, const char* what) {
     fiber.mode = Mode::waiting;
     fiber.until = &ready;
     fiber.waits_for = what;
-    m.to_scheduler();
+    m.yield();
 }
 
 void barrier(int id, int count, const char* what) {
@@ -273,7 +280,7 @@ void barrier(int id, int count, const char* what) {
         }
         m.draw_priorities();
     }
-    m.to_scheduler();
+    m.yield();
 }
 
 void together(const char* what, void* operands, void (*work)(void* const* operands)) {
@@ -286,7 +293,7 @@ void together(const char* what, void* operands, void (*work)(void* const* operan
     warp.operands[m.running - first] = operands;
     m.current().mode = Mode::with_warp;
     m.current().waits_for = what;
-    if (++warp.arrived < kLanes) return m.to_scheduler();
+    if (++warp.arrived < kLanes) return m.yield();
     warp.arrived = 0;
     work(warp.operands);
     for (int i = first; i < first + kLanes; ++i) m.fibers[size_t(i)]->mode = Mode::ready;
