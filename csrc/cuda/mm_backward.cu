@@ -126,7 +126,8 @@ void Stage::large() {
     p.mixed_tiles = int(divide_up(p.mixed_width, kLargeGradMixed));
 
     // Three blocks a multiprocessor, but no split of fewer tokens than one step takes.
-    const int64_t tiles = int64_t(p.plain_tiles) * p.mixed_tiles * p.terms, step = kLargeGradRows / plan.group;
+    const int64_t tiles = int64_t(p.plain_tiles) * p.mixed_tiles * p.terms,
+                  step = large_grad_rows(size_of(args.shape.dtype)) / plan.group;
     const int64_t steps = divide_up(p.tokens * p.halves, step);
     const int64_t wanted = std::min<int64_t>({divide_up(3 * launch.multiprocessors, tiles), steps, 64});
     p.split_tokens = divide_up(steps, wanted) * step;

@@ -1,8 +1,8 @@
 // The large factor's gradient: a GEMM over the tokens' rows of two tensors of tokens, one of them as it is and the
 // other mixed by the tiny factor while it is loaded,
 //   sums[i][j] = sum_t sum_r plain_r[t, i] (sum_c C[r, c] mixed_c[t, j])
-// split over the tokens. A block of four warps has 128 x 64 of the result and goes through its tokens 32 rows at a
-// time, in two buffers: some warps fill the next while others still multiply the one before.
+// split over the tokens. A block of four warps has 128 x 64 of the result and goes through its tokens 64 rows at a time
+// (32 of floats), in two buffers: some warps fill the next while others still multiply the one before.
 #pragma once
 
 #include "device/mma.h"
@@ -12,8 +12,9 @@
 namespace kron {
 namespace cuda {
 
-constexpr int kGradPlain = kLargeGradPlain, kGradMixed = kLargeGradMixed, kGradRows = kLargeGradRows;
-constexpr int kGradThreads = 128;
+constexpr int kGradPlain = kLargeGradPlain, kGradMixed = kLargeGradMixed, kGradThreads = 128;
+template <class T>
+constexpr int kGradRows = large_grad_rows(sizeof(T));
 
 // Eight rows of 16 bytes, or four rows of eight floats, lie in different banks.
 template <class T>
@@ -23,7 +24,7 @@ constexpr int kPlainPitch = kGradPlain * int(sizeof(T)) + kGradPad<T>;
 template <class T>
 constexpr int kMixedPitch = kGradMixed * int(sizeof(T)) + kGradPad<T>;
 template <class T>
-constexpr int kGradBuffer = kGradRows * (kPlainPitch<T> + kMixedPitch<T>);
+constexpr int kGradBuffer = kGradRows<T> * (kPlainPitch<T> + kMixedPitch<T>);
 
 KRON_BOTH int grad_weight_bytes(const LargeGradParams& p, int group) {
     return (p.halves * p.parts * group * 4 + 15) / 16 * 16;
@@ -83,19 +84,19 @@ KRON_GLOBAL void KRON_LAUNCH_BOUNDS(kGradThreads, G >= 4 ? 2 : 3) mm_large_grad(
     const Weights<G>* mix = reinterpret_cast<const Weights<G>*>(weights);
     const int lane = thread_index() % 32, warp = thread_index() / 32;
     const int warp_plain = warp / 2 * 64, warp_mixed = warp % 2 * 32;
-    constexpr int kTokens = kGradRows / G, kStepRows = 32 / int(sizeof(T)), kAll = 1 << 30;
+    constexpr int kTokens = kGradRows<T> / G, kStepRows = 32 / int(sizeof(T)), kAll = 1 << 30;
 
     float acc[4][4][4] = {};
     int buffer = 0;
     KRON_NO_UNROLL for (int64_t token = first; token < last; token += kTokens) {
         char* plain_rows = buffers + buffer * kGradBuffer<T>;
-        char* mixed_rows = plain_rows + kGradRows * kPlainPitch<T>;
+        char* mixed_rows = plain_rows + kGradRows<T> * kPlainPitch<T>;
         const RowFiller<T, G, false, false> fill_plain(plain, mix, 1, kAll, plain_rows, kPlainPitch<T>);
         const RowFiller<T, G, true, false> fill_mixed(mixed, mix, 1, kAll, mixed_rows, kMixedPitch<T>);
         fill_plain.fill(token, kTokens, first_plain, kGradPlain);
         fill_mixed.fill(token, kTokens, first_mixed, kGradMixed);
         sync_threads();  // also: the other buffer, filled next, is no longer read
-        KRON_UNROLL for (int row = 0; row < kGradRows; row += kStepRows) {
+        KRON_UNROLL for (int row = 0; row < kGradRows<T>; row += kStepRows) {
             uint32_t a[4][4], b[4][2];
             load_down<T>(a, b, plain_rows + row * kPlainPitch<T> + warp_plain * int(sizeof(T)),
                          mixed_rows + row * kMixedPitch<T> + warp_mixed * int(sizeof(T)));

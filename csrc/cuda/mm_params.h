@@ -59,8 +59,11 @@ struct MmParams {
 };
 
 // The large factor's gradient (mm_large_grad.cuh).
-// Of a block: its part of the result, and rows at a time.
-constexpr int kLargeGradPlain = 128, kLargeGradMixed = 64, kLargeGradRows = 32;
+// Of a block: its part of the result, and the rows at a time: 64, or 32 of floats.
+constexpr int kLargeGradPlain = 128, kLargeGradMixed = 64;
+constexpr int large_grad_rows(int64_t value_bytes) {
+    return int(128 / value_bytes);
+}
 
 struct LargeGradParams {
     const void *plain, *mixed;  // parts of widths plain_width and mixed_width

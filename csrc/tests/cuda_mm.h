@@ -37,7 +37,8 @@ struct MmCase {
 };
 
 inline kron::cuda::Launch launch_of(const MmCase& c) {
-    return kron::cuda::Launch{nullptr, 80, 4, c.shared, true, nullptr, 0};
+    const int multiprocessors = c.tokens > 60 ? 1 : 4;  // one: a block has several tiles, or steps of tokens
+    return kron::cuda::Launch{nullptr, 80, multiprocessors, c.shared, true, nullptr, 0};
 }
 
 // float goes through TF32, which has as many bits as fp16: the operands are rounded to it, not only the result.

@@ -125,10 +125,11 @@ void test_backward() {
     MmCase terms{"nine terms", 24, 16, 2, 2, 20, 9};
     check(terms);
     check(MmCase{"k8-attention", 384, 384, 2, 2, 10});
+    check(MmCase{"many tokens", 2, 8, 136, 72, 230});
 }
 
 void test_barriers() {
-    for (const MmCase& c : {MmCase{"k8-attention", 136, 136, 2, 2}, MmCase{"k8-w1", 8, 2, 136, 136}}) {
+    for (const MmCase& c : {MmCase{"k8-attention", 136, 72, 2, 2, 110}, MmCase{"k8-w1", 8, 2, 136, 72, 110}}) {
         Gradients g(c);
         const Expected expected(g);
         const auto right = [&] {
