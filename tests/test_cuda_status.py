@@ -26,12 +26,14 @@ DRIVER = """
 #include <string.h>
 int cuDriverGetVersion(int* version) { return *version = VERSION, 0; }
 int cuInit(unsigned flags) { return INIT; }
+#if VERSION >= 13000
 static int nothing(void) { return 0; }
 int cuGetProcAddress_v2(const char* name, void** f, int version, unsigned long flags, int* found) {
     *f = !strcmp(name, "cuInit") ? (void*)cuInit : !strcmp(name, "cuDriverGetVersion") ? (void*)cuDriverGetVersion
        : !strcmp(name, "cuGetProcAddress") ? (void*)cuGetProcAddress_v2 : (void*)nothing;
     return 0;
 }
+#endif
 """
 
 
@@ -48,8 +50,9 @@ def driver(folder: Path, version: int, init: int) -> dict[str, str]:
     if not compiler:
         pytest.skip("no C compiler is installed")
     source = folder / "driver.c"
-    source.write_text(DRIVER.replace("VERSION", str(version), 1).replace("INIT", str(init), 1))
-    subprocess.run([compiler, "-shared", "-fPIC", source, "-o", folder / "libcuda.so.1"], check=True)
+    source.write_text(DRIVER)
+    macros = (f"-DVERSION={version}", f"-DINIT={init}")
+    subprocess.run([compiler, "-shared", "-fPIC", *macros, source, "-o", folder / "libcuda.so.1"], check=True)
     return {"LD_LIBRARY_PATH": str(folder)}
 
 
