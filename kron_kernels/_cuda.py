@@ -136,6 +136,20 @@ def kron_ffn(
     return torch.nn.functional.layer_norm(residual + y, norm_weight.shape, norm_weight, norm_bias, eps)
 
 
+def kron_ffn_backward(
+    grad: Tensor,
+    x: Tensor,
+    a1: Tensor,
+    b1: Tensor,
+    bias1: Tensor | None,
+    a2: Tensor,
+    b2: Tensor,
+    activation: int,
+    needs: int,
+) -> tuple[Tensor, ...]:
+    return _op("kron_ffn_backward")(grad, x, a1, b1, bias1, a2, b2, activation, needs, _tf32())
+
+
 @functools.lru_cache(maxsize=1024)
 def _fuses_norm(dtype: torch.dtype, products: tuple[tuple[int, ...], ...], sm: int) -> bool:
     """Whether the block's kernel takes the norm along."""
@@ -197,6 +211,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "kron_mm_add_": kron_mm_add_,
     "kron_mm_backward": kron_mm_backward,
     "kron_ffn": kron_ffn,
+    "kron_ffn_backward": kron_ffn_backward,
     "kron_qkv": kron_qkv,
     "kron_embedding": kron_embedding,
     "kron_embedding_backward": kron_embedding_backward,

@@ -132,6 +132,21 @@ def test_kron_ffn(case: block_cases.FfnCase, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "strided-rows", "misaligned", "transposed-factors"])
+def test_kron_ffn_backward(layout: str, dtype: torch.dtype) -> None:
+    case = block_cases.FfnCase("k8", 17, layout=layout)
+    o = block_cases.make_ffn(case, dtype)
+    operands = (o.grad, *o.layers[:-1], _ops.ACTIVATION_CODES[case.activation])
+    got = _cuda.kron_ffn_backward(*operands, 127)
+    same_dtype, oracles = block_cases.ffn_gradients(case, dtype)
+    for name, *tensors in zip(_fused_ops.FFN_GRADIENTS, got, same_dtype, oracles, strict=True):
+        cases.assert_accurate(*tensors, name)
+    some = _cuda.kron_ffn_backward(*operands, 0b0100010)
+    assert [tensor.numel() > 0 for tensor in some] == [False, True, False, False, False, True, False]
+    assert torch.equal(some[1], got[1])
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_kron_ffn_on_hopper(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KRON_EMULATED_SM", "90")
     o, same_dtype, oracle = block_cases.ffn_case(block_cases.FfnCase("k8", 17), dtype)

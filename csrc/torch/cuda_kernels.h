@@ -33,6 +33,9 @@ inline std::string problem_text(const kron::BackwardArgs& args) {
 inline std::string problem_text(const kron::FfnArgs& args) {
     return problem_text(args.first) + ", then " + problem_text(args.second);
 }
+inline std::string problem_text(const kron::FfnBackwardArgs& args) {
+    return problem_text(args.first) + ", then " + problem_text(args.second);
+}
 template <class Args>
 std::string embedding_text(const Args& args) {
     return text(args.tokens) + " tokens, " + text(args.terms) + " terms of " + factor_text(args.rows, args.p) +
@@ -81,6 +84,7 @@ class CudaKernels {
     KRON_OPERATION(mm, kron::ForwardArgs)
     KRON_OPERATION(mm_backward, kron::BackwardArgs)
     KRON_OPERATION(ffn, kron::FfnArgs)
+    KRON_OPERATION(ffn_backward, kron::FfnBackwardArgs)
     KRON_OPERATION(embedding, kron::EmbeddingArgs)
     KRON_OPERATION(embedding_backward, kron::cuda::EmbeddingBackwardArgs)
 #undef KRON_OPERATION

@@ -39,6 +39,12 @@ Tensor ffn(const Tensor& x, const Tensor& a1, const Tensor& b1, std::optional<Te
                     norm_weight, norm_bias, eps, std::nullopt, std::nullopt);
 }
 
+Gradients ffn_backward(const Tensor& grad, const Tensor& x, const Tensor& a1, const Tensor& b1,
+                       std::optional<Tensor> bias1, const Tensor& a2, const Tensor& b2, int64_t activation,
+                       int64_t needs, bool tf32) {
+    return kron_ffn_backward(CudaKernels(x, tf32), grad, x, a1, b1, std::move(bias1), a2, b2, activation, needs);
+}
+
 std::vector<Tensor> qkv(const Tensor& x, const std::vector<Tensor>& a, const std::vector<Tensor>& b,
                         const std::vector<Tensor>& bias, bool tf32) {
     return kron_qkv(CudaKernels(x, tf32), x, a, b, bias, {});
@@ -88,6 +94,9 @@ STABLE_TORCH_LIBRARY(KRON_KERNELS_OPS, m) {
     m.def(
         "kron_ffn(Tensor x, Tensor a1, Tensor b1, Tensor? bias1, Tensor a2, Tensor b2, Tensor? bias2, int activation, "
         "Tensor? residual, Tensor? norm_weight, Tensor? norm_bias, float eps, bool tf32) -> Tensor");
+    m.def(
+        "kron_ffn_backward(Tensor grad, Tensor x, Tensor a1, Tensor b1, Tensor? bias1, Tensor a2, Tensor b2, "
+        "int activation, int needs, bool tf32) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
     m.def("kron_qkv(Tensor x, Tensor[] a, Tensor[] b, Tensor[] bias, bool tf32) -> Tensor[]");
     m.def(
         "kron_embedding(Tensor ids, Tensor a, Tensor b, Tensor? position_ids, Tensor? position_weight, "
@@ -101,6 +110,7 @@ STABLE_TORCH_LIBRARY_IMPL(KRON_KERNELS_OPS, KRON_CUDA_KEY, m) {
     m.impl("kron_mm_add_", TORCH_BOX(&mm_add_));
     m.impl("kron_mm_backward", TORCH_BOX(&mm_backward));
     m.impl("kron_ffn", TORCH_BOX(&ffn));
+    m.impl("kron_ffn_backward", TORCH_BOX(&ffn_backward));
     m.impl("kron_qkv", TORCH_BOX(&qkv));
     m.impl("kron_embedding", TORCH_BOX(&embedding));
     m.impl("kron_embedding_backward", TORCH_BOX(&embedding_backward));

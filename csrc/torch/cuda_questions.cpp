@@ -52,6 +52,15 @@ const char* refuse_ffn(const kron::Shape& first, const kron::Shape& second, bool
     return kron::cuda::refuse_kron_ffn(args, launch);
 }
 
+const char* refuse_ffn_backward(const kron::Shape& first, const kron::Shape& second, const Launch& launch) {
+    kron::FfnBackwardArgs args{};
+    args.first = first, args.second = second;
+    args.grad_stride = second.m1 * second.m2, args.x_stride = first.n1 * first.n2;
+    args.a1 = contiguous_factor(first.m1, first.n1), args.b1 = contiguous_factor(first.m2, first.n2);
+    args.a2 = contiguous_factor(second.m1, second.n1), args.b2 = contiguous_factor(second.m2, second.n2);
+    return kron::cuda::refuse_kron_ffn_backward(args, launch);
+}
+
 const char* refuse_embedding(const kron::Shape& s, const Launch& launch) {
     kron::EmbeddingArgs args{};
     args.tokens = s.tokens, args.terms = s.terms, args.rows = s.m1, args.p = s.n1, args.k = s.n2, args.dtype = s.dtype;
@@ -76,7 +85,7 @@ std::string refusal(const std::string& op, int64_t dtype, int64_t tokens, const 
     if (dtype < 0 || dtype > static_cast<int64_t>(kron::DType::f16)) fail("dtype", "a code from 0 to 3", text(dtype));
     const size_t count = sizes.size() / kSizes;
     const bool norm = op == "kron_ffn_norm", is_ffn = norm || op == "kron_ffn";
-    const size_t wanted = is_ffn ? 2 : op == "kron_qkv" ? count : 1;
+    const size_t wanted = is_ffn || op == "kron_ffn_backward" ? 2 : op == "kron_qkv" ? count : 1;
     if (count == 0 || sizes.size() != wanted * kSizes)
         fail("sizes", "S, m1, n1, m2, n2 of each product", text(static_cast<int64_t>(sizes.size())) + " numbers");
     const char* architectures = kron::cuda::built_architectures();
@@ -87,6 +96,7 @@ std::string refusal(const std::string& op, int64_t dtype, int64_t tokens, const 
     for (const int64_t* n = sizes.data(); shapes.size() < count; n += kSizes)
         shapes.push_back({tokens, n[0], n[1], n[2], n[3], n[4], static_cast<kron::DType>(dtype)});
     if (is_ffn) return answer(refuse_ffn(shapes[0], shapes[1], norm, launch));
+    if (op == "kron_ffn_backward") return answer(refuse_ffn_backward(shapes[0], shapes[1], launch));
     if (op == "kron_mm_backward") return answer(refuse_mm_backward(shapes[0], launch));
     if (op == "kron_embedding_backward") return answer(refuse_embedding_backward(shapes[0], launch));
     if (op == "kron_embedding") return answer(refuse_embedding(shapes[0], launch));
