@@ -53,6 +53,17 @@ def test_kron_mm(case: cases.Case, dtype: torch.dtype) -> None:
     cases.assert_accurate(got, same_dtype, oracle)
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("shape", ["k8-attention-small", "k8-w1-small", "k8-w2-small"])
+def test_kron_mm_on_hopper(shape: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KRON_EMULATED_SM", "90")
+    o, same_dtype, oracle = cases.forward_case(cases.Case(shape, 5), dtype)
+    cases.assert_accurate(_cuda.kron_mm(o.x, o.a, o.b, o.bias, 0), same_dtype, oracle)
+    y, same = _cuda.kron_qkv(o.x, [o.a, o.a], [o.b, o.b], [o.bias, o.bias], [])
+    cases.assert_accurate(y, same_dtype, oracle)
+    assert torch.equal(y, same)
+
+
 def test_float32_follows_the_setting_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     o = cases.make(cases.Case("k8-w1-small", 5))
     with pytest.raises(RuntimeError, match="compute float32 in TF32, which is off"):

@@ -5,6 +5,7 @@
 #include "mm_plan.h"
 #include "mm_sm80.cuh"
 #include "pack.cuh"
+#include "sm90.h"
 #include "tiny.h"
 
 namespace kron {
@@ -147,12 +148,15 @@ Status run_mm(const ForwardArgs& args, const MmPlan& plan, const Launch& launch,
 }
 
 const char* refuse_kron_mm(const ForwardArgs& args, const Launch& launch) {
+    if (!sm90::refuse_kron_mm(args, launch)) return nullptr;
     return refuse_mm(args, launch);
 }
 int64_t workspace_kron_mm(const ForwardArgs& args, const Launch& launch) {
+    if (!sm90::refuse_kron_mm(args, launch)) return 0;
     return workspace_mm(plan_mm(args, launch));
 }
 Status kron_mm(const ForwardArgs& args, const Launch& launch) {
+    if (!sm90::refuse_kron_mm(args, launch)) return sm90::kron_mm(args, launch);
     return run_mm(args, plan_mm(args, launch), launch, launch.workspace);
 }
 
