@@ -54,6 +54,40 @@ def test_required_extension_makes_a_failed_build_an_error(tree: Path) -> None:
     assert "the compiled extension was not built: CMake could not configure" in result.stderr
 
 
+CUDA_FAILS = """cmake_minimum_required(VERSION 3.22)
+project(tree LANGUAGES NONE)
+set(record "{\\"cuda\\": \\"built\\", \\"cuda_archs\\": [\\"80\\"], \\"cuda_compiler\\": \\"13.0\\"}")
+if(KRON_KERNELS_CUDA STREQUAL "OFF")
+  set(record "{\\"cuda\\": \\"off\\", \\"cuda_archs\\": [], \\"cuda_compiler\\": \\"\\"}")
+  add_custom_target(cpu ALL COMMAND ${CMAKE_COMMAND} -E touch "${KRON_KERNELS_OUTPUT_DIR}/_C.so")
+else()
+  add_custom_target(cuda ALL COMMAND ${CMAKE_COMMAND} -E false)
+endif()
+file(WRITE "${KRON_KERNELS_OUTPUT_DIR}/_build_info.json" "${record}")
+"""
+
+
+def test_kernels_that_nvcc_does_not_compile_leave_those_of_the_cpu(tree: Path) -> None:
+    (tree / "CMakeLists.txt").write_text(CUDA_FAILS)
+    result = build(tree, KRON_KERNELS_REQUIRE_EXT="0")
+    assert result.returncode == 0, result.stderr
+    reason = "not built (they did not compile: see the output of the build)"
+    assert f"kron_kernels: CUDA kernels: {reason}\n" in result.stdout
+    assert json.loads((tree / "kron_kernels" / "_build_info.json").read_text())["cuda"] == reason
+    assert (tree / "kron_kernels" / "_C.so").is_file()
+    required = build(tree, KRON_KERNELS_REQUIRE_EXT="1")
+    assert required.returncode != 0
+    assert "the compiled extension was not built: the C++ sources did not compile" in required.stderr
+
+
+def test_architectures_come_from_the_environment(tree: Path) -> None:
+    """Also through commas, which need no quotes in a shell."""
+    listing = 'list(JOIN KRON_KERNELS_CUDA_ARCHS "/" archs)\nmessage(FATAL_ERROR "asked for ${archs}.")\n'
+    (tree / "CMakeLists.txt").write_text(f"cmake_minimum_required(VERSION 3.22)\n{listing}")
+    assert "asked for 80+PTX/90a." in build(tree, KRON_KERNELS_CUDA_ARCHS="80+PTX,90a").stderr
+    assert "asked for ." in build(tree, KRON_KERNELS_CUDA_ARCHS="").stderr
+
+
 def test_binding_uses_the_stable_abi_alone() -> None:
     """No C++ symbol of at::, c10:: or torch::jit:: in it: what makes one binary good for every later torch."""
     library = ROOT / "kron_kernels" / "_C.so"
