@@ -80,10 +80,13 @@ def test_kernels_that_nvcc_does_not_compile_leave_those_of_the_cpu(tree: Path) -
     assert "the compiled extension was not built: the C++ sources did not compile" in required.stderr
 
 
-def test_architectures_come_from_the_environment(tree: Path) -> None:
+def test_architectures_come_from_the_environment(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also through commas, which need no quotes in a shell."""
+    monkeypatch.delenv("KRON_KERNELS_CUDA_ARCHS", raising=False)
     listing = 'list(JOIN KRON_KERNELS_CUDA_ARCHS "/" archs)\nmessage(FATAL_ERROR "asked for ${archs}.")\n'
-    (tree / "CMakeLists.txt").write_text(f"cmake_minimum_required(VERSION 3.22)\n{listing}")
+    default = 'cmake_minimum_required(VERSION 3.22)\nset(KRON_KERNELS_CUDA_ARCHS "all" CACHE STRING "")\n'
+    (tree / "CMakeLists.txt").write_text(default + listing)
+    assert "asked for all." in build(tree).stderr
     assert "asked for 80+PTX/90a." in build(tree, KRON_KERNELS_CUDA_ARCHS="80+PTX,90a").stderr
     assert "asked for ." in build(tree, KRON_KERNELS_CUDA_ARCHS="").stderr
 
