@@ -2,6 +2,7 @@
 #include "ffn_sm90.cuh"
 
 #include "sm90.h"
+#include "tiny.h"
 
 namespace kron {
 namespace cuda {
@@ -9,10 +10,6 @@ namespace sm90 {
 namespace {
 
 constexpr int kMostHidden = 32;
-
-int64_t align(int64_t bytes, int64_t to) {
-    return (bytes + to - 1) / to * to;
-}
 
 int blocks_of(int64_t outer) {
     return int((outer + 127) / 128);
@@ -24,8 +21,8 @@ int64_t lay_out(FfnSm90& p, const FfnArgs& args, int64_t shared_per_block) {
     p.outer = int(args.second.m2);
     p.columns = columns_for(blocks_of(p.outer));
     const int64_t x = int64_t(slabs_of(p.inner)) * kSlabBytes;
-    const int64_t bias = align(int64_t(steps_of(p.middle, p.columns)) * p.hidden * p.columns * 2, 128),
-                  mixes = align(p.hidden * 8, 128);
+    const int64_t bias = round_up(int64_t(steps_of(p.middle, p.columns)) * p.hidden * p.columns * 2, 128),
+                  mixes = round_up(p.hidden * 8, 128);
     const int64_t rest = x + bias + mixes + int64_t(sizeof(FfnBarriers));
     const int64_t stage = stage_bytes(p.columns);
     int64_t stages = (shared_per_block - rest) / stage;
@@ -38,10 +35,6 @@ int64_t lay_out(FfnSm90& p, const FfnArgs& args, int64_t shared_per_block) {
     p.mixes = int(p.bias + bias);
     p.barriers = int(p.mixes + mixes);
     return rest + stages * stage;
-}
-
-bool misaligned(const void* p) {
-    return reinterpret_cast<uintptr_t>(p) % 16 != 0;
 }
 
 template <class T, Activation kAct>
@@ -82,14 +75,16 @@ const char* refuse_kron_ffn(const FfnArgs& args, const Launch& launch) {
     if (first.n2 % 8 || first.m2 % 8 || second.m2 % 8) return "the large factors' sizes are not multiples of 8";
     if (second.m2 > 384) return "the second pair's large factor has more than 384 rows";
     if (first.tokens >= (int64_t(1) << 31) - kTokens) return "too many tokens";
-    if (args.norm.weight || args.norm.residual) return "a layer norm";
+    if (args.norm.residual_stride % 2) return "rows of the residual at addresses that are no multiples of 4";
     if (args.w2.base) return "a tensor to add to";
     if (args.w1.b.stride_col != 1 || args.w2.b.stride_col != 1) return "the large factors are not row-major";
     if (args.w1.b.stride_row % 8 || args.w2.b.stride_row % 8 || args.x_stride % 8)
         return "rows that begin at addresses that are no multiples of 16";
-    for (const void* p :
-         {args.x, args.w1.b.data, args.w2.b.data, args.w1.bias, args.w2.bias, static_cast<const void*>(args.w2.y)})
-        if (misaligned(p)) return "a tensor at an address that is no multiple of 16";
+    const int64_t tiles = divide_up(first.tokens, kTokens);
+    if (tiles && 2 * tiles < launch.multiprocessors) return "fewer tiles of tokens than half the multiprocessors";
+    for (const void* p : {args.x, args.w1.b.data, args.w2.b.data, args.w1.bias, args.w2.bias, args.norm.residual,
+                          args.norm.weight, args.norm.bias, static_cast<const void*>(args.w2.y)})
+        if (!is_aligned(p)) return "a tensor at an address that is no multiple of 16";
     FfnSm90 p;
     if (first.n2 > 4096 || first.m2 > 65536 || lay_out(p, args, launch.shared_per_block) > launch.shared_per_block)
         return "the tiles do not fit into shared memory";
@@ -103,6 +98,7 @@ Status kron_ffn(const FfnArgs& args, const Launch& launch) {
     const int64_t shared_bytes = lay_out(p, args, launch.shared_per_block);
     p.a1 = args.w1.a, p.a2 = args.w2.a;
     p.bias1 = args.w1.bias, p.bias2 = args.w2.bias;
+    p.norm = args.norm, p.one_over_width = 1 / float(2 * second.m2);
     p.y = args.w2.y;
     p.tokens = int(first.tokens), p.tiles = int((first.tokens + kTokens - 1) / kTokens);
     const Tiles tiles[3] = {

@@ -25,7 +25,9 @@ struct FfnSm90 {
     TensorMap x, b1, b2;
     Factor a1, a2;
     const void *bias1, *bias2;  // or null
-    void* y;                    // (tokens, 2, outer)
+    NormArgs norm;
+    void* y;               // (tokens, 2, outer)
+    float one_over_width;  // of a token of y
     int tokens, tiles;
     int hidden, inner, middle, outer;
     int columns, stages;  // of the middle at a time; of the ring
@@ -145,25 +147,73 @@ KRON_DEVICE void middle_in_fp32(const float (&h)[4 * kJ], const FfnSm90& p, int 
     }
 }
 
-// ---- The results of a thread: two rows of a token, every fourth pair of columns. The four lanes that share a token
-// exchange words until each has 16 bytes in one piece.
-template <class T, int kBlocks>
-KRON_DEVICE void store_results(const FfnSm90& p, const float (&y)[kBlocks][64], int token, int t) {
+// ---- The results of a thread: two rows of a token, in each the columns 8j + 2t and 8j + 2t + 1 of its accumulators j.
+
+// each(row, column, value, next value) for those that are there; column, of a row, is even.
+template <int kBlocks, class F>
+KRON_DEVICE void for_results(const FfnSm90& p, float (&y)[kBlocks][64], int t, F each) {
     KRON_UNROLL
-    for (int block = 0; block < kBlocks; ++block) KRON_UNROLL
-    for (int quarter = 0; quarter < 4; ++quarter) KRON_UNROLL
-    for (int row = 0; row < 2; ++row) {
+    for (int i = 0; i < kBlocks * 32; ++i) {
+        const int block = i / 32, j = i / 2 % 16, row = i % 2, column = block * 128 + 8 * j + 2 * t;
+        if (column < p.outer) each(row, column, y[block][4 * j + 2 * row], y[block][4 * j + 2 * row + 1]);
+    }
+}
+
+template <class T>
+KRON_DEVICE void load_pair(const void* values, int64_t at, float& low, float& high) {
+    unpack<T>(load_word(static_cast<const T*>(values) + at), low, high);
+}
+
+// The norm of residual + y. A token is shared by four lanes.
+template <class T, int kBlocks>
+KRON_DEVICE void normalise(const FfnSm90& p, float (&y)[kBlocks][64], int token, int t) {
+    const auto over_token = [](float value) {
+        value += shuffle_xor(value, 1);
+        return value + shuffle_xor(value, 2);
+    };
+    const int64_t first = int64_t(token < p.tokens ? token : 0) * p.norm.residual_stride;
+    float sum = 0, squares = 0;
+    for_results(p, y, t, [&](int row, int column, float& low, float& high) {
+        float more[2];
+        load_pair<T>(p.norm.residual, first + row * p.outer + column, more[0], more[1]);
+        low += more[0], high += more[1];
+        sum += low + high;
+    });
+    const float mean = over_token(sum) * p.one_over_width;
+    for_results(p, y, t, [&](int, int, float& low, float& high) {
+        low -= mean, high -= mean;
+        squares += low * low + high * high;
+    });
+    const float scale = reciprocal_root(over_token(squares) * p.one_over_width + float(p.norm.eps));
+    for_results(p, y, t, [&](int row, int column, float& low, float& high) {
+        float weight[2], bias[2];
+        load_pair<T>(p.norm.weight, row * p.outer + column, weight[0], weight[1]);
+        load_pair<T>(p.norm.bias, row * p.outer + column, bias[0], bias[1]);
+        low = low * scale * weight[0] + bias[0], high = high * scale * weight[1] + bias[1];
+    });
+}
+
+// The four lanes that share a token exchange words until each has 16 bytes in one piece.
+template <class T, int kBlocks>
+KRON_DEVICE void store_results(const FfnSm90& p, float (&y)[kBlocks][64], int token, int t) {
+    if (p.bias2)
+        for_results(p, y, t, [&](int row, int column, float& low, float& high) {
+            float more[2];
+            load_pair<T>(p.bias2, row * p.outer + column, more[0], more[1]);
+            low += more[0], high += more[1];
+        });
+    if (p.norm.residual) normalise<T>(p, y, token, t);
+    KRON_UNROLL
+    for (int i = 0; i < kBlocks * 8; ++i) {
+        const int block = i / 8, j = i / 2 % 4 * 4, row = i % 2;
         uint32_t word[4];
         KRON_UNROLL
-        for (int i = 0; i < 4; ++i) {
-            const int j = quarter * 4 + i, column = block * 128 + 8 * j + 2 * t;
-            float low = 0, high = 0;
-            if (p.bias2 && column < p.outer)
-                unpack<T>(load_word(static_cast<const T*>(p.bias2) + row * p.outer + column), low, high);
-            word[i] = pack<T>(y[block][4 * j + 2 * row] + low, y[block][4 * j + 2 * row + 1] + high);
+        for (int k = 0; k < 4; ++k) {
+            const int at = 4 * (j + k) + 2 * row;
+            word[k] = pack<T>(y[block][at], y[block][at + 1]);
         }
         transpose_quad(word, t);
-        const int column = block * 128 + (quarter * 4 + t) * 8;
+        const int column = block * 128 + (j + t) * 8;
         if (token < p.tokens && column < p.outer)
             store_global(static_cast<T*>(p.y) + (int64_t(token) * 2 + row) * p.outer + column,
                          Words4{{word[0], word[1], word[2], word[3]}});
@@ -224,10 +274,8 @@ template <class T, Activation kAct, int kBlocks>
 KRON_DEVICE void compute_tiles(const FfnSm90& p, char* shared, const FfnBarriers& b, const Ring& ring, int group) {
     constexpr int kColumns = columns_for(kBlocks), kStageBytes = stage_bytes(kColumns), kJ = kColumns / 8;
     const int slabs = slabs_of(p.inner), steps = steps_of(p.middle, kColumns);
-    const int lane = thread_index() % 32, warp = thread_index() / 32 % 4, t = lane % 4;
+    const int t = thread_index() % 4;
     const char* x = shared + group * kSlabBytes / 2;
-    float least, most;
-    find_limits(b, least, most);
     Computer<kStageBytes> self(ring, group);
     for (int tile = block_x(); tile < p.tiles; tile += blocks_x()) {
         float y[kBlocks][64], h[4 * kJ];
@@ -251,6 +299,8 @@ KRON_DEVICE void compute_tiles(const FfnSm90& p, char* shared, const FfnBarriers
         };
         KRON_UNROLL
         for (int i = 0; i < kBlocks * 64; ++i) y[i / 64][i % 64] = 0;
+        float least, most;  // not kept from tile to tile: registers are short at its end
+        find_limits(b, least, most);
         self.wait_for_x();
         self.take_turn();
         first_product();
@@ -259,17 +309,13 @@ KRON_DEVICE void compute_tiles(const FfnSm90& p, char* shared, const FfnBarriers
             uint32_t z[kJ / 2][4];
             if (c == steps - 1) self.release_x();
             const char* bias = shared + p.bias + (c * p.hidden * 4 + t) * kJ * 4;
-            if constexpr (kIsBf16<T>) {
-                float largest = 0;
-                KRON_UNROLL
-                for (int i = 0; i < 4 * kJ; ++i) largest = larger_magnitude(largest, h[i]);
-                if (all_of_warp(largest >= least && largest <= most))
-                    middle_in_fp16<T, kAct, kJ>(h, bias, shared + p.mixes, p.hidden, z);
-                else
-                    middle_in_fp32<T, kAct, kJ>(h, p, c * kColumns + 2 * t, z);
-            } else {
+            float largest = 0;
+            KRON_UNROLL
+            for (int i = 0; i < 4 * kJ; ++i) largest = larger_magnitude(largest, h[i]);
+            if (all_of_warp(largest >= least && largest <= most))
                 middle_in_fp16<T, kAct, kJ>(h, bias, shared + p.mixes, p.hidden, z);
-            }
+            else
+                middle_in_fp32<T, kAct, kJ>(h, p, c * kColumns + 2 * t, z);
             self.take_turn();
             KRON_UNROLL
             for (int block = 0; block < kBlocks; ++block)
@@ -285,7 +331,8 @@ KRON_DEVICE void compute_tiles(const FfnSm90& p, char* shared, const FfnBarriers
         self.end_turn();
         KRON_UNROLL
         for (int block = 0; block < kBlocks; ++block) hold(y[block]);
-        store_results<T, kBlocks>(p, y, tile * kTokens + group * 32 + warp * 8 + lane / 4, t);
+        const int thread = thread_index_again() - 128;
+        store_results<T, kBlocks>(p, y, tile * kTokens + thread / 4, t);
     }
 }
 

@@ -70,6 +70,8 @@ const char* refuse_kron_mm(const ForwardArgs& args, const Launch& launch) {
     if (tiny.li > kMostInner) return "the large factor has more than 384 columns";
     if (tiny.li % 8 || tiny.lo % 8) return "the large factor's sizes are not multiples of 8";
     if (tiny.lo > (1 << 20) || s.tokens >= (int64_t(1) << 31) - kTokens) return "too many tokens or rows";
+    const int64_t tiles = divide_up(s.tokens, kTokens);
+    if (tiles && 2 * tiles < launch.multiprocessors) return "fewer tiles of tokens than half the multiprocessors";
     if (args.count > kMostProducts) return "more than 4 products of one x";
     if (args.norm.weight || args.norm.residual) return "a layer norm";
     if (args.int8.q) return "int8 results";

@@ -100,6 +100,8 @@ void test_refusals() {
     expect("the large factor has more than 384 columns", [](auto& a, auto&, auto&) { a.shape.n1 = 392; });
     expect("the large factor's sizes are not multiples of 8", [](auto& a, auto&, auto&) { a.shape.m1 = 60; });
     expect("too many tokens or rows", [](auto& a, auto&, auto&) { a.shape.tokens = int64_t(1) << 31; });
+    expect("fewer tiles of tokens than half the multiprocessors",
+           [](auto&, auto&, auto& launch) { launch.multiprocessors = 3; });
     expect("more than 4 products of one x", [](auto& a, auto&, auto&) { a.count = 5; });
     expect("a layer norm", [](auto& a, auto&, auto&) { a.norm.residual = a.x; });
     expect("int8 results", [](auto& a, auto&, auto&) { a.int8.q = reinterpret_cast<int8_t*>(1); });

@@ -110,6 +110,13 @@ KRON_DEVICE void give_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
 }
 
+// thread_index(), read anew: the compiler keeps nothing made of it in a register until then.
+KRON_DEVICE int thread_index_again() {
+    int index;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+    return index;
+}
+
 // ---- wgmma.
 // A store of an operand. The tensor cores see it after fence_operands by the same thread and then a barrier.
 KRON_DEVICE void store_operand(void* p, const Words4& v) {

@@ -180,6 +180,10 @@ inline void take_registers() {}
 template <int kCount>
 inline void give_registers() {}
 
+inline int thread_index_again() {
+    return emulator::thread_index();
+}
+
 // ---- Operands. What store_operand writes is for the tensor cores once fence_operands has been called.
 struct OperandStore {
     void* to;
