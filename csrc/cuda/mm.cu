@@ -131,18 +131,22 @@ Status run_mm(const ForwardArgs& args, const MmPlan& plan, const Launch& launch,
         const Status status = pack(args, plan, launch, packed);
         if (status.code) return status;
     }
+    Projection projections[kMostProjections];
     for (int i = 0; i < plan.params.count; ++i) {
-        const Projection& one = args.projections[i];
-        const Factor &tiny = plan.params.right ? one.b : one.a, &large = plan.params.right ? one.a : one.b;
-        MmProjection& out = ready.params.projections[i];
+        Projection& one = projections[i] = args.projections[i];
+        Factor &tiny = plan.params.right ? one.b : one.a, &large = plan.params.right ? one.a : one.b;
         if (plan.pack)
-            out.large = packed + i * plan.packed_bytes, out.large_row = plan.packed_columns,
-            out.large_term = plan.params.lo * plan.packed_columns;
-        else
-            out.large = large.data, out.large_row = large.stride_row, out.large_term = large.stride_term;
+            large = {packed + i * plan.packed_bytes, plan.params.lo * plan.packed_columns, plan.packed_columns, 1};
+        MmProjection& out = ready.params.projections[i];
+        out.large = large.data, out.large_row = large.stride_row, out.large_term = large.stride_term;
         out.tiny = tiny.data;
         out.tiny_term = tiny.stride_term, out.tiny_row = tiny.stride_row, out.tiny_col = tiny.stride_col;
         out.bias = one.bias, out.base = one.base, out.y = one.y;
+    }
+    if (plan.form != MmForm::reduce) {
+        ForwardArgs row_major = args;
+        row_major.projections = projections;
+        if (!sm90::refuse_kron_mm(row_major, launch)) return sm90::kron_mm(row_major, launch);
     }
     return with_type(args.shape.dtype, [&](auto type) { return start_mm_sm80<decltype(type)>(ready, launch); });
 }

@@ -1,4 +1,7 @@
 // Products with one large and one tiny factor on Hopper (cuda/mm_sm90.cu) against fp64.
+#include <algorithm>
+#include <cstring>
+
 #include "../cuda/mm_sm90.cu"
 #include "cuda_mm.h"
 #include "emulator/schedules.h"
@@ -118,6 +121,31 @@ void test_refusals() {
            [](auto&, auto&, auto& launch) { launch.shared_per_block = 48 * 1024; });
 }
 
+// kron_mm takes the kernel where it can, with a packed copy of a factor that is not row-major.
+void test_choice() {
+    for (const bool transposed : {false, true}) {
+        MmCase c{"attention", 72, 64, 2, 2, 40};
+        c.transposed = transposed;
+        const Call call(c);
+        const auto on_hopper = [&](int multiprocessors) {
+            Launch launch{nullptr, 90, multiprocessors, 227 * 1024, true, nullptr, 0};
+            test::Buffer workspace(kron::cuda::workspace_kron_mm(call.args(), launch) / 4 + 64, DType::f32);
+            launch.workspace = workspace.get();
+            emulator::forget_sites();
+            call.clear();
+            const Status status = kron::cuda::kron_mm(call.args(), launch);
+            test::check(!status.code, status.what, c.text().c_str());
+            test::compare(call.expected[0], call.mm.pairs[0]->y, 2 * cuda_test::allowed(c.dtype, 128), "kron_mm",
+                          c.text().c_str());
+            const auto of_ring = [](const emulator::Site& site) { return std::strstr(site.file, "ring_sm90"); };
+            const auto& sites = emulator::sites();
+            return std::any_of(sites.begin(), sites.end(), of_ring);
+        };
+        test::check(on_hopper(2), "by the Hopper kernel", c.text().c_str());
+        test::check(!on_hopper(132), "few tokens by the other", c.text().c_str());
+    }
+}
+
 void test_mm() {
     const MmCase attention{"attention of K8", 136, 200, 2, 2};
     const MmCase thin{"attention of K21", 136, 48, 2, 16};
@@ -152,6 +180,7 @@ void test_mm() {
         emulator::check_every_site_matters([&] { return call.right(tight) && call.right(wide); }, c.text());
     }
     test_refusals();
+    test_choice();
 }
 
 const bool added = emulator::add_test("mm_sm90", test_mm);
