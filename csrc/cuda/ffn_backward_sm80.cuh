@@ -278,7 +278,7 @@ KRON_GLOBAL void KRON_LAUNCH_BOUNDS(32 * kBackwardWarps, 2) backward_kernel(Back
         // sum += chunks from `first` on, of rows of `count` values
         const auto multiply_chunks = [&](float (&sum)[kCount][4], int rows_at, int count) {
             const int pitch = row_bytes(count, sizeof(T));
-            const char* right = shared + rows_at + right_offset<T>(lane, pitch);
+            const char* const right = shared + rows_at + right_offset<T>(lane, pitch);
             KRON_NO_UNROLL
             for (int first = 0; first < count; first += kChunk<T>) {
                 cp_async_wait<1>();
@@ -286,11 +286,18 @@ KRON_GLOBAL void KRON_LAUNCH_BOUNDS(32 * kBackwardWarps, 2) backward_kernel(Back
                 load_ahead(stage == 0 ? 2 : stage - 1);
                 const char* const rows = stages + stage * kWarpRows * kChunkPitch<T> + left;
                 stage = stage == 2 ? 0 : stage + 1;
-                KRON_UNROLL
-                for (int s = 0; s < kChunk<T>; s += 16) {
-                    if (first + s >= count) break;
-                    multiply_step<T, kColumnTiles>(sum, rows + s * int(sizeof(T)), right, kTileColumns<T> * pitch);
-                    right += 16 * int(sizeof(T));
+                const auto step = [&](int s) {
+                    Fragments<T, kColumnTiles> fragments;
+                    fragments.load(rows + s * int(sizeof(T)), right + (first + s) * int(sizeof(T)),
+                                   kTileColumns<T> * pitch);
+                    fragments.multiply(sum);
+                };
+                if (first + kChunk<T> <= count) {
+                    KRON_UNROLL
+                    for (int s = 0; s < kChunk<T>; s += 16) step(s);
+                } else {
+                    KRON_NO_UNROLL
+                    for (int s = 0; first + s < count; s += 16) step(s);
                 }
             }
         };

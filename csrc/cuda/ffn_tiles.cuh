@@ -61,47 +61,59 @@ KRON_DEVICE void round_words(uint32_t (&words)[kCount]) {
     }
 }
 
-// out += 16 rows by kBlocks times kTileColumns over 16 values of the inner dimension; the second operand's blocks lie
-// block_bytes apart.
+// Operands of a step: 16 rows, and kBlocks times kTileColumns of the other operand's rows, over 16 values of the inner
+// dimension.
 template <class T, int kBlocks>
-KRON_DEVICE void multiply_step(float (&out)[kBlocks * kTiles<T>][4], const char* left, const char* right,
-                               int block_bytes) {
-    uint32_t a[kSteps<T>][4];
-    KRON_UNROLL
-    for (int s = 0; s < kSteps<T>; ++s) {
-        ldmatrix(a[s], left + 32 * s);
-        round_words<T>(a[s]);
-    }
-    KRON_UNROLL
-    for (int block = 0; block < kBlocks; ++block) {
-        uint32_t b[4];
-        ldmatrix(b, right + block * block_bytes);
-        round_words<T>(b);
-        // One of kSteps and kTiles is 1.
+struct Fragments {
+    uint32_t a[kSteps<T>][4], b[kBlocks][4];
+
+    // The other operand's blocks lie block_bytes apart.
+    KRON_DEVICE void load(const char* left, const char* right, int block_bytes) {
         KRON_UNROLL
-        for (int i = 0; i < kSteps<T> * kTiles<T>; ++i) {
-            const uint32_t pair[2] = {b[2 * i], b[2 * i + 1]};
-            mma_sync<T>(out[block * kTiles<T> + i % kTiles<T>], a[i % kSteps<T>], pair);
+        for (int s = 0; s < kSteps<T>; ++s) ldmatrix(a[s], left + 32 * s);
+        KRON_UNROLL
+        for (int block = 0; block < kBlocks; ++block) ldmatrix(b[block], right + block * block_bytes);
+    }
+    // out += left right^T
+    KRON_DEVICE void multiply(float (&out)[kBlocks * kTiles<T>][4]) {
+        KRON_UNROLL
+        for (int s = 0; s < kSteps<T>; ++s) round_words<T>(a[s]);
+        KRON_UNROLL
+        for (int block = 0; block < kBlocks; ++block) {
+            round_words<T>(b[block]);
+            // One of kSteps and kTiles is 1.
+            KRON_UNROLL
+            for (int i = 0; i < kSteps<T> * kTiles<T>; ++i) {
+                const uint32_t pair[2] = {b[block][2 * i], b[block][2 * i + 1]};
+                mma_sync<T>(out[block * kTiles<T> + i % kTiles<T>], a[i % kSteps<T>], pair);
+            }
         }
     }
-}
+};
 
-// out = left right^T over `count` values, a multiple of 16. Two sums, so that one product need not wait for the last.
+// out = left right^T over `count` values, a multiple of 16. The fragments of a step are loaded before the step ahead of
+// it is multiplied, and two sums take turns, so that no product waits for the last one.
 template <class T>
 KRON_DEVICE void multiply(float (&out)[kTiles<T>][4], const char* left, const char* right, int count) {
     constexpr int kBytes = 16 * int(sizeof(T));
     float odd[kTiles<T>][4] = {};
     KRON_UNROLL
     for (int i = 0; i < 4 * kTiles<T>; ++i) out[i / 4][i % 4] = 0;
+    Fragments<T, 1> first, second;
+    first.load(left, right, 0);
     int k = 0;
     KRON_UNROLL_BY_2
     for (; k + 32 <= count; k += 32) {
-        multiply_step<T, 1>(out, left, right, 0);
-        multiply_step<T, 1>(odd, left + kBytes, right + kBytes, 0);
-        left += 2 * kBytes;
-        right += 2 * kBytes;
+        second.load(left + kBytes, right + kBytes, 0);
+        first.multiply(out);
+        // The last time there may be no further step: these are read again and not used.
+        const int next = k + 32 < count ? 2 * kBytes : 0;
+        left += next;
+        right += next;
+        first.load(left, right, 0);
+        second.multiply(odd);
     }
-    if (k < count) multiply_step<T, 1>(out, left, right, 0);
+    if (k < count) first.multiply(out);
     KRON_UNROLL
     for (int i = 0; i < 4 * kTiles<T>; ++i) out[i / 4][i % 4] += odd[i / 4][i % 4];
 }

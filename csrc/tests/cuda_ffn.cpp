@@ -81,6 +81,17 @@ void test_shapes() {
     }
 }
 
+// BERT-base compressed 8 and 21 times, and a device with less shared memory.
+void test_models() {
+    Ffn f;
+    f.tokens = 9, f.k = f.middle = f.n = 384;
+    test_one(f, test::ffn_launch(4));
+    f.normed = true;
+    test_one(f);
+    f.wide = 16, f.middle = 192, f.dtype = DType::f32;
+    test_one(f, test::ffn_launch(1, 99 * 1024));
+}
+
 // The middle shared out among blocks, evenly and not.
 void test_parts() {
     for (const DType dtype : {DType::bf16, DType::f16, DType::f32})
@@ -144,7 +155,7 @@ void test_refusals() {
 }
 
 const bool added = emulator::add_test("ffn", test_shapes) && emulator::add_test("ffn parts", test_parts) &&
-                   emulator::add_test("ffn barriers", test_barriers) &&
+                   emulator::add_test("ffn models", test_models) && emulator::add_test("ffn barriers", test_barriers) &&
                    emulator::add_test("ffn refusals", test_refusals);
 
 }  // namespace

@@ -84,6 +84,14 @@ void test_shapes() {
     }
 }
 
+void test_models() {
+    Ffn f;
+    f.tokens = 9, f.k = f.middle = f.n = 384;
+    test_one(f, test::ffn_launch(16));
+    f.wide = 16, f.middle = 192;
+    test_one(f);
+}
+
 void test_barriers() {
     Ffn f;
     f.tokens = 70, f.k = 160, f.n = 112;
@@ -110,6 +118,7 @@ void test_refusals() {
 }
 
 const bool added = emulator::add_test("ffn backward", test_shapes) &&
+                   emulator::add_test("ffn backward models", test_models) &&
                    emulator::add_test("ffn backward barriers", test_barriers) &&
                    emulator::add_test("ffn backward refusals", test_refusals);
 
