@@ -137,6 +137,7 @@ void test_errors() {
            "a store of an address that is no multiple of 16");
     expect(run<Nothing>([](Nothing) {}, 48, 0, none), "a block of 48 threads, expected a multiple of 32");
     expect(start<Nothing>([](Nothing) {}, Grid{1, 70000, 1}, 32, 0, kLaunch, none).what, "at most 65535 along y and z");
+    expect(run<Nothing>([](Nothing) {}, 32, 48 * 1024 + 1, none), "more shared memory than a block may ask for");
     test::check(run<Nothing>([](Nothing) { sync_threads(); }, 64, 0, none).empty(), "no error", "one barrier");
 }
 

@@ -39,8 +39,9 @@ Status start(void (*kernel)(Params), const Grid& grid, int threads, int64_t shar
 #else
 
 template <class Params>
-Status start(void (*kernel)(Params), const Grid& grid, int threads, int64_t shared_bytes, const Launch&,
+Status start(void (*kernel)(Params), const Grid& grid, int threads, int64_t shared_bytes, const Launch& launch,
              const Params& params) {
+    if (shared_bytes > launch.shared_per_block) return Status{1, "more shared memory than a block may ask for"};
     return emulator::run_kernel({int(grid.x), int(grid.y), int(grid.z)}, threads, shared_bytes,
                                 [&] { kernel(params); });
 }
