@@ -9,8 +9,10 @@ from torch import Tensor
 from kron_kernels import reference
 from kron_kernels._ops import ACTIVATION_CODES
 
-triton = pytest.importorskip("triton")
-tl = pytest.importorskip("triton.language")
+pytest.importorskip("triton")
+
+import triton
+import triton.language as tl
 
 from kron_kernels.triton.kernels.primitives import activate, activate_with_gradient
 from kron_kernels.triton.launch import INTERPRETED

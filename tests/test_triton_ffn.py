@@ -11,11 +11,12 @@ import block_cases
 import cases
 from block_cases import FfnCase
 from kron_kernels import reference
+from kron_kernels._fused_ops import FFN_GRADIENTS
 from kron_kernels._ops import ACTIVATION_CODES
 
 pytest.importorskip("triton")
 
-from kron_kernels.triton import ffn, ffn_plan
+from kron_kernels.triton import ffn, ffn_backward, ffn_plan
 from kron_kernels.triton.ffn_plan import Ffn, FfnTiles
 from kron_kernels.triton.launch import INTERPRETED
 
@@ -63,3 +64,31 @@ def test_forms_in_float16(case: FfnCase, kernels: int) -> None:
 @pytest.mark.parametrize("case", ALL_FORMS, ids=lambda case: case.id)
 def test_form_of_the_plan(case: FfnCase) -> None:
     _check(case, torch.float16)
+
+
+def _check_gradients(case: FfnCase, dtype: torch.dtype, needs: int = 0b1111111) -> None:
+    o, _, _ = block_cases.ffn_case(case, dtype)
+    same_dtype, oracle = block_cases.ffn_gradients(case, dtype)
+    operands = (o.grad, o.x, o.a1, o.b1, o.bias1, o.a2, o.b2)
+    found = ffn_backward.kron_ffn_backward(*operands, ACTIVATION_CODES[case.activation], needs)
+    for bit, (name, actual) in enumerate(zip(FFN_GRADIENTS, found, strict=True)):
+        if needs >> bit & 1:
+            cases.assert_accurate(actual, same_dtype[bit], oracle[bit], f"gradient of {name}")
+        else:
+            assert actual.shape == (0,)
+
+
+@pytest.mark.parametrize("case", LISTED, ids=lambda case: case.id)
+def test_gradients_in_float32(case: FfnCase) -> None:
+    _check_gradients(case, torch.float32)
+
+
+@pytest.mark.parametrize("case", [*HALF, FfnCase("tiny-right", 17, 2)], ids=lambda case: case.id)
+def test_gradients_in_float16(case: FfnCase) -> None:
+    _check_gradients(case, torch.float16)
+
+
+@pytest.mark.parametrize("needs", [0, *(1 << bit for bit in range(7)), 0b0100001, 0b0011010])
+@pytest.mark.parametrize("shape", ["odd", "tiny-right"])
+def test_gradients_that_are_asked_for(shape: str, needs: int) -> None:
+    _check_gradients(FfnCase(shape, 17), torch.float32, needs)

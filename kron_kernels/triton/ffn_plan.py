@@ -48,6 +48,15 @@ class RowTiles(NamedTuple):
     num_stages: int
 
 
+class MiddleTiles(NamedTuple):
+    """Tokens of a step and columns of ``ffn_backward_middle``; warps, loads in flight."""
+
+    tokens: int
+    columns: int
+    num_warps: int
+    num_stages: int
+
+
 @functools.cache
 def chained(first: Product, second: Product) -> Ffn | str:
     """The block without its wide middle; or, in words, why it has to run as two products."""
@@ -119,6 +128,12 @@ def row_tiles(ffn: Ffn, tokens: int, element: int) -> RowTiles:
     columns = min(power_of_two(ffn.n), 128)
     rows = min(power_of_two(ffn.q * tokens), 128)
     return RowTiles(rows, columns, depth, 8 if rows * columns > 4096 else 4, 3)
+
+
+@tunable("ffn_backward_middle")
+def middle_tiles(ffn: Ffn, tokens: int, element: int) -> MiddleTiles:
+    """Two values a thread: beside its sums, of which there are ``m (c + q + 2)`` then, more would not fit."""
+    return MiddleTiles(4, 64, 4, 2)
 
 
 def held_block(size: int) -> int:

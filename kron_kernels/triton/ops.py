@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from . import embedding, embedding_backward, ffn, mm, projections, rows
+from . import embedding, embedding_backward, ffn, ffn_backward, mm, projections, rows
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "kron_embedding": embedding.kron_embedding,
     "kron_embedding_backward": embedding_backward.kron_embedding_backward,
     "kron_ffn": ffn.kron_ffn,
+    "kron_ffn_backward": ffn_backward.kron_ffn_backward,
     "kron_mm": mm.kron_mm,
     "kron_mm_add": mm.kron_mm_add,
     "kron_mm_add_": mm.kron_mm_add_,
