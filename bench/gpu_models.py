@@ -1,0 +1,139 @@
+"""Whole encoders on a GPU: their forward, as it is and as one CUDA graph, and a step of training."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from bench.protocol import Say
+from bench.worker import result_row
+from kron_kernels.timing.compare import compare, first_line
+from kron_kernels.timing.encoder import EncoderProblem, EncoderWay, encoders, forward, plain_way, random_ids
+from kron_kernels.triton.problems import DTYPES
+
+PRESETS = ("K8", "K21")
+GRAPH = ", CUDA graph"
+# Of an encoder that an interpreter runs.
+REHEARSED_SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 128,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 1,
+    "vocab_size": 64,
+}
+_WARM_STEPS, _STEPS = 3, 10
+
+
+class MachineLike(Protocol):
+    """As ``gpu_worker.Machine``."""
+
+    device: str
+    timer: Callable[..., Any]
+
+    def wall_us(self, run: Callable[[], object]) -> float | None: ...
+
+    def launches(self, run: Callable[[], object]) -> int | None: ...
+
+
+def _models(job: dict[str, Any], device: str, dtype: str) -> dict[str, nn.Module]:
+    sizes = REHEARSED_SIZES if job["rehearse"] else {}
+    presets = PRESETS[:1] if job["rehearse"] else PRESETS
+    return {name: model.to(device) for name, model in encoders(presets, DTYPES[dtype], **sizes).items()}
+
+
+def encoder_points(job: dict[str, Any], say: Say, machine: MachineLike) -> None:
+    """Dense and compressed encoders at each batch size and length; on a GPU also as graphs."""
+    for described in job["points"]:
+        models = _models(job, machine.device, described["dtype"])
+        ids = random_ids(models["dense"], described["batch"], described["sequence"]).to(machine.device)
+        problem = EncoderProblem(ids)
+        ways = [plain_way(name, model) for name, model in models.items()]
+        if machine.device == "cuda":
+            ways += [graph_way(way, ids) for way in ways]
+        found = compare(
+            problem,
+            ways,
+            seconds=job["seconds"],
+            starting=lambda name: say({"starting": name}),
+            timer=machine.timer,
+        )
+        by_name = {way.name: way for way in ways}
+        for result in found:
+            row = result_row(result, "us")
+            if result.timing is not None:
+                run = problem.runner(by_name[result.name])
+                row |= {"wall_us": machine.wall_us(run), "launches": machine.launches(run)}
+            say({"point": described["index"], "result": row})
+        say({"done": described["index"]})
+
+
+def graph_way(way: EncoderWay, ids: Tensor) -> EncoderWay:
+    """The forward of ``ids`` captured once, replayed after."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            forward(way.model, ids)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        hidden = forward(way.model, ids)
+
+    def run(_ids: Tensor) -> Tensor:
+        graph.replay()
+        return hidden
+
+    return EncoderWay(way.name + GRAPH, way.model, run, way.tolerance)
+
+
+def train_points(job: dict[str, Any], say: Say, machine: MachineLike) -> None:
+    """Milliseconds and peak memory of one step: forward, a squared loss, backward, AdamW."""
+    for described in job["points"]:
+        for name, model in _models(job, machine.device, described["dtype"]).items():
+            say({"starting": name})
+            ids = random_ids(model, described["batch"], described["sequence"]).to(machine.device)
+            try:
+                row = _train(model, ids, job["rehearse"])
+            except Exception as failure:  # a kernel that fails must not end the run
+                row = {"status": "failed", "reason": first_line(failure)}
+            say({"point": described["index"], "result": {"variant": name, **row}})
+        say({"done": described["index"]})
+
+
+def _train(model: nn.Module, ids: Tensor, rehearse: bool) -> dict[str, Any]:
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    step = functools.partial(_step, model, optimiser, ids)
+    losses = [float(step()) for _ in range(1 if rehearse else _WARM_STEPS)]
+    if any(loss != loss for loss in losses):
+        return {"status": "wrong", "reason": f"losses {losses}"}
+    return {"status": "ok", **(_timed_steps(step) if ids.is_cuda else {})}
+
+
+def _step(model: nn.Module, optimiser: torch.optim.Optimizer, ids: Tensor) -> Tensor:
+    loss = model(ids).last_hidden_state.float().square().mean()
+    loss.backward()
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+    return loss.detach()
+
+
+def _timed_steps(step: Callable[[], Tensor]) -> dict[str, float]:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(_STEPS):
+        start = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return {"time_us_q50": 1e6 * statistics.median(times), "peak_mib": torch.cuda.max_memory_allocated() / 2**20}
