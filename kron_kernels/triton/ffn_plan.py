@@ -118,7 +118,7 @@ def two_kernels(ffn: Ffn, tokens: int, element: int) -> FfnTiles:
     """Tiles of ``ffn_middle``: few enough that several programs of a multiprocessor take turns."""
     depth = min(power_of_two(ffn.k), 64 if element == 2 else 32)
     columns = min(power_of_two(ffn.p), 64 if element == 2 else 32)
-    return FfnTiles(2, min(power_of_two(tokens), 64), columns, depth, 8 if element == 2 else 4, 3)
+    return FfnTiles(2, min(power_of_two(tokens), 128 // element), columns, depth, 8 if element == 2 else 4, 3)
 
 
 @tunable("ffn_rows")

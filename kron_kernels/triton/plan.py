@@ -12,8 +12,9 @@ import torch
 from .._problem import TINY, Product
 from .configs import tunable
 
-# 32-bit registers of a thread that tiles may take: of its 255, what addresses and temporaries leave.
-_REGISTERS = 140
+# 32-bit registers of a thread that tiles may take: of its 255, what addresses and temporaries leave; and where
+# operands of float32 go through registers besides.
+_REGISTERS, _EXACT_REGISTERS = 140, 64
 # Bytes of shared memory on the smallest device that the default tiles are for, an Ampere of compute capability 8.6.
 _SHARED_BYTES = 99 * 1024
 
@@ -121,7 +122,7 @@ def mm_tiles(
                 total += (tiny_out * element / 4 if together else 1) * block * columns
         return total
 
-    return _best_tiles(product, tokens, element, rows, registers, 16 if exact else 128 // element)
+    return _best_tiles(product, tokens, element, rows, registers, exact)
 
 
 def _best_tiles(
@@ -130,35 +131,32 @@ def _best_tiles(
     element: int,
     rows: int,
     registers: Callable[[int, int, int], float],
-    deepest: int,
+    exact: bool,
 ) -> Tiles:
     """Of the tiles that fit, those that load the fewest values for a multiply-add, edges counted in."""
     most_columns = min(power_of_two(product.large_out), 256)
-    most_depth = min(power_of_two(product.large_in), deepest)
+    most_depth = min(power_of_two(product.large_in), 16 if exact else 128 // element)
+    most_registers = _EXACT_REGISTERS if exact else _REGISTERS
     best: tuple[tuple[float, ...], Tiles] | None = None
     for block, columns, depth, warps in itertools.product(
         (16, 32, 64, 128), (16, 32, 64, 128, 256), (16, 32, 64), (4, 8)
     ):
         if columns > most_columns or depth > most_depth or block > power_of_two(tokens):
             continue
-        if registers(block, columns, depth) > _REGISTERS * 32 * warps or block * columns < 64 * warps:
+        if block * columns < 64 * warps:
             continue
+        # Where none leaves enough free, those that come nearest.
+        excess = max(1.0, registers(block, columns, depth) / (most_registers * 32 * warps))
         step = element * depth * (product.tiny_in * block + columns)
         stages = min(3, _SHARED_BYTES // step)
         if stages == 0:
             continue
         loads = (product.tiny_in * block + columns) / (rows * block * columns)
-        edges = (
-            ceil_div(product.large_out, columns)
-            * columns
-            / product.large_out
-            * ceil_div(tokens, block)
-            * block
-            / tokens
-        )
+        edges = ceil_div(product.large_out, columns) * columns / product.large_out
+        edges *= ceil_div(tokens, block) * block / tokens
         # A loop that waits for each of its loads, or that takes few of them at once, is slow; wgmma takes 64 rows.
         slow = (1.0 if stages > 1 else 2.0) * (1 + 8 / depth) * (1.0 if block >= 64 else 2.0)
-        rank = (loads * edges * slow, -depth, -warps)
+        rank = (excess, loads * edges * slow, -depth, -warps)
         if best is None or rank < best[0]:
             best = rank, Tiles(block, columns, depth, warps, max(stages, 1))
     if best is None:
@@ -178,8 +176,14 @@ def large_gradient_tiles(product: MixedProduct, tokens: int, element: int, exact
     while columns > 16 and tiles * block * element > _SHARED_BYTES:
         columns, depth = columns // 2, max(16, depth // 2)
         tiles = product.tiny_out * columns + product.tiny_in * depth
-    stages = 2 if tiles * block * element * 2 <= _SHARED_BYTES else 1
-    return Tiles(block, columns, depth, 8 if columns * depth > 4096 else 4, stages)
+    warps = 8 if columns * depth > 4096 else 4
+    while exact and max(columns, depth) > 16 and columns * depth + tiles * block > _EXACT_REGISTERS * 32 * warps:
+        if depth == 16 or (columns > 16 and product.tiny_out * columns > product.tiny_in * depth):
+            columns //= 2
+        else:
+            depth //= 2
+        tiles = product.tiny_out * columns + product.tiny_in * depth
+    return Tiles(block, columns, depth, warps, 2 if tiles * block * element * 2 <= _SHARED_BYTES else 1)
 
 
 def token_bucket(tokens: int) -> int:
@@ -232,4 +236,7 @@ def _tokens_held(values: int, element: int) -> HeldTiles:
     tokens = 16
     while tokens > 1 and tokens * values * element // 2 > 80 * 32 * 4:
         tokens //= 2
-    return HeldTiles(tokens, 8 if tokens * values > 64 * 32 * 4 else 4, 2)
+    warps = 4
+    while warps < 16 and tokens * values * element // 2 > 80 * 32 * warps * (2 if element == 2 else 1):
+        warps *= 2
+    return HeldTiles(tokens, warps, 2)
