@@ -48,7 +48,7 @@ Status pack(const ForwardArgs& args, const MmPlan& plan, const Launch& launch, c
         const Factor& f = p.right ? args.projections[i].a : args.projections[i].b;
         params.factors[i] = {f.data, f.stride_term, f.stride_row, f.stride_col, out + i * plan.packed_bytes};
     }
-    const Grid grid{divide_up(plan.packed_columns, kPackTile), divide_up(p.lo, kPackTile), int64_t(p.count) * p.terms};
+    const Grid grid{divide_up(p.lo, kPackTile), divide_up(plan.packed_columns, kPackTile), int64_t(p.count) * p.terms};
     return with_type(args.shape.dtype, [&](auto type) {
         return start(pack_factors<decltype(type)>, grid, kPackThreads, kPackShared, launch, params);
     });
@@ -77,9 +77,11 @@ const char* refuse_mm(const ForwardArgs& args, const Launch& launch) {
     if (args.shape.terms > kMostTerms) return "more than 16 terms";
     if (args.norm.residual || args.norm.weight) return "the CUDA product has no layer norm";
     if (args.int8.q) return "the CUDA product has no int8 results";
-    constexpr int64_t kMost = int64_t(1) << 26;  // sizes times 16 stay in 32 bits
-    if (tiny.lo > kMost || tiny.li > kMost / kMostTerms || args.shape.tokens > kMost)
-        return "more than 2^26 tokens or rows of the large factor, or 2^22 columns of it";
+    // Sizes times 16 stay in 32 bits, and grids within their limits.
+    if (tiny.lo > int64_t(1) << 26 || tiny.li > 1 << 20 || args.shape.tokens > int64_t(1) << 26)
+        return "more than 2^26 tokens or rows of the large factor, or 2^20 columns of it";
+    if (plan_mm(args, launch).shared_bytes > launch.shared_per_block)
+        return "the device has too little shared memory for a block of the CUDA product";
     return nullptr;
 }
 

@@ -29,7 +29,7 @@ template <class T>
 KRON_GLOBAL void KRON_LAUNCH_BOUNDS(kPackThreads, 1) pack_factors(const PackParams p) {
     float* tile = reinterpret_cast<float*>(shared_memory());
     const PackParams::Factors& f = p.factors[block_z() / p.terms];
-    const int term = block_z() % p.terms, first_row = block_y() * kPackTile, first_column = block_x() * kPackTile;
+    const int term = block_z() % p.terms, first_row = block_x() * kPackTile, first_column = block_y() * kPackTile;
     const T* from = static_cast<const T*>(f.from) + term * f.stride_term;
     T* to = static_cast<T*>(f.to) + int64_t(term) * p.rows * p.padded_columns;
     const bool along_rows = f.stride_row < f.stride_column;

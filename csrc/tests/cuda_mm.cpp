@@ -92,6 +92,26 @@ void test_refusals() {
     expect({"balanced", 24, 24, 32, 32}, "no factor is tiny (at most 16 x 16)");
     expect({"doubles", 48, 48, 2, 2, 3, 1, DType::f64}, "the CUDA kernels have no float64");
     expect({"terms", 4, 4, 2, 2, 3, 17}, "more than 16 terms");
+    MmCase narrow{"narrow", 48, 48, 2, 2};
+    narrow.shared = 40 * 1024;
+    expect(narrow, "the device has too little shared memory for a block of the CUDA product");
+
+    // What no operands of that size are needed for.
+    const auto refused = [](int64_t tokens, int64_t rows, int64_t columns, bool tf32, int sm, const char* reason) {
+        const kron::Projection projection{};
+        const kron::Shape shape{tokens, 1, rows, columns, 2, 2, DType::f32};
+        const kron::ForwardArgs args{shape, nullptr, columns * 2, 1, &projection, Activation::none, kron::NormArgs{}};
+        const kron::cuda::Launch launch{nullptr, sm, 4, 100 * 1024, tf32, nullptr, 0};
+        const char* got = kron::cuda::refuse_kron_mm(args, launch);
+        test::check(got && std::string(got) == reason, reason, got ? got : "taken");
+    };
+    const char* sizes = "more than 2^26 tokens or rows of the large factor, or 2^20 columns of it";
+    refused((1 << 26) + 1, 48, 48, true, 80, sizes);
+    refused(9, (1 << 26) + 1, 48, true, 80, sizes);
+    refused(9, 48, (1 << 20) + 1, true, 80, sizes);
+    refused(9, 48, 48, true, 75, "the CUDA kernels need a device of compute capability 8.0 or newer");
+    refused(9, 48, 48, false, 80,
+            "the CUDA kernels compute float32 in TF32, which is off (torch.backends.cuda.matmul.allow_tf32)");
 }
 
 const bool added = emulator::add_test("mm", test_mm) && emulator::add_test("mm barriers", test_barriers) &&

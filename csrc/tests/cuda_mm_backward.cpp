@@ -142,7 +142,14 @@ void test_barriers() {
     }
 }
 
-const bool added =
-    emulator::add_test("mm backward", test_backward) && emulator::add_test("mm backward barriers", test_barriers);
+void test_refusals() {
+    Gradients none(MmCase{"no tokens", 48, 48, 2, 2, 0}), balanced(MmCase{"balanced", 24, 24, 32, 32, 2});
+    test::check(run(none, kAll) == "gradients of no tokens", "refused", "no tokens");
+    test::check(run(balanced, kAll) == "no factor is tiny (at most 16 x 16)", "refused", "balanced");
+}
+
+const bool added = emulator::add_test("mm backward", test_backward) &&
+                   emulator::add_test("mm backward barriers", test_barriers) &&
+                   emulator::add_test("mm backward refusals", test_refusals);
 
 }  // namespace
