@@ -126,6 +126,7 @@ void test_backward() {
     check(terms);
     check(MmCase{"k8-attention", 384, 384, 2, 2, 10});
     check(MmCase{"many tokens", 2, 8, 136, 72, 230});
+    check(MmCase{"more blocks than threads that add them", 8, 8, 17, 20, 1100}, kNeedA);
 }
 
 void test_barriers() {
