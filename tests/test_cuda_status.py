@@ -15,6 +15,7 @@ import kron_kernels
 from kron_kernels import _backends
 
 PACKAGE = Path(kron_kernels.__file__).parent
+ROOT = Path(__file__).resolve().parent.parent
 BUILT = (PACKAGE / "_C_cuda.so").is_file()
 needs_kernels = pytest.mark.skipif(not BUILT, reason=f"CUDA kernels: {_backends.build_info().get('cuda', 'not built')}")
 needs_no_driver = pytest.mark.skipif(Path("/proc/driver/nvidia").exists(), reason="an NVIDIA driver is installed")
@@ -82,6 +83,26 @@ def test_damaged_library(tmp_path: Path) -> None:
     shutil.copytree(PACKAGE, tmp_path / "kron_kernels", ignore=ignored)
     (tmp_path / "kron_kernels" / "_C_cuda.so").write_bytes(b"not a library")
     assert run(STATUS, tmp_path).startswith("False|the CUDA kernels do not load: ")
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("CUDA_ARCHS=75", "KRON_KERNELS_CUDA_ARCHS: expected a list of 80, 80+PTX, 90a or later ones, got 75"),
+        ("CUDA_ARCHS=80,sm_90", "KRON_KERNELS_CUDA_ARCHS: expected a list of 80, 80+PTX, 90a or later ones, got sm_90"),
+        ("CUDA=yes", "KRON_KERNELS_CUDA: expected AUTO, ON or OFF, got yes"),
+        ("CUDA=OFF", "CUDA kernels: not built (switched off by KRON_KERNELS_CUDA)"),
+        ("CUDA_ARCHS=", "CUDA kernels: not built (KRON_KERNELS_CUDA_ARCHS is empty)"),
+        ("CUDA=AUTO", "CUDA kernels: not built (they come with the torch binding, unless KRON_KERNELS_CUDA is ON)"),
+    ],
+)
+def test_options_of_the_build(option: str, message: str, tmp_path: Path) -> None:
+    cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+    if not cmake or not (ROOT / "CMakeLists.txt").is_file():
+        pytest.skip("cmake or the source tree is not there")
+    options = (f"-DKRON_KERNELS_{option}", "-DKRON_KERNELS_BUILD_TORCH=OFF")
+    done = subprocess.run([cmake, "-S", ROOT, "-B", tmp_path, *options], capture_output=True, text=True)
+    assert message in " ".join((done.stdout + done.stderr).split())
 
 
 @needs_kernels
