@@ -18,7 +18,7 @@ from kron_kernels.triton.launch import INTERPRETED, Device, Launch, recording
 from kron_kernels.triton.offline import Report
 from kron_kernels.triton.ops import IMPLEMENTATIONS
 from kron_kernels.triton.problems import LAYERS, Layer, Problem, problems, run
-from kron_kernels.triton.search import Tools, blocks_around, launch_with, search, tunables
+from kron_kernels.triton.search import Tools, blocks_around, launches_with, look_ups, search
 
 GOOD = Report(registers=128, stack=0, shared=4096, wgmma=8, mma=0, local=0, stores={16: 8})
 HOPPER = Device(90, 132, 227 * 1024)
@@ -47,26 +47,33 @@ def machine(
     report: Callable[[Launch], Report | RuntimeError] = lambda _launch: GOOD,
     wrong: Callable[[], str] = lambda: "",
 ) -> Tools:
-    return Tools(HOPPER, lambda launches: [report(launch) for launch in launches], seconds, wrong)
+    return Tools(
+        HOPPER,
+        lambda launches: [report(launch) for launch in launches],
+        lambda launches: sum(map(seconds, launches)),
+        wrong,
+    )
 
 
-def test_every_look_up_is_a_launch_that_can_be_changed() -> None:
-    """Of all problems: the kernel a look-up names is launched, with the tiles looked up among its constants."""
+def test_every_look_up_is_of_launches_that_it_changes() -> None:
+    """Of all problems: other warps for a class change launches of the op, and nothing but their options."""
     for problem in problems(IMPLEMENTATIONS, dtypes=["bf16"], tokens=[4096]):
         start = starter(problem)
-        for tunable in tunables(start, HOPPER):
-            default = tunable.look_up.default._asdict()
-            launch = launch_with(tunable, default, start, HOPPER)
-            blocks = [value for name, value in default.items() if not name.startswith("num_")]
-            assert set(blocks) <= set(launch.constants), tunable
-            assert tuple(launch.options) == (default["num_warps"], default["num_stages"]), tunable
-            other = {**default, "num_warps": 2 * default["num_warps"]}
-            assert launch_with(tunable, other, start, HOPPER).options.num_warps == other["num_warps"]
+        for look_up in look_ups(start, HOPPER):
+            default = look_up.default._asdict()
+            before = launches_with(look_up, default, start, HOPPER)
+            after = launches_with(look_up, {**default, "num_warps": 2 * default["num_warps"]}, start, HOPPER)
+            changed = [(one, other) for one, other in zip(before, after, strict=True) if one.options != other.options]
+            assert changed, look_up
+            for one, other in changed:
+                assert one.options.num_warps == default["num_warps"]
+                assert other.options.num_warps == 2 * default["num_warps"]
+            assert [one[0] for one in before] == [other[0] for other in after]
 
 
 def test_the_fastest_of_what_compiles_well_is_kept() -> None:
     start = starter()
-    (tunable,) = tunables(start, HOPPER)
+    (look_up,) = look_ups(start, HOPPER)
     tried = []
 
     def report(launch: Launch) -> Report | RuntimeError:
@@ -83,7 +90,7 @@ def test_the_fastest_of_what_compiles_well_is_kept() -> None:
         speed = constant(launch, "BT") * constant(launch, "BN") * constant(launch, "BK")
         return 1e-3 / speed / launch.options.num_stages / launch.options.num_warps
 
-    entry = search(tunable, start, machine(seconds, report))
+    entry = search(look_up, start, machine(seconds, report))
     assert entry is not None
     assert entry.tiles == {"tokens": 64, "columns": 128, "depth": 32, "num_warps": 8, "num_stages": 3}
     assert entry.us == pytest.approx(1e3 / (64 * 128 * 32) / 3 / 8)
@@ -95,31 +102,31 @@ def test_the_fastest_of_what_compiles_well_is_kept() -> None:
 
 def test_tiles_that_compute_wrongly_are_passed_over() -> None:
     start = starter()
-    (tunable,) = tunables(start, HOPPER)
+    (look_up,) = look_ups(start, HOPPER)
     answers = iter(["wrong", "wrong", ""])
     sorted_seconds = machine(lambda launch: float(constant(launch, "BT") * 1000 + launch.options.num_stages))
-    entry = search(tunable, start, sorted_seconds._replace(wrong=lambda: next(answers)))
-    fastest = search(tunable, start, sorted_seconds)
+    entry = search(look_up, start, sorted_seconds._replace(wrong=lambda: next(answers)))
+    fastest = search(look_up, start, sorted_seconds)
     assert entry is not None
     assert fastest is not None
     assert entry.tiles != fastest.tiles
     assert next(answers, None) is None
-    assert search(tunable, start, sorted_seconds._replace(wrong=lambda: "wrong")) is None
-    assert search(tunable, start, machine(lambda _launch: 1.0, lambda _launch: RuntimeError("no"))) is None
+    assert search(look_up, start, sorted_seconds._replace(wrong=lambda: "wrong")) is None
+    assert search(look_up, start, machine(lambda _launch: 1.0, lambda _launch: RuntimeError("no"))) is None
 
 
 def test_tiles_in_force_while_judged_are_the_candidate() -> None:
     start = starter()
-    (tunable,) = tunables(start, HOPPER)
+    (look_up,) = look_ups(start, HOPPER)
     seen = []
 
     def wrong() -> str:
-        seen.append(dict(configs._overrides[tunable.look_up.key]))
+        seen.append(dict(configs._overrides[look_up.key]))
         return ""
 
-    entry = search(tunable, start, machine(lambda launch: float(constant(launch, "BT"))))
+    entry = search(look_up, start, machine(lambda launch: float(constant(launch, "BT"))))
     assert entry is not None
-    search(tunable, start, machine(lambda launch: float(constant(launch, "BT")), wrong=wrong))
+    search(look_up, start, machine(lambda launch: float(constant(launch, "BT")), wrong=wrong))
     assert seen == [entry.tiles]
 
 
@@ -128,6 +135,20 @@ def test_blocks_stay_within_bounds() -> None:
     assert {(tiles["tokens"], tiles["columns"]) for tiles in tried} == {(16, 128), (16, 256), (32, 128), (32, 256)}
     assert {tiles["tokens"] for tiles in blocks_around({"tokens": 1, "num_warps": 4})} == {1, 2}
     assert all(tiles["num_warps"] == 4 for tiles in tried)
+    assert [tiles["kernels"] for tiles in blocks_around({"kernels": 2, "num_warps": 4})] == [1, 2]
+
+
+def test_launches_that_tiles_leave_alone_are_not_asked_about() -> None:
+    """A faulty kernel beside the one that is tuned keeps the default from being timed, and no other tiles."""
+    start = starter(Problem("k8-w2", "kron_mm_backward", "bf16", 4096))
+    look_up = next(one for one in look_ups(start, HOPPER) if one.key.startswith("large_gradient_kernel"))
+
+    def report(launch: Launch) -> Report:
+        return GOOD._replace(stack=8 if launch.kernel.fn.__name__ == "mm_kernel" else 0)
+
+    entry = search(look_up, start, machine(lambda launch: float(launch.options.num_stages), report))
+    assert entry is not None
+    assert entry.default_us is None
 
 
 def tools_of(seconds: Callable[[Launch], float]) -> Callable[[Problem, Sequence[Any]], Tools]:
@@ -157,18 +178,17 @@ def test_a_run_writes_every_class_and_resumes(folder: Path) -> None:
     assert tune.tune(wanted[:1], "meta", tools_of(lambda _launch: 2.0), other)
     after = json.loads(file.path.read_text())
     assert after["device"] == "another"
-    assert sorted(entry["us"] for entry in after["entries"].values())[-1] == 2e6
+    assert after["entries"]["mm_kernel 1x2x8x512x512x0x0x0 e2 T4096"]["us"] == 2e6
     assert set(after["entries"]) == set(data["entries"])
 
 
 def test_calls_take_what_was_written(folder: Path) -> None:
     start = starter()
-    (tunable,) = tunables(start, HOPPER)
+    (look_up,) = look_ups(start, HOPPER)
     fast = {"tokens": 32, "columns": 64, "depth": 16, "num_warps": 4, "num_stages": 4}
-    tune.TunedFile(folder, "sm_90", {}).add(tunable.look_up.key, configs.Entry(fast, 1.0, 2.0))
+    tune.TunedFile(folder, "sm_90", {}).add(look_up.key, configs.Entry(fast, 1.0, 2.0))
     configs.reload()
-    (tuned,) = tunables(start, HOPPER)
-    assert tuned == tunable  # what is looked up
+    assert look_ups(start, HOPPER) == [look_up]
     with recording(HOPPER) as launches:
         start()
     assert [constant(launches[0], name) for name in ("BT", "BN", "BK")] == [32, 64, 16]

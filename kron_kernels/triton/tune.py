@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import json
 import os
 import sys
@@ -32,7 +33,7 @@ from .launch import Device, Launch, device_of, launch
 from .offline import Report, compile_all
 from .ops import IMPLEMENTATIONS
 from .problems import DTYPES, EMBEDDINGS, FFNS, LAYERS, QKVS, Layer, Problem, problems, run
-from .search import Tools, search, tunables
+from .search import Tools, look_ups, search
 
 NAMES = (*LAYERS, *FFNS, *QKVS, *EMBEDDINGS)
 # Against fp64, an error of at most this many times that of torch in the same dtype, and units in the last place.
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return Tools(
             device,
             lambda launches: _compile(launches, device),
-            lambda one: clock.median(lambda: launch(*one)),
+            lambda launches: clock.median(functools.partial(_start, launches)),
             judge(problem, operands),
         )
 
@@ -107,14 +108,14 @@ def tune(
         def start(problem: Problem = problem, operands: tuple[Any, ...] = operands) -> object:
             return run(problem, operands, IMPLEMENTATIONS)
 
-        for tunable in tunables(start, found.device):
-            key = tunable.look_up.key
+        for look_up in look_ups(start, found.device):
+            key = look_up.key
             if file.has(key):
                 continue
             if end is not None and time.monotonic() > end:
                 print(f"the time is over before {key} of {problem.id}; start again to go on", file=sys.stderr)
                 return False
-            entry = search(tunable, start, found)
+            entry = search(look_up, start, found)
             if entry is None:
                 print(f"{problem.id}: {key}: no tiles are right, not even the default ones", file=sys.stderr)
                 continue
@@ -157,6 +158,11 @@ def _doubled(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.double() if value.is_floating_point() else value
     return type(value)(map(_doubled, value)) if isinstance(value, (tuple, list)) else value
+
+
+def _start(launches: Sequence[Launch]) -> None:
+    for one in launches:
+        launch(*one)
 
 
 def _compile(launches: Sequence[Launch], device: Device) -> list[Report | RuntimeError]:
