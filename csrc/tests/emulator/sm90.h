@@ -69,23 +69,28 @@ struct BarrierState {
     uint8_t arrivals, missing;
     int32_t bytes;  // expected and not yet here, in units of 16
 };
-inline BarrierState read_barrier(const Barrier* barrier, const char* what) {
-    if (!emulator::in_shared(barrier, 8)) emulator::fail(std::string(what) + " outside the block's shared memory");
+constexpr uint16_t kInitialised = 0x6b62;
+inline BarrierState peek(const Barrier* barrier) {
     BarrierState s;
-    int8_t raw[8];
+    uint8_t raw[8];
     std::memcpy(raw, barrier, 8);
     std::memcpy(&s.magic, raw, 2);
-    s.parity = uint8_t(raw[2] & 1), s.arrivals = uint8_t(raw[3]);
-    s.missing = uint8_t(raw[2] >> 1 & 0x7f);
+    s.parity = raw[2] & 1, s.missing = raw[2] >> 1, s.arrivals = raw[3];
     std::memcpy(&s.bytes, raw + 4, 4);
-    if (s.magic != 0x6b62) emulator::fail(std::string(what) + " of a barrier without barrier_init");
+    return s;
+}
+// Only in a thread: `fail` does not return to whoever asks what a thread waits for.
+inline BarrierState read_barrier(const Barrier* barrier, const char* what) {
+    if (!emulator::in_shared(barrier, 8)) emulator::fail(std::string(what) + " outside the block's shared memory");
+    const BarrierState s = peek(barrier);
+    if (s.magic != kInitialised) emulator::fail(std::string(what) + " of a barrier without barrier_init");
     return s;
 }
 inline void write_barrier(Barrier* barrier, BarrierState s) {
     if (s.missing == 0 && s.bytes == 0) s.parity ^= 1, s.missing = s.arrivals;
-    int8_t raw[8];
+    uint8_t raw[8];
     std::memcpy(raw, &s.magic, 2);
-    raw[2] = int8_t(s.parity | s.missing << 1), raw[3] = int8_t(s.arrivals);
+    raw[2] = uint8_t(s.parity | s.missing << 1), raw[3] = s.arrivals;
     std::memcpy(raw + 4, &s.bytes, 4);
     std::memcpy(barrier, raw, 8);
 }
@@ -104,7 +109,7 @@ inline std::deque<Load>& loads() {
 
 inline void barrier_init(Barrier* barrier, int arrivals) {
     loads().clear();  // of a block that ended in an error
-    const BarrierState s{0x6b62, 0, uint8_t(arrivals), uint8_t(arrivals), 0};
+    const BarrierState s{kInitialised, 0, uint8_t(arrivals), uint8_t(arrivals), 0};
     write_barrier(barrier, s);
 }
 inline void fence_barrier_init() {}
@@ -136,7 +141,7 @@ inline void do_load(const Load& load) {
                     if (c[0] + e >= 0 && c[0] + e < m.size[0])
                         std::memcpy(to + 2 * e, m.data + 2 * (c[0] + e + c[1] * m.stride[1] + c[2] * m.stride[2]), 2);
             }
-    BarrierState s = read_barrier(load.barrier, "a load");
+    BarrierState s = peek(load.barrier);
     s.bytes -= int32_t(bytes);
     write_barrier(load.barrier, s);
 }
@@ -145,6 +150,7 @@ inline void tma_load(void* to, const TensorMap& map, Barrier* barrier, int c0, i
     if (!emulator::in_shared(to, bytes)) emulator::fail("tma_load to an address outside the block's shared memory");
     if ((static_cast<char*>(to) - emulator::shared_memory()) % 1024)
         emulator::fail("tma_load to an address that is no multiple of 1024");
+    read_barrier(barrier, "tma_load");
     const Load load{static_cast<char*>(to), &map, barrier, {c0, c1, c2}};
     if (emulator::at_once()) return do_load(load);
     std::memset(to, 0xff, size_t(bytes));
@@ -153,7 +159,7 @@ inline void tma_load(void* to, const TensorMap& map, Barrier* barrier, int c0, i
 inline void tma_prefetch(const TensorMap&) {}
 
 inline bool phase_over(Barrier* barrier, int parity) {
-    if (read_barrier(barrier, "barrier_wait").parity != parity) return true;
+    if (peek(barrier).parity != parity) return true;
     for (size_t i = 0; i < loads().size();)
         if (loads()[i].barrier == barrier) {
             do_load(loads()[i]);
@@ -161,15 +167,17 @@ inline bool phase_over(Barrier* barrier, int parity) {
         } else {
             ++i;
         }
-    return read_barrier(barrier, "barrier_wait").parity != parity;
+    return peek(barrier).parity != parity;
 }
 inline void wait_turn(Barrier* barrier, int parity) {
+    read_barrier(barrier, "wait_turn");
     const std::function<bool()> over = [=] { return phase_over(barrier, parity); };
     emulator::wait_until(over, "a turn");
 }
 inline void barrier_wait(Barrier* barrier, int parity, const char* file = __builtin_FILE(),
                          int line = __builtin_LINE()) {
     if (emulator::skipped("barrier_wait", file, line)) return;
+    read_barrier(barrier, "barrier_wait");
     const std::string what = "barrier " + std::to_string(reinterpret_cast<char*>(barrier) - emulator::shared_memory());
     const std::function<bool()> over = [=] { return phase_over(barrier, parity); };
     emulator::wait_until(over, what.c_str());
