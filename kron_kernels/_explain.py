@@ -107,5 +107,5 @@ def _triton_form(op: str, products: tuple[Product, ...], dtype: torch.dtype, tok
     if refused:
         return refused
     if op == "kron_ffn":
-        return describe.feed_forward(products[0], products[1], tokens, dtype.itemsize, device)
+        return describe.feed_forward(products[0], products[1], tokens, dtype, device)
     return "; then ".join(describe.product(product, tokens, dtype.itemsize, device.arch) for product in products)

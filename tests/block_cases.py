@@ -22,6 +22,7 @@ FFN_SHAPES = {
     "balanced": (cases.SHAPES["balanced-expand"], cases.SHAPES["balanced-contract"]),
     "tiny-right": (((48, 24), (4, 2)), ((24, 48), (2, 4))),
     "odd": (((7, 2), (33, 17)), ((3, 7), (19, 33))),
+    "three": (((6, 3), (20, 24)), ((3, 6), (24, 20))),
     "unchained": (((6, 2), (10, 12)), ((2, 10), (12, 6))),
 }
 

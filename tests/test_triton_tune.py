@@ -56,12 +56,19 @@ def machine(
 
 
 def test_every_look_up_is_of_launches_that_it_changes() -> None:
-    """Of all problems: other warps for a class change launches of the op, and nothing but their options."""
+    """Of all problems: other warps for a class change launches of the op, and nothing but their options.
+
+    Where a class is a choice between kernels, another choice changes which are launched.
+    """
     for problem in problems(IMPLEMENTATIONS, dtypes=["bf16"], tokens=[4096]):
         start = starter(problem)
         for look_up in look_ups(start, HOPPER):
             default = look_up.default._asdict()
             before = launches_with(look_up, default, start, HOPPER)
+            if "kernels" in default:
+                other = launches_with(look_up, {"kernels": 3 - default["kernels"]}, start, HOPPER)
+                assert {one.kernel for one in before} != {one.kernel for one in other}
+                continue
             after = launches_with(look_up, {**default, "num_warps": 2 * default["num_warps"]}, start, HOPPER)
             changed = [(one, other) for one, other in zip(before, after, strict=True) if one.options != other.options]
             assert changed, look_up

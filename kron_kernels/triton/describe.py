@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from .._problem import Product
 from . import ffn_plan, plan
 from .plan import Device
@@ -25,16 +27,16 @@ def product(problem: Product, tokens: int, element: int, arch: int | str) -> str
     )
 
 
-def feed_forward(first: Product, second: Product, tokens: int, element: int, device: Device) -> str:
+def feed_forward(first: Product, second: Product, tokens: int, dtype: torch.dtype, device: Device) -> str:
     """How ``kron_ffn`` runs: as one kernel, as two that never hold its wide middle, or as two products."""
-    other = ffn_plan.fits(first, second, tokens, element, device)
+    other = ffn_plan.fits(first, second, tokens, dtype, device)
     if other is None:
         sizes = ffn_plan.Ffn(first.n1, first.m1, second.m1, first.n2, first.m2, second.m2)
-        tiles = ffn_plan.tiles_of(sizes, tokens, element, device)
+        tiles = ffn_plan.tiles_of(sizes, tokens, dtype, device)
         return (
             f"one kernel, the {first.m1 * first.m2} wide middle in registers; {tiles.tokens} tokens and "
             f"{tiles.columns} columns of the middle at a time, {tiles.num_warps} warps, {tiles.num_stages} stages"
         )
     if not other.startswith("two products"):
         return other
-    return "; ".join([other, *(product(each, tokens, element, device.arch) for each in (first, second))])
+    return "; ".join([other, *(product(each, tokens, dtype.itemsize, device.arch) for each in (first, second))])

@@ -7,10 +7,21 @@ from torch import Tensor
 
 from .._problem import Product
 from . import mm
-from .ffn_plan import Ffn, FfnTiles, chained, held_block, pair, row_tiles, tiles_of
+from .ffn_plan import (
+    Ffn,
+    FfnTiles,
+    chained,
+    held_block,
+    is_one_kernel,
+    norm_is_fused,
+    pair,
+    row_tiles,
+    tiles_of,
+    z_tiles,
+)
 from .kernels import ffn as kernels
 from .launch import Options, device_of, launch
-from .operands import precision, rows
+from .operands import precision, rows, without_autocast
 from .plan import ceil_div, token_bucket
 
 
@@ -43,18 +54,20 @@ def kron_ffn(
             return y
         layers = _layers(x, a1, b1, bias1, a2, b2, bias2)
         x = layers[0]
-        tiles = tiles_of(ffn, x.shape[0], x.element_size(), device_of(x))
-        if tiles.kernels == 1:
-            fused = norm if norm_is_fused(ffn) else None
+        device = device_of(x)
+        if is_one_kernel(ffn, x.shape[0], x.dtype, device):
+            tiles = tiles_of(ffn, x.shape[0], x.dtype, device)
+            fused = norm if norm_is_fused(ffn, tiles, x.dtype, device) else None
             _one_kernel(ffn, tiles, layers, activation, fused, eps, y)
             if fused is not None:
                 return y
         else:
-            _two_kernels(ffn, tiles, layers, activation, y)
+            _two_kernels(ffn, layers, activation, y)
     if norm is None:
         return y
-    total = y.add_(norm[0].view(y.shape))
-    return torch.nn.functional.layer_norm(total, norm[1].shape, norm[1], norm[2], eps)
+    with without_autocast(x):
+        total = y.add_(norm[0].view(y.shape))
+        return torch.nn.functional.layer_norm(total, norm[1].shape, norm[1], norm[2], eps)
 
 
 Layers = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None]
@@ -69,11 +82,6 @@ def _layers(
     return rows(x), a1, b1, bias1, a2, b2, bias2
 
 
-def norm_is_fused(ffn: Ffn) -> bool:
-    """Whether a program's tiles of outputs are whole tokens and nothing else."""
-    return ffn.q == pair(ffn.q) and ffn.n % held_block(ffn.n) == 0
-
-
 def _one_kernel(
     ffn: Ffn,
     tiles: FfnTiles,
@@ -86,9 +94,9 @@ def _one_kernel(
     x, tokens = layers[0], layers[0].shape[0]
     residual, weight, bias = norm or (None, None, None)
     strides = (x.stride(0), 0 if residual is None else residual.stride(0))
-    blocks = (tiles.tokens, tiles.depth, tiles.columns, held_block(ffn.n))
+    blocks = (tiles.tokens, held_block(ffn.k), tiles.columns, held_block(ffn.n))
     launch(
-        kernels.ffn_forward,
+        kernels.ffn_forward_kernel,
         (ceil_div(tokens, tiles.tokens),),
         (*layers, residual, weight, bias, y, tokens, *strides, eps),
         (*ffn, pair(ffn.c), pair(ffn.q), activation, precision(x), *blocks),
@@ -96,20 +104,21 @@ def _one_kernel(
     )
 
 
-def _two_kernels(ffn: Ffn, tiles: FfnTiles, layers: Layers, activation: int, y: Tensor) -> None:
+def _two_kernels(ffn: Ffn, layers: Layers, activation: int, y: Tensor) -> None:
     x, *first, b2, bias2 = layers
-    tokens = x.shape[0]
+    tokens, arch, element = x.shape[0], device_of(x).arch, x.element_size()
+    tiles = z_tiles(arch, ffn, token_bucket(tokens), element)
     z = x.new_empty(tokens * ffn.q, ffn.p)
     launch(
-        kernels.ffn_middle,
+        kernels.ffn_middle_kernel,
         (ceil_div(tokens, tiles.tokens) * ceil_div(ffn.p, tiles.columns),),
         (x, *first, z, tokens, x.stride(0)),
         (*ffn[:5], pair(ffn.c), activation, precision(x), tiles.tokens, tiles.depth, tiles.columns),
         Options(tiles.num_warps, tiles.num_stages),
     )
-    block = row_tiles(device_of(x).arch, ffn, token_bucket(tokens), x.element_size())
+    block = row_tiles(arch, ffn, token_bucket(tokens), element)
     launch(
-        kernels.ffn_rows,
+        kernels.ffn_rows_kernel,
         (ceil_div(tokens * ffn.q, block.rows) * ceil_div(ffn.n, block.columns),),
         (z, b2, bias2, y, tokens * ffn.q),
         (ffn.q, ffn.p, ffn.n, precision(x), block.rows, block.depth, block.columns),

@@ -10,9 +10,9 @@ from .._ops import _ACTIVATION_NAMES
 from .._problem import Product
 from . import mm
 from .ffn_plan import Ffn, chained, middle_tiles
-from .kernels.ffn_backward import ffn_backward_middle
+from .kernels.ffn_backward import ffn_backward_kernel
 from .launch import Options, device_of, launch
-from .operands import rows
+from .operands import rows, without_autocast
 from .plan import ceil_div, splits, token_bucket
 from .sums import sum_partials
 
@@ -34,13 +34,14 @@ def kron_ffn_backward(
     """The op ``kron_ffn_backward``."""
     ffn = chained(Product.of(a1, b1), Product.of(a2, b2))
     asked = [bool(needs >> bit & 1) for bit in range(7)]
-    if isinstance(ffn, str):
-        found = _as_two_products(grad, x, a1, b1, bias1, a2, b2, activation, asked)
-    elif x.numel() == 0 or grad.numel() == 0:
-        shapes = (x.shape, a1.shape, b1.shape, (ffn.m * ffn.p,), a2.shape, b2.shape, (ffn.q * ffn.n,))
-        found = [x.new_zeros(shape) if need else None for shape, need in zip(shapes, asked, strict=True)]
-    else:
-        found = _narrow(ffn, rows(grad), x, a1, b1, bias1, a2, b2, activation, asked)
+    with without_autocast(x):
+        if isinstance(ffn, str):
+            found = _as_two_products(grad, x, a1, b1, bias1, a2, b2, activation, asked)
+        elif x.numel() == 0 or grad.numel() == 0:
+            shapes = (x.shape, a1.shape, b1.shape, (ffn.m * ffn.p,), a2.shape, b2.shape, (ffn.q * ffn.n,))
+            found = [x.new_zeros(shape) if need else None for shape, need in zip(shapes, asked, strict=True)]
+        else:
+            found = _narrow(ffn, rows(grad), x, a1, b1, bias1, a2, b2, activation, asked)
     return tuple(x.new_empty(0) if out is None else out for out in found)
 
 
@@ -92,7 +93,7 @@ def _middle(
     z: Tensor | None,
     outs: tuple[Tensor | None, ...],
 ) -> None:
-    """One launch of ``ffn_backward_middle`` and the second stage of its sums: outs are da1, da2 and dbias1."""
+    """One launch of ``ffn_backward_kernel`` and the second stage of its sums: outs are da1, da2 and dbias1."""
     tokens, device = h.shape[0] // ffn.c, device_of(h)
     tiles = middle_tiles(device.arch, ffn, token_bucket(tokens), h.element_size())
     blocks = ceil_div(ffn.p, tiles.columns)
@@ -103,7 +104,7 @@ def _middle(
     ]
     bias1 = None if bias1 is None else bias1.contiguous()
     launch(
-        ffn_backward_middle,
+        ffn_backward_kernel,
         (blocks, parts),
         (h, dz, a1.contiguous(), bias1, a2.contiguous(), dh, z, *partial, tokens, each),
         (ffn.c, ffn.m, ffn.q, ffn.p, activation, tiles.tokens, tiles.columns),
@@ -116,7 +117,7 @@ def _middle(
 
 def _sum_over_rows(left: Tensor, right: Tensor) -> Tensor:
     """``left^T right``, a sum over so many rows that parts of it must not be rounded to 16 bits on the way."""
-    if left.is_cuda and left.dtype is not torch.float32:
+    if left.is_cuda and torch.version.cuda and left.dtype is not torch.float32:
         return torch.mm(left.mT, right, out_dtype=torch.float32).to(left.dtype)
     return left.mT @ right
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
+import torch
+
 from .._problem import Product
 from .configs import tunable
 from .plan import Device, ceil_div, power_of_two, token_bucket
@@ -27,10 +29,24 @@ class Ffn(NamedTuple):
     n: int
 
 
-class FfnTiles(NamedTuple):
-    """One kernel, or 2 that hand over z; a program's tokens, columns of z, depth of a step; warps, loads in flight."""
+class FfnForm(NamedTuple):
+    """One kernel, or 2 that hand over z."""
 
     kernels: int
+
+
+class FfnTiles(NamedTuple):
+    """A program's tokens, and columns of z at a time; warps, loads in flight."""
+
+    tokens: int
+    columns: int
+    num_warps: int
+    num_stages: int
+
+
+class ZTiles(NamedTuple):
+    """Of a kernel that ends with z: a program's tokens and columns, depth of a step; warps, loads in flight."""
+
     tokens: int
     columns: int
     depth: int
@@ -49,7 +65,7 @@ class RowTiles(NamedTuple):
 
 
 class MiddleTiles(NamedTuple):
-    """Tokens of a step and columns of ``ffn_backward_middle``; warps, loads in flight."""
+    """Tokens of a step and columns of ``ffn_backward_kernel``; warps, loads in flight."""
 
     tokens: int
     columns: int
@@ -74,63 +90,92 @@ def chained(first: Product, second: Product) -> Ffn | str:
     return Ffn(first.n1, first.m1, second.m1, first.n2, first.m2, second.m2)
 
 
-def fits(first: Product, second: Product, tokens: int, element: int, device: Device) -> str | None:
+def fits(first: Product, second: Product, tokens: int, dtype: torch.dtype, device: Device) -> str | None:
     """None where the block runs as one kernel; otherwise as what it runs, and why."""
     ffn = chained(first, second)
     if isinstance(ffn, str):
         return ffn
-    if tiles_of(ffn, tokens, element, device).kernels == 1:
+    if is_one_kernel(ffn, tokens, dtype, device):
         return None
-    if _one_kernel(ffn, element, device.shared // 1024) is None:
-        return "two kernels that hand over the narrow middle: a program cannot hold a token's input, outputs and mix"
-    return "two kernels that hand over the narrow middle: that was measured to be faster"
+    narrow = "two kernels that hand over the narrow middle"
+    if _held(ffn, *_flags(dtype, device)) is None:
+        return f"{narrow}: a program cannot hold input, outputs and tiny factors of enough tokens"
+    return f"{narrow}: measured to be faster"
 
 
-def tiles_of(ffn: Ffn, tokens: int, element: int, device: Device) -> FfnTiles:
-    return ffn_tiles(device.arch, ffn, token_bucket(tokens), element, device.shared // 1024)
+def is_one_kernel(ffn: Ffn, tokens: int, dtype: torch.dtype, device: Device) -> bool:
+    return ffn_form(device.arch, ffn, token_bucket(tokens), *_flags(dtype, device)).kernels == 1
 
 
-@tunable("ffn_kernel")
-def ffn_tiles(ffn: Ffn, tokens: int, element: int, kilobytes: int) -> FfnTiles:
-    """Tiles of the block on a device with so much shared memory a program."""
-    return _one_kernel(ffn, element, kilobytes) or two_kernels(ffn, tokens, element)
+def tiles_of(ffn: Ffn, tokens: int, dtype: torch.dtype, device: Device) -> FfnTiles:
+    return ffn_tiles(device.arch, ffn, token_bucket(tokens), *_flags(dtype, device))
 
 
-def _one_kernel(ffn: Ffn, element: int, kilobytes: int) -> FfnTiles | None:
+def _flags(dtype: torch.dtype, device: Device) -> tuple[int, int, bool]:
+    return dtype.itemsize, device.shared // 1024, dtype is torch.float16
+
+
+def norm_is_fused(ffn: Ffn, tiles: FfnTiles, dtype: torch.dtype, device: Device) -> bool:
+    """Whether the one kernel norms too: a program's tiles of outputs are whole tokens, and registers suffice.
+
+    From sm_100 on, where accumulators are not in registers, and with 64 tokens of float16, some would spill.
+    """
+    whole = ffn.q == pair(ffn.q) and ffn.n % held_block(ffn.n) == 0
+    newer = isinstance(device.arch, int) and device.arch >= 100
+    return whole and not newer and not (dtype is torch.float16 and tiles.tokens > 32)
+
+
+@tunable("ffn_form")
+def ffn_form(ffn: Ffn, tokens: int, element: int, kilobytes: int, float16: bool) -> FfnForm:
+    """On a device with so much shared memory a program."""
+    return FfnForm(2 if _held(ffn, element, kilobytes, float16) is None else 1)
+
+
+@tunable("ffn_forward_kernel")
+def ffn_tiles(ffn: Ffn, tokens: int, element: int, kilobytes: int, float16: bool) -> FfnTiles:
+    """Tiles of ``ffn_forward_kernel``."""
+    return _held(ffn, element, kilobytes, float16) or FfnTiles(16, 16, 4, 1)
+
+
+def _held(ffn: Ffn, element: int, kilobytes: int, float16: bool) -> FfnTiles | None:
     """As many tokens as registers and shared memory hold, 64 at most; None where not even 16 would do.
 
-    With float32 B1 and B2 would pass by for too few tokens.
+    With float32 B1 and B2 would pass by for too few tokens. Beside the outputs of 64 tokens the activation of float16,
+    which has longer polynomials, leaves registers for 16 columns.
     """
     if element > 2 or ffn.m * (ffn.c + ffn.q) > _MOST_MIX:
         return None
     depth, block = held_block(ffn.k), held_block(ffn.n)
     k, n = ceil_div(ffn.k, depth) * depth, ceil_div(ffn.n, block) * block
+    values = ceil_div(ffn.q, pair(ffn.q)) * pair(ffn.q)
     for tokens, columns in ((64, 32), (64, 16), (32, 32), (32, 16), (16, 32), (16, 16)):
+        if float16 and (tokens, columns) == (64, 32):
+            continue
         warps = 8 if tokens >= 32 else 4
-        outputs = ffn.q * n * tokens
         shared = element * (ffn.c * k * tokens + 2 * columns * (k + n)) + 4096
-        if outputs <= _MOST_OUTPUTS * 32 * warps and shared <= kilobytes * 1024:
-            return FfnTiles(1, tokens, columns, depth, warps, 2)
+        if values * n * tokens <= _MOST_OUTPUTS * 32 * warps and shared <= kilobytes * 1024:
+            return FfnTiles(tokens, columns, warps, 2)
     return None
 
 
-def two_kernels(ffn: Ffn, tokens: int, element: int) -> FfnTiles:
-    """Tiles of ``ffn_middle``: few enough that several programs of a multiprocessor take turns."""
-    depth = min(power_of_two(ffn.k), 64 if element == 2 else 32)
-    columns = min(power_of_two(ffn.p), 64 if element == 2 else 32)
-    return FfnTiles(2, min(power_of_two(tokens), 128 // element), columns, depth, 8 if element == 2 else 4, 3)
+@tunable("ffn_middle_kernel")
+def z_tiles(ffn: Ffn, tokens: int, element: int) -> ZTiles:
+    """Tiles of ``ffn_middle_kernel``: few enough values that several programs of a multiprocessor take turns."""
+    block = 64 if element == 2 else 32
+    depth, columns = min(power_of_two(ffn.k), block), min(power_of_two(ffn.p), block)
+    return ZTiles(min(power_of_two(tokens), 128 // element), columns, depth, 8 if element == 2 else 4, 3)
 
 
-@tunable("ffn_rows")
+@tunable("ffn_rows_kernel")
 def row_tiles(ffn: Ffn, tokens: int, element: int) -> RowTiles:
-    """Tiles of ``ffn_rows``."""
+    """Tiles of ``ffn_rows_kernel``."""
     depth = min(power_of_two(ffn.p), 64 if element == 2 else 32)
     columns = min(power_of_two(ffn.n), 128)
     rows = min(power_of_two(ffn.q * tokens), 128)
     return RowTiles(rows, columns, depth, 8 if rows * columns > 4096 else 4, 3)
 
 
-@tunable("ffn_backward_middle")
+@tunable("ffn_backward_kernel")
 def middle_tiles(ffn: Ffn, tokens: int, element: int) -> MiddleTiles:
     """Two values a thread: beside its sums, of which there are ``m (c + q + 2)`` then, more would not fit."""
     return MiddleTiles(4, 64, 4, 2)

@@ -127,6 +127,8 @@ def blocks_around(tiles: Tiles) -> Iterator[Tiles]:
 
 
 def warps_and_stages(tiles: Tiles) -> Iterator[Tiles]:
-    """The same blocks with other numbers of warps and stages."""
+    """The same blocks with other numbers of warps and stages; nothing where tiles are but a choice of kernels."""
+    if "num_warps" not in tiles:
+        return
     for warps, stages in itertools.product(_WARPS, _STAGES):
         yield {**tiles, "num_warps": warps, "num_stages": stages}

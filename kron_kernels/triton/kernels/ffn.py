@@ -57,27 +57,18 @@ def mean_of_rows(tiles, Q: tl.constexpr, N: tl.constexpr, R: tl.constexpr, BT: t
 
 
 @triton.jit
-def norm_rows(
-    tiles, weight, bias, eps, part,
-    Q: tl.constexpr, N: tl.constexpr, R: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """The layer norm of tiles ``(BT * R, BN)`` that hold whole tokens: Q is R, N a multiple of BN."""
+def statistics(tiles, eps, Q: tl.constexpr, N: tl.constexpr, R: tl.constexpr, BT: tl.constexpr):
+    """Mean and one over the standard deviation of each token, for each row of tiles that hold whole tokens."""
     mean = mean_of_rows(tiles, Q, N, R, BT)
-    centred = ()
     squares = ()
-    for block in tl.static_range(N // BN):
-        centred = centred + (tiles[block] - mean[:, None],)
-        squares = squares + (centred[block] * centred[block],)
-    scale = tl.rsqrt(mean_of_rows(squares, Q, N, R, BT) + eps)
-    normed = ()
-    for block in tl.static_range(N // BN):
-        scaled = centred[block] * scale[:, None] * load_columns(weight, part, 0, block, Q, N, R, BN)
-        normed = normed + (scaled + load_columns(bias, part, 0, block, Q, N, R, BN),)
-    return normed
+    for block in tl.static_range(len(tiles)):
+        centred = tiles[block] - mean[:, None]
+        squares = squares + (centred * centred,)
+    return mean, tl.rsqrt(mean_of_rows(squares, Q, N, R, BT) + eps)
 
 
 @triton.jit(do_not_specialize=["T"])
-def ffn_forward(
+def ffn_forward_kernel(
     x, a1, b1, bias1, a2, b2, bias2, residual, norm_weight, norm_bias, y, T, x_stride, residual_stride, eps,
     C: tl.constexpr, M: tl.constexpr, Q: tl.constexpr, K: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
     R1: tl.constexpr, R2: tl.constexpr, CODE: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr,
@@ -122,7 +113,7 @@ def ffn_forward(
                 dots = dots + (tl.dot(z[index], weight, outputs[index * NB + block], input_precision=PRECISION),)
         outputs = dots
     if norm_weight is not None:
-        outputs = norm_rows(outputs, norm_weight, norm_bias, eps, part, Q, N, R2, BT, BN)
+        mean, scale = statistics(outputs, eps, Q, N, R2, BT)
     y += t0.to(tl.int64) * (Q * N)
     for index in tl.static_range(Q_TILES):
         q = index * R2 + part
@@ -134,11 +125,16 @@ def ffn_forward(
             if N % BN != 0:
                 mask = mask & (n < N)[None, :]
             columns = (row * (Q * N) + q * N)[:, None] + n[None, :]
-            tl.store(y + columns, outputs[index * NB + block].to(dtype), mask=mask)
+            tile = outputs[index * NB + block]
+            if norm_weight is not None:
+                tile = (tile - mean[:, None]) * scale[:, None]
+                tile *= load_columns(norm_weight, part, index, block, Q, N, R2, BN)
+                tile += load_columns(norm_bias, part, index, block, Q, N, R2, BN)
+            tl.store(y + columns, tile.to(dtype), mask=mask)
 
 
 @triton.jit(do_not_specialize=["T"])
-def ffn_middle(
+def ffn_middle_kernel(
     x, a1, b1, bias1, a2, z, T, x_stride,
     C: tl.constexpr, M: tl.constexpr, Q: tl.constexpr, K: tl.constexpr, P: tl.constexpr, R1: tl.constexpr,
     CODE: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BP: tl.constexpr,
@@ -171,7 +167,7 @@ def ffn_middle(
 
 
 @triton.jit(do_not_specialize=["ROWS"])
-def ffn_rows(
+def ffn_rows_kernel(
     z, b2, bias2, y, ROWS,
     Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr,
     BN: tl.constexpr,

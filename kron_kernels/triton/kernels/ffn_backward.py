@@ -64,7 +64,7 @@ def _add_products(totals, tile, tiles, START: tl.constexpr, STEP: tl.constexpr, 
 
 
 @triton.jit(do_not_specialize=["T", "EACH"])
-def ffn_backward_middle(
+def ffn_backward_kernel(
     h, dz, a1, bias1, a2, dh, z, da1, da2, dbias1, T, EACH,
     C: tl.constexpr, M: tl.constexpr, Q: tl.constexpr, P: tl.constexpr, CODE: tl.constexpr,
     BT: tl.constexpr, BP: tl.constexpr,
