@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,7 +14,6 @@ from torch.nn import functional as F
 from bench.candidates import Missing, module
 from bench.gpu_problems import EPS, EmbeddingProblem, FfnProblem, GpuProblem, LayerProblem, QkvProblem, Weights
 from kron_kernels import _gpu, kron_embedding, kron_ffn, kron_matmul, kron_qkv
-from kron_kernels.factorize import order_cost
 from kron_kernels.timing.problem import Candidate
 
 Maker = Callable[[Any], Candidate]
@@ -24,15 +24,35 @@ _FACTORS = ("a", "b", "bias")
 _BLOCK = ("a1", "b1", "bias1", "a2", "b2", "bias2")
 
 
-def product(x: Tensor, a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
-    """``sum_s A_s (x) B_s`` by two stock products, in the order of fewer multiply-adds."""
-    terms, m1, n1 = a.shape
-    _, m2, n2 = b.shape
-    b_first, a_first = order_cost(m1, n1, m2, n2, 1)
-    grid = x.reshape(-1, 1, n1, n2)
-    y = a @ (grid @ b.mT) if b_first <= a_first else (a @ grid) @ b.mT
-    y = y[:, 0] if terms == 1 else y.sum(1)
+def b_first(x: Tensor, a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
+    """``sum_s A_s (X B_s^T)`` by two stock products a term."""
+    grid = x.reshape(-1, a.shape[2], b.shape[2])
+    y = sum(torch.matmul(left, torch.matmul(grid, right.mT)) for left, right in zip(a, b, strict=True))
     return y.reshape(x.shape[0], -1) + bias
+
+
+def a_first(x: Tensor, a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
+    """``sum_s (A_s X) B_s^T`` likewise."""
+    grid = x.reshape(-1, a.shape[2], b.shape[2])
+    y = sum(torch.matmul(torch.matmul(left, grid), right.mT) for left, right in zip(a, b, strict=True))
+    return y.reshape(x.shape[0], -1) + bias
+
+
+def quicker_product(x: Tensor, weights: Weights) -> Callable[..., Tensor]:
+    """The order of the two products that takes less time forward on x."""
+
+    def seconds(function: Callable[..., Tensor]) -> float:
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            function(x, *weights[:3])
+            if x.is_cuda:
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        return min(times[1:])
+
+    with torch.inference_mode():
+        return min((b_first, a_first), key=seconds)
 
 
 def _factors(weights: Weights, _tokens: int) -> tuple[Tensor, ...]:
@@ -55,8 +75,31 @@ def dense_ffn(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2:
     return F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)
 
 
-def products_ffn(x: Tensor, a1: Tensor, b1: Tensor, bias1: Tensor, a2: Tensor, b2: Tensor, bias2: Tensor) -> Tensor:
-    return product(F.gelu(product(x, a1, b1, bias1)), a2, b2, bias2)
+def products(problem: LayerProblem) -> Candidate:
+    """Two stock products in the better order."""
+    return Candidate("matmul", quicker_product(problem.x, problem.weights[0]), _factors, _FACTORS)
+
+
+def products_ffn(problem: FfnProblem) -> Candidate:
+    """Two stock products a layer, each in its better order, with GELU between."""
+    first, second = problem.weights[0]
+    hidden = problem.normal(problem.tokens, first.bias.shape[0])
+    up, down = quicker_product(problem.x, first), quicker_product(hidden, second)
+
+    def block(x: Tensor, a1: Tensor, b1: Tensor, bias1: Tensor, a2: Tensor, b2: Tensor, bias2: Tensor) -> Tensor:
+        return down(F.gelu(up(x, a1, b1, bias1)), a2, b2, bias2)
+
+    return Candidate("matmul", block, _block_factors, _BLOCK)
+
+
+def products_qkv(problem: QkvProblem) -> Candidate:
+    """Two stock products a projection, in their better order."""
+    product = quicker_product(problem.x, problem.weights[0][0])
+
+    def each(x: Tensor, *operands: Tensor) -> tuple[Tensor, ...]:
+        return tuple(product(x, *operands[start : start + 3]) for start in (0, 3, 6))
+
+    return Candidate("matmul", each, _qkv_factors, None)  # type: ignore[arg-type]
 
 
 def lycoris(problem: LayerProblem) -> Candidate:
@@ -76,10 +119,11 @@ def lycoris(problem: LayerProblem) -> Candidate:
     return Candidate("LyCORIS", fused, _factors, _FACTORS)
 
 
-def compiled(name: str, candidate: Candidate) -> Maker:
+def compiled(name: str, maker: Maker) -> Maker:
     """torch.compile of a candidate, for the problem's own shape."""
 
-    def make(_problem: GpuProblem) -> Candidate:
+    def make(problem: GpuProblem) -> Candidate:
+        candidate = maker(problem)
         torch.compiler.reset()
         function = torch.compile(candidate.function, fullgraph=True, dynamic=False)
         return Candidate(name, function, candidate.prepare, candidate.differentiates)
@@ -114,22 +158,20 @@ def _always(candidate: Candidate) -> Maker:
 
 
 _DENSE_LAYER = Candidate("dense", F.linear, _dense, ("weight", "bias"))
-_PRODUCTS = Candidate("matmul", product, _factors, _FACTORS)
 _DENSE_FFN = Candidate("dense", dense_ffn, _block_dense, ("weight1", "bias1", "weight2", "bias2"))
-_PRODUCTS_FFN = Candidate("matmul", products_ffn, _block_factors, _BLOCK)
 
 LAYER_MAKERS: dict[str, Maker] = {
     "dense": _always(_DENSE_LAYER),
-    "matmul": _always(_PRODUCTS),
-    "matmul, compiled": compiled("matmul, compiled", _PRODUCTS),
+    "matmul": products,
+    "matmul, compiled": compiled("matmul, compiled", products),
     "LyCORIS": lycoris,
     **_ours_by_backend(kron_matmul, _factors, _FACTORS),
 }
 FFN_MAKERS: dict[str, Maker] = {
     "dense": _always(_DENSE_FFN),
-    "dense, compiled": compiled("dense, compiled", _DENSE_FFN),
-    "matmul": _always(_PRODUCTS_FFN),
-    "matmul, compiled": compiled("matmul, compiled", _PRODUCTS_FFN),
+    "dense, compiled": compiled("dense, compiled", _always(_DENSE_FFN)),
+    "matmul": products_ffn,
+    "matmul, compiled": compiled("matmul, compiled", products_ffn),
     **_ours_by_backend(kron_ffn, _block_factors, _BLOCK),
 }
 
@@ -146,14 +188,10 @@ def _qkv(x: Tensor, *operands: Tensor, backend: str | None) -> tuple[Tensor, ...
     return kron_qkv(x, operands[0::3], operands[1::3], operands[2::3], backend=backend)
 
 
-def _qkv_products(x: Tensor, *operands: Tensor) -> tuple[Tensor, ...]:
-    return tuple(product(x, *operands[start : start + 3]) for start in (0, 3, 6))
-
-
 QKV_MAKERS: dict[str, Maker] = {
     # One product with all three weights.
     "dense": _always(Candidate("dense", F.linear, _qkv_dense, None)),
-    "matmul": _always(Candidate("matmul", _qkv_products, _qkv_factors, None)),  # type: ignore[arg-type]
+    "matmul": products_qkv,
     **_ours_by_backend(_qkv, _qkv_factors, None),
 }
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.protocol import Say
-from bench.worker import result_row
+from bench.worker import make_all, result_row
 from kron_kernels.timing.compare import compare, first_line
 from kron_kernels.timing.encoder import EncoderProblem, EncoderWay, encoders, forward, plain_way, random_ids
 from kron_kernels.triton.problems import DTYPES
@@ -36,6 +36,8 @@ class MachineLike(Protocol):
     device: str
     timer: Callable[..., Any]
 
+    def check(self) -> None: ...
+
     def wall_us(self, run: Callable[[], object]) -> float | None: ...
 
     def launches(self, run: Callable[[], object]) -> int | None: ...
@@ -53,16 +55,19 @@ def encoder_points(job: dict[str, Any], say: Say, machine: MachineLike) -> None:
         models = _models(job, machine.device, described["dtype"])
         ids = random_ids(models["dense"], described["batch"], described["sequence"]).to(machine.device)
         problem = EncoderProblem(ids)
-        ways = [plain_way(name, model) for name, model in models.items()]
+        makers: dict[str, Callable[[EncoderProblem], EncoderWay]] = {
+            name: functools.partial(_plain, name, model) for name, model in models.items()
+        }
         if machine.device == "cuda":
-            ways += [graph_way(way, ids) for way in ways]
-        found = compare(
-            problem,
-            ways,
-            seconds=job["seconds"],
-            starting=lambda name: say({"starting": name}),
-            timer=machine.timer,
-        )
+            makers |= {name + GRAPH: functools.partial(graph_way, name, model) for name, model in models.items()}
+        found, ways = make_all(makers, problem, say)
+
+        def starting(name: str) -> None:
+            machine.check()
+            say({"starting": name})
+
+        found += compare(problem, ways, seconds=job["seconds"], starting=starting, timer=machine.timer)
+        machine.check()
         by_name = {way.name: way for way in ways}
         for result in found:
             row = result_row(result, "us")
@@ -73,23 +78,27 @@ def encoder_points(job: dict[str, Any], say: Say, machine: MachineLike) -> None:
         say({"done": described["index"]})
 
 
-def graph_way(way: EncoderWay, ids: Tensor) -> EncoderWay:
-    """The forward of ``ids`` captured once, replayed after."""
+def _plain(name: str, model: nn.Module, _problem: EncoderProblem) -> EncoderWay:
+    return plain_way(name, model)
+
+
+def graph_way(name: str, model: nn.Module, problem: EncoderProblem) -> EncoderWay:
+    """The forward of the problem's ids captured once, replayed after."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
-            forward(way.model, ids)
+            forward(model, problem.ids)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        hidden = forward(way.model, ids)
+        hidden = forward(model, problem.ids)
 
     def run(_ids: Tensor) -> Tensor:
         graph.replay()
         return hidden
 
-    return EncoderWay(way.name + GRAPH, way.model, run, way.tolerance)
+    return EncoderWay(name + GRAPH, model, run, plain_way(name, model).tolerance)
 
 
 def train_points(job: dict[str, Any], say: Say, machine: MachineLike) -> None:

@@ -44,6 +44,15 @@ class Machine:
             return 1e10, 1e10
         return cuda.copy_bandwidth(self._clock), cuda.gemm_rate(self._clock, dtype)
 
+    def check(self) -> None:
+        """Ends the process where a kernel has spoilt the device's context: what failed last is to blame."""
+        if self._clock is not None:
+            try:
+                torch.cuda.synchronize()
+            except RuntimeError as error:
+                print(error, file=sys.stderr, flush=True)
+                os._exit(70)
+
     def wall_us(self, run: Callable[[], object]) -> float | None:
         """Microseconds a call, the host's included."""
         return 1e6 * cuda.wall_seconds(run) if self._clock else None
@@ -90,12 +99,9 @@ def time_points(job: dict[str, Any], say: Say, machine: Machine) -> None:
         makers = makers_of(point.kind)
         results, candidates = make_all({name: makers[name] for name in described["candidates"]}, problem, say)
         results += compare(
-            problem,
-            candidates,
-            seconds=job["seconds"],
-            starting=lambda name: say({"starting": name}),
-            timer=machine.timer,
+            problem, candidates, seconds=job["seconds"], starting=announcer(machine, say), timer=machine.timer
         )
+        machine.check()
         if problem.dtype not in rates:
             rates[problem.dtype] = machine.rates(problem.dtype)
         by_name = {candidate.name: candidate for candidate in candidates}
@@ -110,6 +116,16 @@ def time_points(job: dict[str, Any], say: Say, machine: Machine) -> None:
         del problem, candidates, by_name
         if machine.device == "cuda":
             torch.cuda.empty_cache()
+
+
+def announcer(machine: Machine, say: Say) -> Callable[[str], None]:
+    """Says which way starts, unless the one before it has spoilt the device."""
+
+    def starting(name: str) -> None:
+        machine.check()
+        say({"starting": name})
+
+    return starting
 
 
 def floor(problem: GpuProblem, bandwidth: float, rate: float, seconds: float) -> dict[str, float]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import pytest
 import torch
@@ -13,10 +14,26 @@ from torch import Tensor
 from kron_kernels import _gpu
 from kron_kernels._problem import Product
 
+T = TypeVar("T")
 # With interpreted kernels on the CPU in place of a GPU: tests/gpu/conftest.py.
 REHEARSED = not torch.cuda.is_available() and os.environ.get("KRON_KERNELS_GPU_TESTS") == "cpu"
 # The interpreter is wrong in bfloat16.
 DTYPES = (torch.float32, torch.float16) if REHEARSED else (torch.float32, torch.float16, torch.bfloat16)
+
+
+def with_dtypes(table: Sequence[T]) -> list[tuple[T, torch.dtype]]:
+    """Each case in each dtype; in float16, whose kernels are those of bfloat16, every third: compiling takes time."""
+    return [
+        (case, dtype)
+        for index, case in enumerate(table)
+        for dtype in DTYPES
+        if dtype is not torch.float16 or REHEARSED or index % 3 == 0
+    ]
+
+
+def name_of(value: object) -> str:
+    """Of a case or dtype, in a test's id."""
+    return str(getattr(value, "id", value))
 
 
 def moved(tensor: Tensor, device: str) -> Tensor:

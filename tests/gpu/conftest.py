@@ -6,11 +6,28 @@ does: along with ``TRITON_INTERPRET=1`` and ``KRON_KERNELS_BACKEND=triton``.
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 
 from gpu_support import REHEARSED
 from kron_kernels import _backends
+
+# "2/8": the third of eight parts of the tests, which processes share among them.
+_SHARD = os.environ.get("KRON_KERNELS_GPU_TESTS_SHARD", "0/1")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    part, parts = map(int, _SHARD.split("/"))
+    own = [item for item in items if item.path.is_relative_to(here)]
+    # What takes much of the device's memory stays in one process.
+    left = {item for index, item in enumerate(own) if (0 if "more_elements" in item.name else index % parts) != part}
+    if left:
+        config.hook.pytest_deselected(items=list(left))
+        items[:] = [item for item in items if item not in left]
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from torch import Tensor
 import block_cases
 from block_cases import FFN_CASES, FfnCase, ffn_case, ffn_gradients
 from cases import SHAPES, Case, assert_accurate, make, make_operands
-from gpu_support import DTYPES, REHEARSED, moved, refused
+from gpu_support import DTYPES, REHEARSED, moved, name_of, refused, with_dtypes
 from kron_kernels import AddNorm, kron_embedding, kron_ffn, kron_matmul_norm, kron_qkv, reference
 
 pytestmark = pytest.mark.gpu
@@ -19,8 +19,7 @@ pytestmark = pytest.mark.gpu
 _FFN = [FfnCase("k8", 5), FfnCase("odd", 2, norm=True)] if REHEARSED else list(FFN_CASES)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", _FFN, ids=lambda case: case.id)
+@pytest.mark.parametrize(("case", "dtype"), with_dtypes(_FFN), ids=name_of)
 def test_ffn(case: FfnCase, dtype: torch.dtype, device: str, backend: str) -> None:
     o, same_dtype, oracle = ffn_case(case, dtype)
     layers = [moved(tensor, device) for tensor in o.layers]
@@ -30,8 +29,7 @@ def test_ffn(case: FfnCase, dtype: torch.dtype, device: str, backend: str) -> No
         assert_accurate(y.cpu(), same_dtype, oracle)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", [case for case in _FFN if not case.norm], ids=lambda case: case.id)
+@pytest.mark.parametrize(("case", "dtype"), with_dtypes([case for case in _FFN if not case.norm]), ids=name_of)
 def test_ffn_gradients(case: FfnCase, dtype: torch.dtype, device: str, backend: str) -> None:
     o, _, _ = ffn_case(case, dtype)
     same_dtype, oracles = ffn_gradients(case, dtype)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import cases
 from cases import CASES, Case, Operands, assert_accurate, backward_case, forward_case
-from gpu_support import DTYPES, REHEARSED, moved, refused
+from gpu_support import DTYPES, REHEARSED, moved, name_of, refused, with_dtypes
 from kron_kernels import kron_matmul
 
 pytestmark = pytest.mark.gpu
@@ -18,8 +18,7 @@ if not REHEARSED:
     _CASES = list(CASES)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", _CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize(("case", "dtype"), with_dtypes(_CASES), ids=name_of)
 def test_product(case: Case, dtype: torch.dtype, device: str, backend: str) -> None:
     o, same_dtype, oracle = forward_case(case, dtype)
     d = to_device(o, device)
@@ -28,8 +27,7 @@ def test_product(case: Case, dtype: torch.dtype, device: str, backend: str) -> N
         assert_accurate(y.cpu(), same_dtype, oracle)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", _CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize(("case", "dtype"), with_dtypes(_CASES), ids=name_of)
 def test_gradients(case: Case, dtype: torch.dtype, device: str, backend: str) -> None:
     o, same_dtype, oracles = backward_case(case, dtype)
     d = to_device(o, device)
