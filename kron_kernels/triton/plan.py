@@ -14,7 +14,7 @@ from .configs import tunable
 
 # 32-bit registers of a thread that tiles may take: of its 255, what addresses and temporaries leave; and where
 # operands of float32 go through registers besides.
-_REGISTERS, _EXACT_REGISTERS = 110, 48
+_REGISTERS, _EXACT_REGISTERS = 100, 48
 # Bytes of shared memory on the smallest device that the default tiles are for, an Ampere of compute capability 8.6.
 _SHARED_BYTES = 99 * 1024
 
@@ -118,8 +118,6 @@ def mm_tiles(
             total += tiny_in * element / 4 * block * depth
         if expand:
             total += (tiny_out if together else 1) * block * columns
-            if product.terms > 1:
-                total += rows * block * columns  # the next term's begin before this one's are used up
             if reduces:
                 total += (tiny_out * element / 4 if together else 1) * block * columns
         return total

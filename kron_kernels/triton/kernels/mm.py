@@ -128,7 +128,7 @@ def multiply(
                 finish(value, bias, base, y, t[:, None] * (CO * LO), row * LO + n, alpha, mask, ACT)
     else:
         results = zeros(CO, BT, BN)
-        for s in tl.static_range(S):
+        for s in range(S):
             factor = load_mix(tiny + s * tiny_term, tiny_row, tiny_col, CO, CI)
             h = add_products(
                 zeros(CI, BT, BN), x, large + s * large_term, factor, t, x_stride, T, large_row, large_col, n0,
