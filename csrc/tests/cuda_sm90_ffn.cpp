@@ -219,7 +219,9 @@ void test_ffn() {
     test_activate2<Activation::silu>();
     test_activate2<Activation::relu>();
     for (const int64_t tokens : {1, 64, 70}) test_block({tokens, 8, 128, 64, 128}, false);
-    // The shapes of K8 and K21, smaller: more than one step of the middle, padded sizes, more than two tiles a block.
+    test_block({70, 8, 384, 384, 384}, true);   // K8
+    test_block({70, 16, 384, 192, 384}, true);  // K21
+    // Such shapes, smaller: more than one step of the middle, padded sizes, more than two tiles a block.
     test_block({300, 8, 192, 160, 384}, false);
     test_block({130, 16, 72, 96, 264, DType::bf16, Activation::gelu, true, 1, 24}, true);
     test_block({70, 16, 200, 104, 192, DType::f16}, true);
