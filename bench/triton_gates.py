@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import triton
 
 from bench.harness import RESULTS, Row, read_rows, write_rows
+from kron_kernels.cli.output import Progress
 from kron_kernels.triton.launch import Launch
 from kron_kernels.triton.offline import DEVICES, Report, compile_all, key
 from kron_kernels.triton.ops import IMPLEMENTATIONS
@@ -74,7 +75,10 @@ def enumerate_jobs(
 def compile_jobs(jobs: Sequence[Job], workers: int) -> list[Report | RuntimeError]:
     """What became of each job's kernel; launches that run the same code are compiled once."""
     different = {(job.chip, key(job.launch)): (job.launch, job.chip) for job in jobs}
-    compiled = dict(zip(different, compile_all(different.values(), workers), strict=True))
+    progress, compiled = Progress(), {}
+    for done, (code, report) in enumerate(zip(different, compile_all(different.values(), workers), strict=True)):
+        progress(done, len(different), f"{different[code][0].kernel.fn.__name__} for {code[0]}")
+        compiled[code] = report
     return [compiled[job.chip, key(job.launch)] for job in jobs]
 
 

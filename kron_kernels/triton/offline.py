@@ -11,7 +11,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -91,8 +91,8 @@ def compile_launch(launch: Launch, target: str | Device) -> Report:
     return _read_cubin(compiled.asm["cubin"], compiled.metadata.shared)
 
 
-def compile_all(jobs: Iterable[tuple[Launch, str | Device]], workers: int) -> list[Report | RuntimeError]:
-    """``compile_launch`` of many, with the error in the place of a report where one does not compile.
+def compile_all(jobs: Iterable[tuple[Launch, str | Device]], workers: int) -> Iterator[Report | RuntimeError]:
+    """``compile_launch`` of many, in their order, with the error in the place of a report where one does not compile.
 
     Threads are enough: Triton's passes and the assembler run outside of Python's lock.
     """
@@ -104,7 +104,7 @@ def compile_all(jobs: Iterable[tuple[Launch, str | Device]], workers: int) -> li
             return error
 
     with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(one, jobs))
+        yield from pool.map(one, jobs)
 
 
 def key(launch: Launch) -> tuple[Any, ...]:

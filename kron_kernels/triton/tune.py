@@ -166,7 +166,7 @@ def _start(launches: Sequence[Launch]) -> None:
 
 
 def _compile(launches: Sequence[Launch], device: Device) -> list[Report | RuntimeError]:
-    return compile_all(((one, device) for one in launches), os.cpu_count() or 1)
+    return list(compile_all(((one, device) for one in launches), os.cpu_count() or 1))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -68,7 +68,7 @@ def test_shipped_tiles_pass(name: str, op: str, chip: str) -> None:
 
 
 def test_absurd_tiles_spill() -> None:
-    tiles = {"tokens": 128, "columns": 256, "depth": 64, "num_warps": 4, "num_stages": 2}
+    tiles = {"tokens": 64, "columns": 256, "depth": 16, "num_warps": 4, "num_stages": 2}
     problem = Problem("k8-w2", "kron_mm", "bf16", 4096)
     with configs.watching() as looked_up:
         record(problem, IMPLEMENTATIONS, DEVICES["sm_90"])
@@ -77,7 +77,7 @@ def test_absurd_tiles_spill() -> None:
     _, failures = gates.check(jobs, gates.compile_jobs(jobs, 1), {})
     assert len(failures) == 1
     assert failures[0].startswith("k8-w2 kron_mm bf16 T4096, launch 0 on sm_90: mm_kernel(S=1 CO=2 CI=8 ")
-    assert "BN=256 BK=64), 4 warps, 2 stages: spills: " in failures[0]
+    assert "BN=256 BK=16), 4 warps, 2 stages: spills: " in failures[0]
 
 
 def test_what_does_not_compile_is_a_failure() -> None:
