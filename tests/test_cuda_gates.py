@@ -77,6 +77,11 @@ def test_what_passes() -> None:
     elsewhere = replace(GOOD, arch="sm_120", instructions=None, hmma=None, hgmma=None, tma=None, local=None)
     newer = replace(GOOD, nvcc="14.0.1", registers=200)  # other registers of another compiler
     assert judge([GOOD, HOPPER, replace(GOOD, registers=100), newer], RECORD) == []
+    wide = replace(elsewhere, stack=16)
+    assert judge([wide], {("mm_sm80<Bf16, 2>", "sm_120"): wide}) == []
+    assert len(judge([replace(wide, stack=24)], {("mm_sm80<Bf16, 2>", "sm_120"): wide})) == 1
+    spilled = replace(GOOD, stack=16)
+    assert len(judge([spilled], {("mm_sm80<Bf16, 2>", "sm_80"): spilled})) == 1
     gather = replace(GOOD, kernel="embedding_forward<float, 4>", hmma=0)
     assert judge([gather], {("embedding_forward<float, 4>", "sm_80"): gather}) == []
     assert judge([elsewhere], {("mm_sm80<Bf16, 2>", "sm_120"): elsewhere}) == []
