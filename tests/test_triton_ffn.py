@@ -96,12 +96,18 @@ def test_gradients_that_are_asked_for(shape: str, needs: int) -> None:
     _check_gradients(FfnCase(shape, 17), torch.float32, needs)
 
 
-@pytest.mark.parametrize("needs", [0, 0b1111111])
-def test_autocast_changes_nothing(needs: int) -> None:
+def test_gradients_summed_over_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ffn_backward, "_PROGRAMS", 0)
+    _check_gradients(FfnCase("odd", 17), torch.float32)
+
+
+def test_autocast_changes_nothing(kernels: int) -> None:
     case = FfnCase("odd", 17, norm=True)
+    for without in (block_cases.ffn_case, block_cases.ffn_gradients):
+        without(case, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         _check(case, torch.float32)
-        _check_gradients(case, torch.float32, needs)
+        _check_gradients(case, torch.float32)
 
 
 DEVICES = (Device(80, 108, 163 * 1024), Device(90, 132, 227 * 1024), Device("gfx942", 304, 64 * 1024))
