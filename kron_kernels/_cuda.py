@@ -23,6 +23,8 @@ _DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.flo
 # Most bytes of shared memory that a block may ask for, by compute capability; 99 KB where nothing is listed.
 _SHARED_PER_BLOCK = {80: 166912, 87: 166912, 90: 232448, 100: 232448, 103: 232448, 110: 232448}
 _LEAST_SHARED = 101376
+# A product, and torch on its rows.
+_AROUND_THE_PRODUCT = ("kron_mm_norm", "kron_mm_int8")
 
 
 @functools.cache
@@ -80,6 +82,8 @@ def refusal(op: str, dtype: torch.dtype, tokens: int, products: Iterable[Sequenc
     reason = _load()
     if reason:
         return reason
+    if op in _AROUND_THE_PRODUCT:
+        op = "kron_mm"
     sizes = [size for product in products for size in product]
     shared = _SHARED_PER_BLOCK.get(sm, _LEAST_SHARED)
     return _op("refusal")(op, _DTYPE_CODES[dtype], tokens, sizes, sm, shared, _tf32()) or None
@@ -166,6 +170,25 @@ def _capability(x: Tensor) -> int:
     return _capability_of(x.device.index) if x.is_cuda else 80  # the emulator's
 
 
+def kron_mm_norm(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    packed: Tensor | None = None,
+) -> Tensor:
+    y = kron_mm(x, a, b, bias, 0)
+    return torch.nn.functional.layer_norm(residual + y, norm_weight.shape, norm_weight, norm_bias, eps)
+
+
+def kron_mm_int8(x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    return reference.quantize_tokens(kron_mm(x, a, b, None, 0))
+
+
 def kron_qkv(
     x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], bias: Sequence[Tensor], packed: Sequence[Tensor]
 ) -> list[Tensor]:
@@ -210,6 +233,8 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "kron_mm_add": kron_mm_add,
     "kron_mm_add_": kron_mm_add_,
     "kron_mm_backward": kron_mm_backward,
+    "kron_mm_int8": kron_mm_int8,
+    "kron_mm_norm": kron_mm_norm,
     "kron_ffn": kron_ffn,
     "kron_ffn_backward": kron_ffn_backward,
     "kron_qkv": kron_qkv,

@@ -13,7 +13,7 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -220,10 +220,12 @@ def _dispatched(op: str) -> Callable[..., Any]:
         tf32 = torch.get_float32_matmul_precision() != "highest"
         choice = choose(op, products, tensor.dtype, limit, device_arch, forced() or DEFAULT, tf32)
         function = _implementations(choice.backend)[op]
-        if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
-            with torch.cuda.device(tensor.device):
-                return function(*args, **kwargs)
-        return function(*args, **kwargs)
+        with ExitStack() as stack:
+            if torch.is_autocast_enabled(tensor.device.type):  # the op's dtype is its inputs', inside autocast too
+                stack.enter_context(torch.autocast(tensor.device.type, enabled=False))
+            if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+                stack.enter_context(torch.cuda.device(tensor.device))
+            return function(*args, **kwargs)
 
     return implementation
 

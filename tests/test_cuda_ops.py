@@ -191,6 +191,18 @@ def test_norm_that_the_kernel_leaves_follows_it() -> None:
     cases.assert_accurate(got, expected(*tensors), expected(*(tensor.double() for tensor in tensors)))
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_products_with_torch_on_their_rows(dtype: torch.dtype) -> None:
+    o = cases.make(cases.Case("k8-attention-small", 5), dtype)
+    operands = (o.x, o.a, o.b, o.bias, *block_cases.norm_operands(o.grad, dtype))
+    oracle = reference.kron_mm_norm(*(tensor.double() for tensor in operands), 1e-5)
+    cases.assert_accurate(_cuda.kron_mm_norm(*operands, 1e-5), reference.kron_mm_norm(*operands, 1e-5), oracle)
+    q, scale = _cuda.kron_mm_int8(o.x, o.a, o.b)
+    exact = reference.kron_mm(o.x.double(), o.a.double(), o.b.double())
+    # Half a step of rounding to bytes, and what the product itself is off.
+    assert ((q * scale - exact).abs() <= 0.51 * scale + 0.02).all()
+
+
 def _table(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(3)
     return tuple(torch.randn(size, generator=generator).to(dtype) for size in ((2, 11, 12), (2, 1, 8)))
@@ -271,6 +283,7 @@ def test_refusal_of_problems() -> None:
     assert refusal("kron_mm", torch.int8, k8) == "the CUDA kernels have no int8"
     assert "no factor is tiny" in str(refusal("kron_mm", torch.bfloat16, (1, 24, 24, 32, 32)))
     assert refusal("kron_mm", torch.bfloat16, k8, 75) == "the kernels were built for 80+PTX 90a, not for sm_75"
-    assert refusal("kron_mm_norm", torch.bfloat16, k8) == "there is no CUDA kernel of kron_mm_norm"
+    assert refusal("kron_mm_norm", torch.bfloat16, k8) is None
+    assert refusal("kron_pack", torch.bfloat16, k8) == "there is no CUDA kernel of kron_pack"
     with pytest.raises(ValueError, match="sizes: expected S, m1, n1, m2, n2 of each product, got 4 numbers"):
         refusal("kron_mm", torch.bfloat16, k8[:4])

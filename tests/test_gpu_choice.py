@@ -76,6 +76,19 @@ def test_what_was_measured_decides(device: pytest.MonkeyPatch, tmp_path: Path) -
     assert _gpu.choose("kron_mm", PAIR, torch.bfloat16, 1000, 80) == ("triton", "not measured")
 
 
+def test_autocast_does_not_reach_the_implementations(device: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def implementation(*_: object) -> None:
+        seen.append(torch.is_autocast_enabled("cpu"))
+
+    device.setattr(_gpu, "choose", lambda *_: _gpu.Choice("triton", ""))
+    device.setattr(_gpu, "_implementations", lambda _: {"kron_mm": implementation})
+    with torch.autocast("cpu", torch.bfloat16):
+        _gpu._dispatched("kron_mm")(torch.ones(3, 4), torch.ones(2, 2), torch.ones(2, 2), None, 0)
+    assert seen == [False]
+
+
 def test_interpreter_is_not_trusted_in_bfloat16(device: pytest.MonkeyPatch) -> None:
     device.setattr(_gpu, "interpreted", lambda: True)
     backend, reason = _gpu.choose("kron_mm", PAIR, torch.bfloat16, 128, None)

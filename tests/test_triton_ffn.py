@@ -101,15 +101,6 @@ def test_gradients_summed_over_many_steps(monkeypatch: pytest.MonkeyPatch) -> No
     _check_gradients(FfnCase("odd", 17), torch.float32)
 
 
-def test_autocast_changes_nothing(kernels: int) -> None:
-    case = FfnCase("odd", 17, norm=True)
-    for without in (block_cases.ffn_case, block_cases.ffn_gradients):
-        without(case, torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        _check(case, torch.float32)
-        _check_gradients(case, torch.float32)
-
-
 DEVICES = (Device(80, 108, 163 * 1024), Device(90, 132, 227 * 1024), Device("gfx942", 304, 64 * 1024))
 # Of a first pair A (m1, n1), B (m2, n2), and A, B of the second.
 SIZES = {

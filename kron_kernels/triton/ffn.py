@@ -21,7 +21,7 @@ from .ffn_plan import (
 )
 from .kernels import ffn as kernels
 from .launch import Options, device_of, launch
-from .operands import precision, rows, without_autocast
+from .operands import precision, rows
 from .plan import ceil_div, token_bucket
 
 
@@ -65,9 +65,8 @@ def kron_ffn(
             _two_kernels(ffn, layers, activation, y)
     if norm is None:
         return y
-    with without_autocast(x):
-        total = y.add_(norm[0].view(y.shape))
-        return torch.nn.functional.layer_norm(total, norm[1].shape, norm[1], norm[2], eps)
+    total = y.add_(norm[0].view(y.shape))
+    return torch.nn.functional.layer_norm(total, norm[1].shape, norm[1], norm[2], eps)
 
 
 Layers = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None]

@@ -12,7 +12,7 @@ from . import mm
 from .ffn_plan import Ffn, chained, middle_tiles
 from .kernels.ffn_backward import ffn_backward_kernel
 from .launch import Options, device_of, launch
-from .operands import rows, without_autocast
+from .operands import rows
 from .plan import ceil_div, splits, token_bucket
 from .sums import sum_partials
 
@@ -34,14 +34,13 @@ def kron_ffn_backward(
     """The op ``kron_ffn_backward``."""
     ffn = chained(Product.of(a1, b1), Product.of(a2, b2))
     asked = [bool(needs >> bit & 1) for bit in range(7)]
-    with without_autocast(x):
-        if isinstance(ffn, str):
-            found = _as_two_products(grad, x, a1, b1, bias1, a2, b2, activation, asked)
-        elif x.numel() == 0 or grad.numel() == 0:
-            shapes = (x.shape, a1.shape, b1.shape, (ffn.m * ffn.p,), a2.shape, b2.shape, (ffn.q * ffn.n,))
-            found = [x.new_zeros(shape) if need else None for shape, need in zip(shapes, asked, strict=True)]
-        else:
-            found = _narrow(ffn, rows(grad), x, a1, b1, bias1, a2, b2, activation, asked)
+    if isinstance(ffn, str):
+        found = _as_two_products(grad, x, a1, b1, bias1, a2, b2, activation, asked)
+    elif x.numel() == 0 or grad.numel() == 0:
+        shapes = (x.shape, a1.shape, b1.shape, (ffn.m * ffn.p,), a2.shape, b2.shape, (ffn.q * ffn.n,))
+        found = [x.new_zeros(shape) if need else None for shape, need in zip(shapes, asked, strict=True)]
+    else:
+        found = _narrow(ffn, rows(grad), x, a1, b1, bias1, a2, b2, activation, asked)
     return tuple(x.new_empty(0) if out is None else out for out in found)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor
 
@@ -17,11 +15,6 @@ def rows(tensor: Tensor) -> Tensor:
 def stacks(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Factors as stacks of terms: two matrices are one term."""
     return (a.unsqueeze(0), b.unsqueeze(0)) if a.dim() == 2 else (a, b)
-
-
-def without_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """Inside, torch's own products of tensors like x keep their dtype, as the op's caller may have set them not to."""
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def precision(x: Tensor) -> str:
