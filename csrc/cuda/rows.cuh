@@ -39,7 +39,7 @@ inline Rows aligned_rows(DType dtype, const Factor& f, int64_t rows, int64_t col
         PackParams params{int(std::min(kMostRows, rows - row)), int(columns), int(columns), 1, 1, {}};
         params.factors[0] = {static_cast<const char*>(f.data) + row * f.stride_row * size, 0, f.stride_row,
                              f.stride_col, copy + row * columns * size};
-        const Grid grid{divide_up(columns, kPackTile), divide_up(params.rows, kPackTile)};
+        const Grid grid{divide_up(params.rows, kPackTile), divide_up(columns, kPackTile)};
         status = with_type(dtype, [&](auto type) {
             return start(pack_factors<decltype(type)>, grid, kPackThreads, kPackShared, launch, params);
         });

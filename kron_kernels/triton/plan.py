@@ -114,10 +114,10 @@ def mm_tiles(
         total = float(rows * block * columns)
         if not expand:
             total += (tiny_in * element / 4 + 1) * block * depth
-        elif right:
-            total += tiny_in * element / 4 * block * depth
-        if expand:
-            total += (tiny_out if together else 1) * block * columns
+        else:
+            # Fitted to what compiles without spills: operands are under way in parts, results joined one by one.
+            total += tiny_in * element / (8 if right else 16) * block * depth
+            total += (tiny_out * (1.2 if product.terms > 1 else 0.75) if together else 1) * block * columns
             if reduces:
                 total += (tiny_out * element / 4 if together else 1) * block * columns
         return total
