@@ -117,6 +117,7 @@ def mm_tiles(
         else:
             # Fitted to what compiles without spills: operands are under way in parts, results joined one by one.
             total += tiny_in * element / (8 if right else 16) * block * depth
+            total += 64 * max(0, tiny_in * tiny_out - 16)  # the tiny factor itself, in every thread
             total += (tiny_out * (1.2 if product.terms > 1 else 0.75) if together else 1) * block * columns
             if reduces:
                 total += (tiny_out * element / 4 if together else 1) * block * columns

@@ -97,7 +97,7 @@ inline void write_barrier(Barrier* barrier, BarrierState s) {
 
 struct Load {
     char* to;
-    const TensorMap* map;
+    TensorMap map;  // a copy: the thread that asked for the load may have returned, and its parameters with it
     Barrier* barrier;
     int64_t at[3];
 };
@@ -127,7 +127,7 @@ inline void barrier_arrive_expect(Barrier* barrier, int bytes) {
 }
 
 inline void do_load(const Load& load) {
-    const TensorMap& m = *load.map;
+    const TensorMap& m = load.map;
     const int row_bytes = m.box[0] * 2;
     int64_t offset = load.to - emulator::shared_memory(), bytes = 0;
     for (int64_t k = 0; k < m.box[2]; ++k)
@@ -151,7 +151,7 @@ inline void tma_load(void* to, const TensorMap& map, Barrier* barrier, int c0, i
     if ((static_cast<char*>(to) - emulator::shared_memory()) % 1024)
         emulator::fail("tma_load to an address that is no multiple of 1024");
     read_barrier(barrier, "tma_load");
-    const Load load{static_cast<char*>(to), &map, barrier, {c0, c1, c2}};
+    const Load load{static_cast<char*>(to), map, barrier, {c0, c1, c2}};
     if (emulator::at_once()) return do_load(load);
     std::memset(to, 0xff, size_t(bytes));
     loads().push_back(load);
