@@ -22,7 +22,8 @@ build() {
   shift
   cmake -S . -B "$folder" -G Ninja -DKRON_KERNELS_BUILD_TESTS=ON -DKRON_KERNELS_BUILD_TORCH=OFF "$@" >"$folder.log" ||
     { cat "$folder.log"; exit 1; }
-  cmake --build "$folder"
+  # The emulated CUDA kernels compute the same on every processor: the sanitizers' build runs them.
+  cmake --build "$folder" --target kron_core_tests
 }
 
 mkdir -p build
@@ -32,7 +33,7 @@ case "${1:-}" in
     need "qemu-aarch64 qemu-aarch64-static" qemu-user-static >/dev/null
     # The fixed part takes half a minute here; ctest starts the tests through qemu (cmake/aarch64-linux-gnu.cmake).
     build build/aarch64 -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64-linux-gnu.cmake -DKRON_KERNELS_TEST_ROUNDS=10
-    ctest --test-dir build/aarch64 --verbose
+    ctest --test-dir build/aarch64 --verbose -R kron_core_tests
     ;;
   x86)
     if [ "$(uname -m)" != x86_64 ]; then
