@@ -14,6 +14,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from bench import gpu
+from bench.candidates import Missing
 from bench.gpu import CASES, TOKENS, ModelPoint, Record, measure_all, plan
 from bench.gpu_candidates import BACKENDS, makers_of
 from bench.gpu_problems import EmbeddingProblem, FfnProblem, LayerProblem, Point, QkvProblem, Work
@@ -99,7 +100,10 @@ def test_ways_are_right_and_a_wrong_one_is_found(case: str) -> None:
     for name, make in makers_of(point.kind).items():
         if name in ("triton", "cuda") or "compiled" in name or (name == "LyCORIS" and case != "k8-attention"):
             continue
-        candidate = make(problem)
+        try:
+            candidate = make(problem)
+        except Missing:  # a peer that is not installed
+            continue
         assert problem.error(candidate) < 1e-5, name
         checked += 1
     assert checked >= 2
