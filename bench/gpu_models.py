@@ -6,14 +6,15 @@ import functools
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bench.gpu_machine import Machine
 from bench.protocol import Say
-from bench.worker import make_all, result_row
-from kron_kernels.timing.compare import compare, first_line
+from kron_kernels.models.capture import record
+from kron_kernels.timing.compare import first_line
 from kron_kernels.timing.encoder import EncoderProblem, EncoderWay, encoders, forward, plain_way, random_ids
 from kron_kernels.triton.problems import DTYPES
 
@@ -30,26 +31,13 @@ REHEARSED_SIZES = {
 _WARM_STEPS, _STEPS = 3, 10
 
 
-class MachineLike(Protocol):
-    """As ``gpu_worker.Machine``."""
-
-    device: str
-    timer: Callable[..., Any]
-
-    def check(self) -> None: ...
-
-    def wall_us(self, run: Callable[[], object]) -> float | None: ...
-
-    def launches(self, run: Callable[[], object]) -> int | None: ...
-
-
 def _models(job: dict[str, Any], device: str, dtype: str) -> dict[str, nn.Module]:
     sizes = REHEARSED_SIZES if job["rehearse"] else {}
     presets = PRESETS[:1] if job["rehearse"] else PRESETS
     return {name: model.to(device) for name, model in encoders(presets, DTYPES[dtype], **sizes).items()}
 
 
-def encoder_points(job: dict[str, Any], say: Say, machine: MachineLike) -> None:
+def encoder_points(job: dict[str, Any], say: Say, machine: Machine) -> None:
     """Dense and compressed encoders at each batch size and length; on a GPU also as graphs."""
     for described in job["points"]:
         models = _models(job, machine.device, described["dtype"])
@@ -60,20 +48,7 @@ def encoder_points(job: dict[str, Any], say: Say, machine: MachineLike) -> None:
         }
         if machine.device == "cuda":
             makers |= {name + GRAPH: functools.partial(graph_way, name, model) for name, model in models.items()}
-        found, ways = make_all(makers, problem, say)
-
-        def starting(name: str) -> None:
-            machine.check()
-            say({"starting": name})
-
-        found += compare(problem, ways, seconds=job["seconds"], starting=starting, timer=machine.timer)
-        machine.check()
-        by_name = {way.name: way for way in ways}
-        for result in found:
-            row = result_row(result, "us")
-            if result.timing is not None:
-                run = problem.runner(by_name[result.name])
-                row |= {"wall_us": machine.wall_us(run), "launches": machine.launches(run)}
+        for _, row in machine.compared(makers, problem, job["seconds"], say):
             say({"point": described["index"], "result": row})
         say({"done": described["index"]})
 
@@ -84,24 +59,16 @@ def _plain(name: str, model: nn.Module, _problem: EncoderProblem) -> EncoderWay:
 
 def graph_way(name: str, model: nn.Module, problem: EncoderProblem) -> EncoderWay:
     """The forward of the problem's ids captured once, replayed after."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            forward(model, problem.ids)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        hidden = forward(model, problem.ids)
+    replay, hidden = record(lambda: forward(model, problem.ids), problem.ids.device)
 
     def run(_ids: Tensor) -> Tensor:
-        graph.replay()
+        replay()
         return hidden
 
     return EncoderWay(name + GRAPH, model, run, plain_way(name, model).tolerance)
 
 
-def train_points(job: dict[str, Any], say: Say, machine: MachineLike) -> None:
+def train_points(job: dict[str, Any], say: Say, machine: Machine) -> None:
     """Milliseconds and peak memory of one step: forward, a squared loss, backward, AdamW."""
     for described in job["points"]:
         for name, model in _models(job, machine.device, described["dtype"]).items():

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,61 +18,11 @@ from torch import Tensor
 
 from bench.candidates import Missing
 from bench.gpu_candidates import BACKENDS, makers_of
+from bench.gpu_machine import PROFILED_CALLS, Machine
 from bench.gpu_models import encoder_points, train_points
 from bench.gpu_problems import GpuProblem, Point
 from bench.protocol import Say, protocol
-from bench.worker import make_all, result_row
-from kron_kernels.timing import Timing, Variant, cuda, interleave
-from kron_kernels.timing.compare import compare
 from kron_kernels.timing.problem import Candidate
-
-# Fewer calls are enough to see what a profiler counts.
-_PROFILED_CALLS = 3
-
-
-class Machine:
-    """Where a job runs: a GPU, or the CPU in a rehearsal, whose figures mean nothing."""
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-        self._clock = cuda.Clock() if device == "cuda" else None
-        self.timer: Callable[..., Any] = self._clock.interleave if self._clock else _one_round
-
-    def rates(self, dtype: torch.dtype) -> tuple[float, float]:
-        """Bytes a second of a copy, operations a second of a large product."""
-        if self._clock is None:
-            return 1e10, 1e10
-        return cuda.copy_bandwidth(self._clock), cuda.gemm_rate(self._clock, dtype)
-
-    def check(self) -> None:
-        """Ends the process where a kernel has spoilt the device's context: what failed last is to blame."""
-        if self._clock is not None:
-            try:
-                torch.cuda.synchronize()
-            except RuntimeError as error:
-                print(error, file=sys.stderr, flush=True)
-                os._exit(70)
-
-    def wall_us(self, run: Callable[[], object]) -> float | None:
-        """Microseconds a call, the host's included."""
-        return 1e6 * cuda.wall_seconds(run) if self._clock else None
-
-    def launches(self, run: Callable[[], object]) -> int | None:
-        """Kernels, copies and fills that a call starts."""
-        if self._clock is None:
-            return None
-        run()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            for _ in range(_PROFILED_CALLS):
-                run()
-            torch.cuda.synchronize()
-        on_device = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-        return round(len(on_device) / _PROFILED_CALLS)
-
-
-def _one_round(variants: Sequence[Variant], baseline: str, *, seconds: float) -> list[Timing]:
-    """For a rehearsal: as little as gives a figure."""
-    return interleave(variants, baseline, seconds=seconds, warmup_seconds=0.0, max_rounds=1, min_rounds=1)
 
 
 def main() -> None:
@@ -97,35 +47,19 @@ def time_points(job: dict[str, Any], say: Say, machine: Machine) -> None:
         point = point_of(described)
         problem = point.problem(machine.device, job["rehearse"])
         makers = makers_of(point.kind)
-        results, candidates = make_all({name: makers[name] for name in described["candidates"]}, problem, say)
-        results += compare(
-            problem, candidates, seconds=job["seconds"], starting=announcer(machine, say), timer=machine.timer
+        compared = machine.compared(
+            {name: makers[name] for name in described["candidates"]}, problem, job["seconds"], say
         )
-        machine.check()
         if problem.dtype not in rates:
             rates[problem.dtype] = machine.rates(problem.dtype)
-        by_name = {candidate.name: candidate for candidate in candidates}
-        for result in results:
-            row = result_row(result, "us")
+        for result, row in compared:
             if result.timing is not None:
-                run = problem.runner(by_name[result.name])
-                row |= {"wall_us": machine.wall_us(run), "launches": machine.launches(run)}
                 row |= floor(problem, *rates[problem.dtype], result.timing.seconds.q50)
             say({"point": described["index"], "result": row})
         say({"done": described["index"]})
-        del problem, candidates, by_name
+        del problem, compared
         if machine.device == "cuda":
             torch.cuda.empty_cache()
-
-
-def announcer(machine: Machine, say: Say) -> Callable[[str], None]:
-    """Says which way starts, unless the one before it has spoilt the device."""
-
-    def starting(name: str) -> None:
-        machine.check()
-        say({"starting": name})
-
-    return starting
 
 
 def floor(problem: GpuProblem, bandwidth: float, rate: float, seconds: float) -> dict[str, float]:
@@ -178,7 +112,7 @@ def once(job: dict[str, Any], say: Say, machine: Machine) -> None:
     problem = point.problem(machine.device, job["rehearse"])
     (name,) = described["candidates"]
     run = problem.runner(makers_of(point.kind)[name](problem))
-    for _ in range(_PROFILED_CALLS):
+    for _ in range(PROFILED_CALLS):
         run()
     if machine.device == "cuda":
         torch.cuda.synchronize()

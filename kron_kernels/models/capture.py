@@ -89,11 +89,11 @@ def capture(model: nn.Module, batch: int, length: int, *, padded: bool = False) 
     device = next(model.parameters()).device
     if device.type != "cuda":
         raise RuntimeError(f"model: expected a model on a CUDA device to capture, got one on {device.type}")
-    return CapturedModel(model, batch, length, padded, _record)
+    return CapturedModel(model, batch, length, padded, record)
 
 
 @torch.no_grad()
-def _record(run: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
+def record(run: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
     """What replays ``run``, and the output it writes to. Runs before the capture compile kernels and fill caches."""
     with torch.cuda.device(device):
         stream = torch.cuda.Stream()
