@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .._problem import Product
@@ -23,6 +22,7 @@ from .kernels import ffn as kernels
 from .launch import Options, device_of, launch
 from .operands import precision, rows
 from .plan import ceil_div, token_bucket
+from .rows import add_norm
 
 
 def kron_ffn(
@@ -45,7 +45,7 @@ def kron_ffn(
     ffn = chained(Product.of(a1, b1), Product.of(a2, b2))
     norm = None
     if residual is not None and norm_weight is not None and norm_bias is not None:
-        norm = rows(residual), norm_weight.contiguous(), norm_bias.contiguous()
+        norm = residual, norm_weight, norm_bias
     if isinstance(ffn, str):
         y = mm.kron_mm(mm.kron_mm(x, a1, b1, bias1, activation), a2, b2, bias2, 0)
     else:
@@ -63,10 +63,7 @@ def kron_ffn(
                 return y
         else:
             _two_kernels(ffn, layers, activation, y)
-    if norm is None:
-        return y
-    total = y.add_(norm[0].view(y.shape))
-    return torch.nn.functional.layer_norm(total, norm[1].shape, norm[1], norm[2], eps)
+    return y if norm is None else add_norm(y, *norm, eps)
 
 
 Layers = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None]
@@ -91,7 +88,9 @@ def _one_kernel(
     y: Tensor,
 ) -> None:
     x, tokens = layers[0], layers[0].shape[0]
-    residual, weight, bias = norm or (None, None, None)
+    residual = weight = bias = None
+    if norm is not None:
+        residual, weight, bias = rows(norm[0]), norm[1].contiguous(), norm[2].contiguous()
     strides = (x.stride(0), 0 if residual is None else residual.stride(0))
     blocks = (tiles.tokens, held_block(ffn.k), tiles.columns, held_block(ffn.n))
     launch(

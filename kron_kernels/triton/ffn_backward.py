@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from .._fused_ops import FFN_GRADIENTS, needed
 from .._ops import _ACTIVATION_NAMES
 from .._problem import Product
 from . import mm
@@ -33,7 +34,7 @@ def kron_ffn_backward(
 ) -> tuple[Tensor, ...]:
     """The op ``kron_ffn_backward``."""
     ffn = chained(Product.of(a1, b1), Product.of(a2, b2))
-    asked = [bool(needs >> bit & 1) for bit in range(7)]
+    asked = needed(needs, len(FFN_GRADIENTS))
     if isinstance(ffn, str):
         found = _as_two_products(grad, x, a1, b1, bias1, a2, b2, activation, asked)
     elif x.numel() == 0 or grad.numel() == 0:
@@ -54,7 +55,7 @@ def _narrow(
     a2: Tensor,
     b2: Tensor,
     activation: int,
-    asked: list[bool],
+    asked: tuple[bool, ...],
 ) -> list[Tensor | None]:
     """By products with the large factors on rows of single values of the grids, and one kernel between them."""
     need_x, need_a1, need_b1, need_bias1, need_a2, need_b2, need_bias2 = asked
@@ -130,7 +131,7 @@ def _as_two_products(
     a2: Tensor,
     b2: Tensor,
     activation: int,
-    asked: list[bool],
+    asked: tuple[bool, ...],
 ) -> list[Tensor | None]:
     need_x, need_a1, need_b1, need_bias1, need_a2, need_b2, need_bias2 = asked
     first = need_x, need_a1, need_b1, need_bias1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -12,6 +11,7 @@ from .kernels.rows import add_norm_kernel, quantise_kernel
 from .launch import Options, launch
 from .mm import run_product
 from .operands import rows
+from .plan import ceil_div, power_of_two
 from .row_plan import LONGEST_ROW, row_tiles
 
 
@@ -30,12 +30,18 @@ def kron_mm_norm(
     size = a.shape[1] * b.shape[1]
     y = x.new_empty(*x.shape[:-1], size)
     run_product(x, a, b, y, bias)
+    return add_norm(y, residual, norm_weight, norm_bias, eps)
+
+
+def add_norm(y: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """``layer_norm(residual + y)`` of a contiguous ``y (..., M)`` of the caller's own: in place where it can be."""
+    size = y.shape[-1]
     if size > LONGEST_ROW:
-        return F.layer_norm(residual + y, (size,), norm_weight, norm_bias, eps)
+        return F.layer_norm(residual + y, (size,), weight, bias, eps)
     if y.numel() > 0:
         residual = rows(residual)
-        arguments = (y, residual, norm_weight.contiguous(), norm_bias.contiguous(), y.numel() // size)
-        _launch_rows(add_norm_kernel, y, (*arguments, residual.stride(0), eps))
+        arguments = (y, residual, weight.contiguous(), bias.contiguous(), y.numel() // size, residual.stride(0), eps)
+        _launch_rows(add_norm_kernel, y, arguments)
     return y
 
 
@@ -56,6 +62,6 @@ def kron_mm_int8(x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 def _launch_rows(kernel: object, y: Tensor, arguments: tuple[object, ...]) -> None:
     """One program for each few rows of ``y (..., M)``."""
     size = y.shape[-1]
-    padded = triton.next_power_of_2(size)
+    padded = power_of_two(size, 1)
     tokens, warps = row_tiles(padded)
-    launch(kernel, (triton.cdiv(y.numel() // size, tokens),), arguments, (size, padded, tokens), Options(warps, 1))
+    launch(kernel, (ceil_div(y.numel() // size, tokens),), arguments, (size, padded, tokens), Options(warps, 1))
