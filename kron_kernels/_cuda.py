@@ -15,14 +15,12 @@ import torch
 from torch import Tensor
 
 from . import _fused_ops, _ops, reference
+from ._devices import allows_tf32, arch, shared_memory
 
 _PACKAGE = Path(__file__).parent
 _LIBRARY = _PACKAGE / "_C_cuda.so"
 # The codes of kron::DType in csrc/include/kron/problem.h.
 _DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-# Most bytes of shared memory that a block may ask for, by compute capability; 99 KB where nothing is listed.
-_SHARED_PER_BLOCK = {80: 166912, 87: 166912, 90: 232448, 100: 232448, 103: 232448, 110: 232448}
-_LEAST_SHARED = 101376
 # A product, and torch on its rows.
 _AROUND_THE_PRODUCT = ("kron_mm_norm", "kron_mm_int8")
 
@@ -85,33 +83,28 @@ def refusal(op: str, dtype: torch.dtype, tokens: int, products: Iterable[Sequenc
     if op in _AROUND_THE_PRODUCT:
         op = "kron_mm"
     sizes = [size for product in products for size in product]
-    shared = _SHARED_PER_BLOCK.get(sm, _LEAST_SHARED)
-    return _op("refusal")(op, _DTYPE_CODES[dtype], tokens, sizes, sm, shared, _tf32()) or None
-
-
-def _tf32() -> bool:
-    """Whether float32 may go through the tensor cores in TF32: as torch's setting for its own products says."""
-    return torch.get_float32_matmul_precision() != "highest"
+    code, shared = _DTYPE_CODES[dtype], shared_memory(sm)
+    return _op("refusal")(op, code, tokens, sizes, sm, shared, allows_tf32()) or None
 
 
 def kron_mm(
     x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, activation: int, packed: Tensor | None = None
 ) -> Tensor:
-    return _op("kron_mm")(x, a, b, bias, activation, _tf32())
+    return _op("kron_mm")(x, a, b, bias, activation, allows_tf32())
 
 
 def kron_mm_add(base: Tensor, x: Tensor, a: Tensor, b: Tensor, alpha: float) -> Tensor:
-    return _op("kron_mm_add")(base, x, a, b, alpha, _tf32())
+    return _op("kron_mm_add")(base, x, a, b, alpha, allows_tf32())
 
 
 def kron_mm_add_(base: Tensor, x: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
-    _op("kron_mm_add_")(base, x, a, b, alpha, _tf32())
+    _op("kron_mm_add_")(base, x, a, b, alpha, allows_tf32())
 
 
 def kron_mm_backward(
     grad: Tensor, x: Tensor, a: Tensor, b: Tensor, need_x: bool, need_a: bool, need_b: bool, need_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _op("kron_mm_backward")(grad, x, a, b, need_x, need_a, need_b, need_bias, _tf32())
+    return _op("kron_mm_backward")(grad, x, a, b, need_x, need_a, need_b, need_bias, allows_tf32())
 
 
 def kron_ffn(
@@ -132,11 +125,11 @@ def kron_ffn(
 ) -> Tensor:
     operands = (x, a1, b1, bias1, a2, b2, bias2, activation)
     if residual is None or norm_weight is None:
-        return _op("kron_ffn")(*operands, None, None, None, 0.0, _tf32())
+        return _op("kron_ffn")(*operands, None, None, None, 0.0, allows_tf32())
     products = ((*a1.shape, *b1.shape[1:]), (*a2.shape, *b2.shape[1:]))
     if _fuses_norm(x.dtype, products, _capability(x)):
-        return _op("kron_ffn")(*operands, residual, norm_weight, norm_bias, eps, _tf32())
-    y = _op("kron_ffn")(*operands, None, None, None, 0.0, _tf32())
+        return _op("kron_ffn")(*operands, residual, norm_weight, norm_bias, eps, allows_tf32())
+    y = _op("kron_ffn")(*operands, None, None, None, 0.0, allows_tf32())
     return torch.nn.functional.layer_norm(residual + y, norm_weight.shape, norm_weight, norm_bias, eps)
 
 
@@ -151,7 +144,7 @@ def kron_ffn_backward(
     activation: int,
     needs: int,
 ) -> tuple[Tensor, ...]:
-    return _op("kron_ffn_backward")(grad, x, a1, b1, bias1, a2, b2, activation, needs, _tf32())
+    return _op("kron_ffn_backward")(grad, x, a1, b1, bias1, a2, b2, activation, needs, allows_tf32())
 
 
 @functools.lru_cache(maxsize=1024)
@@ -160,14 +153,8 @@ def _fuses_norm(dtype: torch.dtype, products: tuple[tuple[int, ...], ...], sm: i
     return refusal("kron_ffn_norm", dtype, 1, products, sm) is None
 
 
-@functools.cache
-def _capability_of(device: int) -> int:
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
 def _capability(x: Tensor) -> int:
-    return _capability_of(x.device.index) if x.is_cuda else 80  # the emulator's
+    return int(arch(x.device.index)) if x.is_cuda else 80  # the emulator's
 
 
 def kron_mm_norm(
@@ -192,7 +179,7 @@ def kron_mm_int8(x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 def kron_qkv(
     x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], bias: Sequence[Tensor], packed: Sequence[Tensor]
 ) -> list[Tensor]:
-    return _op("kron_qkv")(x, a, b, bias, _tf32())
+    return _op("kron_qkv")(x, a, b, bias, allows_tf32())
 
 
 def kron_embedding(ids: Tensor, a: Tensor, b: Tensor, *operands: Any) -> Tensor:

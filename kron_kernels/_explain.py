@@ -8,13 +8,14 @@ from typing import Any
 import torch
 
 from . import _backends, _gpu
+from ._devices import shared_memory
 from ._problem import Product
 from .reference import order_cost
-from .triton import describe, plan
+from .triton import describe
 from .triton.plan import Device
 
 # The chip whose tiles are shown where there is none: an H100.
-_TYPICAL = Device(90, 132, 232448)
+_TYPICAL = Device(90, 132, shared_memory(90))
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,10 @@ def explain(
         chip = Device(arch, properties.multi_processor_count, properties.shared_memory_per_block_optin)
     if device == "cuda" or name in _gpu.NAMES:
         asked = name if backend not in (None, "auto") else "auto"
-        tf32 = torch.get_float32_matmul_precision() != "highest"
-        name, reason = _gpu.choose(op, sizes, dtype, tokens, arch, asked, tf32)
+        name, reason = _gpu.choose(op, sizes, dtype, tokens, arch, asked)
     forms = {
         "cpu": _cpu_form(sizes),
-        "triton": _triton_form(op, sizes, dtype, tokens, chip),
+        "triton": describe.form(op, sizes, dtype, tokens, chip),
         "cuda": _gpu.refusal("cuda", op, sizes, dtype, tokens, chip.arch) or "takes it",
     }
     call = f"{op} of {', '.join(map(str, sizes))}, {tokens} tokens in {str(dtype).removeprefix('torch.')} on {device}"
@@ -100,12 +100,3 @@ def _cpu_form(products: tuple[Product, ...]) -> str:
         best, other = sorted((left, right))
         orders.append(f"the {order} factor first, {best:,} multiply-adds a token and term (else {other:,})")
     return "; then ".join(orders)
-
-
-def _triton_form(op: str, products: tuple[Product, ...], dtype: torch.dtype, tokens: int, device: Device) -> str:
-    refused = next((reason for product in products if (reason := plan.refusal(product, dtype))), None)
-    if refused:
-        return refused
-    if op == "kron_ffn":
-        return describe.feed_forward(products[0], products[1], tokens, dtype, device)
-    return "; then ".join(describe.product(product, tokens, dtype.itemsize, device.arch) for product in products)

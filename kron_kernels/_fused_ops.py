@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import reference
 from ._ops import _ACTIVATION_NAMES, _TAGS, _only_needed, _unbind
+from ._problem import stacks
 
 _FACTORS_1, _FACTORS_2 = (f"Tensor a{i}, Tensor b{i}, Tensor? bias{i}" for i in (1, 2))
 _SCHEMAS = {
@@ -71,8 +72,7 @@ def _kron_mm_norm_reference(
 
 
 def _kron_mm_int8_reference(x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    if a.dim() == 2 and b.dim() == 2:
-        a, b = a.unsqueeze(0), b.unsqueeze(0)
+    a, b = stacks(a, b)
     with torch.autocast(x.device.type, enabled=False):
         return reference.kron_mm_int8(x, a, b)
 

@@ -13,7 +13,7 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from . import _cuda, _fused_ops, _ops
+from ._devices import allows_tf32, arch
 from ._problem import Product
 
 CHOICES = Path(__file__).parent / "choices.json"
@@ -98,31 +99,28 @@ def refusal(
         return f"it has no kernel of {op}"
     if backend == "cuda":
         return _cuda.refusal(op, dtype, tokens, products, arch if isinstance(arch, int) else 80)
-    if backend == "triton" and interpreted() and dtype is torch.bfloat16:
+    if interpreted() and dtype is torch.bfloat16:
         return "Triton's interpreter is wrong in bfloat16"
-    from .triton import plan, row_plan
+    from .triton import describe
 
-    if op.startswith("kron_embedding"):
-        return row_plan.embedding_refusal(products[0], dtype, gradient=op.endswith("backward"))
-    return next((reason for product in products if (reason := plan.refusal(product, dtype))), None)
+    return describe.refusal(op, products, dtype)
 
 
-@functools.lru_cache(maxsize=4096)
 def choose(
-    op: str,
-    products: Products,
-    dtype: torch.dtype,
-    tokens: int,
-    arch: int | str | None,
-    name: str = "auto",
-    tf32: bool = False,
+    op: str, products: Products, dtype: torch.dtype, tokens: int, arch: int | str | None, name: str = "auto"
 ) -> Choice:
     """The backend of a call, and why; ``name`` is what was asked for, ``arch`` as 90 or "gfx942", None on the cpu.
 
-    ``tf32`` is torch's setting of the moment, which ``refusal`` reads: answers are remembered by it.
-
     Raises RuntimeError where a backend asked for by name is not there or does not take the call.
     """
+    return _choose(op, products, dtype, tokens, arch, name, allows_tf32())
+
+
+# Remembered by torch's setting too, which ``refusal`` reads.
+@functools.lru_cache(maxsize=4096)
+def _choose(
+    op: str, products: Products, dtype: torch.dtype, tokens: int, arch: int | str | None, name: str, _tf32: bool
+) -> Choice:
     what = describe(op, products, dtype)
     if name in NAMES:
         available, reason = status(name)
@@ -185,12 +183,16 @@ def forced() -> str | None:
     return getattr(_local, "name", None)
 
 
-@contextmanager
-def force(name: str | None) -> Iterator[None]:
+_UNCHANGED = nullcontext()
+
+
+def force(name: str | None) -> AbstractContextManager[None]:
     """Inside, this thread's calls on CUDA devices run on a backend of ``NAMES``; None changes nothing."""
-    if name is None:
-        yield
-        return
+    return _UNCHANGED if name is None else _force(name)
+
+
+@contextmanager
+def _force(name: str) -> Iterator[None]:
     if torch.compiler.is_compiling():
         raise RuntimeError(
             f"backend: expected None or 'auto' under torch.compile, got {name!r}: set KRON_KERNELS_BACKEND instead"
@@ -202,13 +204,6 @@ def force(name: str | None) -> Iterator[None]:
         _local.name = before
 
 
-@functools.cache
-def arch(index: int) -> int | str:
-    """Of a device: 80, 90, ... of CUDA, or a name such as "gfx942"."""
-    properties = torch.cuda.get_device_properties(index)
-    return properties.gcnArchName.split(":")[0] if torch.version.hip else 10 * properties.major + properties.minor
-
-
 def _dispatched(op: str) -> Callable[..., Any]:
     operands = _OPERANDS[op]
 
@@ -217,13 +212,16 @@ def _dispatched(op: str) -> Callable[..., Any]:
         tokens = tensor.numel() // tensor.shape[-1] if tensor.numel() else 0  # of an embedding the rows of its table
         device_arch = arch(tensor.device.index) if tensor.is_cuda else None
         limit = token_class(tokens) or _TOKEN_CLASSES[-1] + 1
-        tf32 = torch.get_float32_matmul_precision() != "highest"
-        choice = choose(op, products, tensor.dtype, limit, device_arch, forced() or DEFAULT, tf32)
+        choice = choose(op, products, tensor.dtype, limit, device_arch, forced() or DEFAULT)
         function = _implementations(choice.backend)[op]
+        autocasts = torch.is_autocast_enabled(tensor.device.type)
+        elsewhere = tensor.is_cuda and tensor.device.index != torch.cuda.current_device()
+        if not autocasts and not elsewhere:
+            return function(*args, **kwargs)
         with ExitStack() as stack:
-            if torch.is_autocast_enabled(tensor.device.type):  # the op's dtype is its inputs', inside autocast too
+            if autocasts:  # the op's dtype is its inputs', inside autocast too
                 stack.enter_context(torch.autocast(tensor.device.type, enabled=False))
-            if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+            if elsewhere:
                 stack.enter_context(torch.cuda.device(tensor.device))
             return function(*args, **kwargs)
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from ._problem import stacks
 
 # The codes of kron::Activation in csrc/include/kron/problem.h.
 ACTIVATION_CODES: dict[str | None, int] = {None: 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "silu": 4}
@@ -60,8 +61,7 @@ kron_mm_add_ = torch.ops.kron_kernels.kron_mm_add_.default
 def _kron_mm_reference(
     x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, activation: int, packed: Tensor | None = None
 ) -> Tensor:
-    if a.dim() == 2 and b.dim() == 2:
-        a, b = a.unsqueeze(0), b.unsqueeze(0)
+    a, b = stacks(a, b)
     with torch.autocast(x.device.type, enabled=False):  # the op's dtype is its inputs', inside autocast too
         return reference.kron_mm(x, a, b, bias, _ACTIVATION_NAMES[activation])
 

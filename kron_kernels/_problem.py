@@ -1,4 +1,4 @@
-"""The sizes of one product, as plans and choices of a backend see them."""
+"""The factors of a product: as stacks of terms, and their sizes as plans and choices of a backend see them."""
 
 from __future__ import annotations
 
@@ -44,3 +44,8 @@ class Product(NamedTuple):
     def __str__(self) -> str:
         pairs = f"{self.m1}x{self.n1} (x) {self.m2}x{self.n2}"
         return pairs if self.terms == 1 else f"{self.terms} terms of {pairs}"
+
+
+def stacks(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors as stacks: two matrices are one term."""
+    return (a.unsqueeze(0), b.unsqueeze(0)) if a.dim() == 2 and b.dim() == 2 else (a, b)

@@ -12,7 +12,8 @@ from . import _backends, _gpu, reference
 from ._checks import check_alpha, check_base, check_low_rank, check_low_rank_types, check_operands, check_types
 from ._observers import apply, autocasts, cast_for_autocast, is_transformed, needs_autograd
 from ._ops import kron_mm_add, kron_mm_add_
-from .functional import gradients, only_needed, stacks
+from ._problem import stacks
+from .functional import gradients, only_needed
 from .reference import order_cost
 
 RightFactor = Tensor | tuple[Tensor, Tensor]

@@ -11,6 +11,7 @@ from . import _backends, _gpu, reference
 from ._checks import activation_code, check_operands, check_types
 from ._observers import apply, autocasts, cast_for_autocast, is_observed, needs_autograd
 from ._ops import kron_mm, kron_mm_backward
+from ._problem import stacks
 
 
 def kron_matmul(
@@ -72,11 +73,6 @@ def kron_matmul(
         return reference.kron_mm(x, a, b, bias, activation)
     y = apply(KronMatmul, x, a, b, bias)
     return y if activation is None else reference.ACTIVATIONS[activation](y)
-
-
-def stacks(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors as stacks: two matrices are one term."""
-    return (a.unsqueeze(0), b.unsqueeze(0)) if a.dim() == 2 and b.dim() == 2 else (a, b)
 
 
 class KronMatmul(torch.autograd.Function):

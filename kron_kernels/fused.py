@@ -30,7 +30,8 @@ from ._fused_ops import kron_ffn as ffn_op
 from ._fused_ops import kron_ffn_backward, kron_mm_norm, kron_pack
 from ._fused_ops import kron_qkv as qkv_op
 from ._observers import apply, autocasts, cast_for_autocast, is_observed, needs_autograd
-from .functional import kron_matmul, stacks
+from ._problem import stacks
+from .functional import kron_matmul
 
 # Ops with a compiled kernel check their operands themselves: a call that nothing observes goes straight to them, and
 # what they refuse, or what is no tensor, is then named in the caller's terms by the checks here.
@@ -63,8 +64,7 @@ def pack_factors(a: Tensor, b: Tensor) -> Tensor:
     values: pass them as ``packed`` along with the same factors. The modules of ``kron_kernels.nn`` do this by
     themselves, and notice when a parameter changes. Empty where no compiled kernels are.
     """
-    if a.dim() == 2 and b.dim() == 2:
-        a, b = a.unsqueeze(0), b.unsqueeze(0)
+    a, b = stacks(a, b)
     return kron_pack(a.detach(), b.detach())
 
 

@@ -9,7 +9,7 @@ from . import _backends, reference
 from ._checks import check_operands, check_types
 from ._fused_ops import kron_mm_int8
 from ._observers import autocasts, cast_for_autocast, is_observed
-from .functional import stacks
+from ._problem import stacks
 
 _IS_QUICK = _backends.compiled_by_default("kron_mm_int8")
 

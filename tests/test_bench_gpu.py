@@ -231,12 +231,12 @@ def test_choices_of_backends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(_gpu, "status", lambda name: (True, ""))
     monkeypatch.setattr(_gpu, "refusal", lambda *_arguments: None)
     _gpu._measured.cache_clear()
-    _gpu.choose.cache_clear()
+    _gpu._choose.cache_clear()
     try:
         choice = _gpu.choose("kron_mm", products_of("k8-attention"), torch.bfloat16, 4096, 90)
     finally:
         _gpu._measured.cache_clear()
-        _gpu.choose.cache_clear()
+        _gpu._choose.cache_clear()
     assert choice == _gpu.Choice("cuda", "measured: 1.50 times as fast as triton")
 
 

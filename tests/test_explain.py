@@ -50,17 +50,26 @@ def test_forms_of_the_feed_forward_block() -> None:
     assert "the 8x2 factor on the right mixed in while storing" in apart
 
 
+def test_forms_of_the_embedding() -> None:
+    def form(op: str, k: int) -> str:
+        return explain((30522, 12, 1, k), op=op, dtype=torch.bfloat16, device="cpu").forms["triton"]
+
+    # A wide row vector is no tiny factor of a product, and the embedding takes it.
+    assert form("kron_embedding", 64).startswith("rows gathered, expanded and normed in one pass, ")
+    assert form("kron_embedding_backward", 4096) == "a program cannot hold rows of 12 * 4096 values"
+
+
 def test_the_choice_on_a_cuda_device(monkeypatch: pytest.MonkeyPatch) -> None:
     statuses = {"triton": (True, "Triton 3"), "cuda": (False, "not built")}
     monkeypatch.setattr(_gpu, "status", statuses.__getitem__)
-    _gpu.choose.cache_clear()
+    _gpu._choose.cache_clear()
     try:
         explanation = explain(W1, W2, op="kron_ffn_backward", device="cuda", dtype=torch.float64)
         assert explanation.backend == "reference"
         assert explanation.reason.startswith("triton: ")
         assert explanation.forms["cuda"]
     finally:
-        _gpu.choose.cache_clear()
+        _gpu._choose.cache_clear()
 
 
 @pytest.mark.parametrize(

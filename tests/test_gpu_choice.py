@@ -27,9 +27,9 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     statuses = {"triton": (True, "Triton 3"), "cuda": (False, "not built")}
     monkeypatch.setattr(_gpu, "status", statuses.__getitem__)
     monkeypatch.setattr(_gpu, "interpreted", lambda: False)
-    _gpu.choose.cache_clear()
+    _gpu._choose.cache_clear()
     yield monkeypatch
-    _gpu.choose.cache_clear()
+    _gpu._choose.cache_clear()
     _gpu._measured.cache_clear()
 
 

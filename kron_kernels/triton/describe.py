@@ -1,12 +1,33 @@
-"""Plans in words, for ``explain``."""
+"""What Triton's kernels take, and their plans in words, for the choice of a backend and ``explain``. No Triton here."""
 
 from __future__ import annotations
 
 import torch
 
+from .._devices import allows_tf32
 from .._problem import Product
-from . import ffn_plan, plan
+from . import ffn_plan, plan, row_plan
 from .plan import Device
+
+
+def refusal(op: str, products: tuple[Product, ...], dtype: torch.dtype) -> str | None:
+    """Why no kernel takes an op on operands of a dtype; None where one does."""
+    if op.startswith("kron_embedding"):
+        return row_plan.embedding_refusal(products[0], dtype, gradient=op.endswith("backward"))
+    return next((reason for product in products if (reason := plan.refusal(product, dtype))), None)
+
+
+def form(op: str, products: tuple[Product, ...], dtype: torch.dtype, tokens: int, device: Device) -> str:
+    """How an op runs, of a gradient the op it is of; or why it does not."""
+    refused = refusal(op, products, dtype)
+    if refused:
+        return refused
+    if op.startswith("kron_embedding"):
+        rows, _ = row_plan.row_tiles(row_plan.embedding_row(products[0]))
+        return f"rows gathered, expanded and normed in one pass, {rows} token{'s' * (rows > 1)} a program"
+    if op == "kron_ffn":
+        return feed_forward(products[0], products[1], tokens, dtype, device)
+    return "; then ".join(product(each, tokens, dtype.itemsize, device.arch) for each in products)
 
 
 def product(problem: Product, tokens: int, element: int, arch: int | str) -> str:
@@ -16,7 +37,8 @@ def product(problem: Product, tokens: int, element: int, arch: int | str) -> str
         block, warps, _ = plan.chain_tiles(arch, problem, plan.token_bucket(tokens), element)
         first = "left" if plan.left_first(problem) else "right"
         return f"two chained products, the {first} factor first, {block} tokens a program of {warps} warps"
-    tiles = plan.mm_tiles(arch, apart, plan.token_bucket(tokens), element, apart.expands, False, element == 4)
+    exact = element == 4 and not allows_tf32()
+    tiles = plan.mm_tiles(arch, apart, plan.token_bucket(tokens), element, apart.expands, False, exact)
     rows = min(apart.tiny_in, apart.tiny_out)
     side = "right" if apart.right else "left"
     where = "storing" if apart.expands else "loading"

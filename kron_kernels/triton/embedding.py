@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import triton
 from torch import Tensor
 
 from .._problem import Product
 from .kernels.embedding import embedding_kernel
 from .launch import Options, launch
-from .plan import power_of_two
+from .plan import ceil_div, power_of_two
 from .row_plan import embedding_row, row_tiles
 
 
@@ -87,7 +86,7 @@ def kron_embedding(
     vectors = (None if vector is None else vector.contiguous() for vector in (norm_weight, norm_bias))
     launch(
         embedding_kernel,
-        (triton.cdiv(ids.numel(), tokens),),
+        (ceil_div(ids.numel(), tokens),),
         (*arguments, *vectors, y, ids.numel(), *table_rows(a, position_weight, type_weight), eps),
         row,
         Options(warps, 1),

@@ -7,7 +7,6 @@ adds in that order, in parts, so it is deterministic and no index that comes oft
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from .._fused_ops import EMBEDDING_GRADIENTS, needed
@@ -16,6 +15,7 @@ from .embedding import inputs, row_of, table_rows
 from .kernels.embedding_backward import embedding_backward_kernel
 from .launch import Options, device_of, launch
 from .operands import rows
+from .plan import ceil_div
 from .row_plan import FEW_ROWS, embedding_gradient_tiles
 from .sums import sum_partials
 
@@ -48,7 +48,7 @@ def kron_embedding_backward(
     tiles = embedding_gradient_tiles(product, few)
     assert tiles is not None  # embedding_refusal
     row = row_of(product, tiles[0])
-    programs = min(triton.cdiv(tokens, row.tokens), 2 * device_of(a).multiprocessors)
+    programs = min(ceil_div(tokens, row.tokens), 2 * device_of(a).multiprocessors)
 
     def room(need: bool, *shape: int, dtype: torch.dtype) -> Tensor | None:
         return a.new_empty(shape, dtype=dtype) if need else None

@@ -15,6 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
+from .._devices import arch, shared_memory
 from .plan import Device
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -30,7 +31,7 @@ class Options(NamedTuple):
 
 
 # The interpreter has no device; the numbers are an A100's.
-_INTERPRETER = Device(80, 108, 166912)
+_INTERPRETER = Device(80, 108, shared_memory(80))
 
 
 class Launch(NamedTuple):
@@ -69,10 +70,9 @@ def device_of(tensor: Tensor) -> Device:
 
 @functools.cache
 def _device(index: int) -> Device:
-    properties = torch.cuda.get_device_properties(index)
-    arch = properties.gcnArchName.split(":")[0] if torch.version.hip else 10 * properties.major + properties.minor
+    multiprocessors = torch.cuda.get_device_properties(index).multi_processor_count
     shared = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
-    return Device(arch, properties.multi_processor_count, shared)
+    return Device(arch(index), multiprocessors, shared)
 
 
 def launch(
@@ -98,7 +98,7 @@ def launch(
         constants,
         options,
         torch.cuda.current_device(),
-        *[(a.dtype, a.data_ptr() % 16) if isinstance(a, Tensor) else a for a in arguments],
+        *[_of_tensor(a) if isinstance(a, Tensor) else a for a in arguments],
     )
     try:
         runner = _compiled.get(key)
@@ -111,6 +111,13 @@ def launch(
             runner[padded](*arguments, *constants)
     except Exception as error:
         raise RuntimeError(f"Triton kernel {describe(kernel, constants, options)} failed: {error}") from error
+
+
+def _of_tensor(tensor: Tensor) -> tuple[Any, ...]:
+    """What of a tensor changes the machine code: type, alignment and, on AMD, whether its offsets fit 32 bits."""
+    if torch.version.hip:
+        return tensor.dtype, tensor.data_ptr() % 16, tensor.untyped_storage().nbytes() < 2**31
+    return tensor.dtype, tensor.data_ptr() % 16
 
 
 def describe(kernel: Any, constants: tuple[Any, ...], options: Options) -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._problem import Product
+from .._problem import Product, stacks
 from . import chain
 from .kernels import mm as kernels
 from .launch import Options, device_of, launch
-from .operands import is_exact, precision, rows, stacks
+from .operands import is_exact, precision, rows
 from .plan import MixedProduct, ceil_div, large_gradient_tiles, mixed, mm_tiles, splits, token_bucket
 from .sums import sum_partials
 

@@ -22,15 +22,16 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from .._devices import shared_memory
 from .configs import chip_name
 from .launch import INTERPRETED, Device, Launch, describe
 
-# Shared memory: what one program may use. CUDA programming guide, table of technical specifications; CDNA3 ISA guide.
+# Shared memory of gfx942: CDNA3 ISA guide.
 DEVICES = {
-    "sm_80": Device(80, 108, 163 * 1024),
-    "sm_89": Device(89, 128, 99 * 1024),
-    "sm_90": Device(90, 132, 227 * 1024),
-    "sm_100": Device(100, 148, 227 * 1024),
+    "sm_80": Device(80, 108, shared_memory(80)),
+    "sm_89": Device(89, 128, shared_memory(89)),
+    "sm_90": Device(90, 132, shared_memory(90)),
+    "sm_100": Device(100, 148, shared_memory(100)),
     "gfx942": Device("gfx942", 304, 64 * 1024),
 }
 

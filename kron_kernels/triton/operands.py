@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._devices import allows_tf32
+
 
 def rows(tensor: Tensor) -> Tensor:
     """``(..., n)`` as ``(T, n)`` with its last dimension contiguous; a copy only where that needs one."""
@@ -12,14 +14,9 @@ def rows(tensor: Tensor) -> Tensor:
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
-def stacks(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors as stacks of terms: two matrices are one term."""
-    return (a.unsqueeze(0), b.unsqueeze(0)) if a.dim() == 2 else (a, b)
-
-
 def precision(x: Tensor) -> str:
     """How float32 operands go through the tensor cores: as torch's setting for its own products says."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if allows_tf32() else "ieee"
 
 
 def is_exact(x: Tensor) -> bool:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .grid import grid_part, grid_rows, grid_tile, load_columns, load_grid, load_transposed, zeros
-from .primitives import activate, load_mix
+from .grid import grid_part, grid_rows, grid_tile, load_columns, load_grid, load_transposed
+from .primitives import activate, load_mix, zeros
 
 
 @triton.jit

@@ -9,8 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .grid import zeros
-from .primitives import activate_with_gradient, load_mix
+from .primitives import activate_with_gradient, load_mix, zeros
 
 
 @triton.jit

@@ -12,14 +12,6 @@ import triton.language as tl
 
 
 @triton.jit
-def zeros(COUNT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    tiles = ()
-    for _ in tl.static_range(COUNT):
-        tiles = tiles + (tl.zeros([ROWS, COLS], dtype=tl.float32),)
-    return tiles
-
-
-@triton.jit
 def grid_rows(BT: tl.constexpr, R: tl.constexpr):
     """Of each row of a tile of BT tokens: its token, and which of the tile's R values of c it holds."""
     row = tl.arange(0, BT * R)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .primitives import activate, load_mix, load_tile, load_tiles, mix_row, zip_tiles
+from .primitives import activate, load_mix, load_tile, load_tiles, mix_column, mix_row, zeros, zip_tiles
 
 
 @triton.jit
@@ -40,14 +40,6 @@ def add_products(
             added = added + (tl.dot(tile, weight, accs[g], input_precision=PRECISION),)
         accs = added
     return accs
-
-
-@triton.jit
-def zeros(COUNT: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr):
-    tiles = ()
-    for _ in tl.static_range(COUNT):
-        tiles = tiles + (tl.zeros([BT, BN], dtype=tl.float32),)
-    return tiles
 
 
 @triton.jit
@@ -197,11 +189,8 @@ def large_gradient_kernel(
                 acc = tl.dot(tl.trans(us[g]), mixed, acc, input_precision=PRECISION)
         else:
             for g in tl.static_range(CI):
-                # Column g of the tiny factor: its rows lie CI apart in `factor`.
-                mixed = factor[g] * us[0].to(tl.float32)
-                for row in tl.static_range(1, CO):
-                    mixed += factor[row * CI + g] * us[row].to(tl.float32)
-                acc = tl.dot(tl.trans(mixed.to(v.dtype.element_ty)), vs[g], acc, input_precision=PRECISION)
+                mixed = mix_column(us, factor, g, CO, CI).to(v.dtype.element_ty)
+                acc = tl.dot(tl.trans(mixed), vs[g], acc, input_precision=PRECISION)
     n = n0 + tl.arange(0, BN)[:, None]
     k = k0 + tl.arange(0, BK)[None, :]
     out = partial + (split * S + s) * (LO * LI) + n * LI + k

@@ -126,6 +126,15 @@ def activate_with_gradient(x, CODE: tl.constexpr, dtype: tl.constexpr = tl.float
 
 
 @triton.jit
+def zeros(COUNT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """COUNT float32 accumulators ``(ROWS, COLS)``."""
+    tiles = ()
+    for _ in tl.static_range(COUNT):
+        tiles = tiles + (tl.zeros([ROWS, COLS], dtype=tl.float32),)
+    return tiles
+
+
+@triton.jit
 def unzip(x, BT: tl.constexpr, BK: tl.constexpr, C: tl.constexpr):
     """``(BT, BK * C)``, value (k, c) at column k * C + c, as a tuple of C tiles ``(BT, BK)``; C a power of two."""
     if C == 1:
@@ -196,7 +205,18 @@ def load_mix(c, stride_row, stride_col, ROWS: tl.constexpr, COLS: tl.constexpr):
 @triton.jit
 def mix_row(tiles, factor, ROW: tl.constexpr, COLS: tl.constexpr):
     """Row ROW of the tiny factor times COLS tiles: ``(BT, BK)`` float32."""
-    mixed = factor[ROW * COLS] * tiles[0].to(tl.float32)
-    for col in tl.static_range(1, COLS):
-        mixed += factor[ROW * COLS + col] * tiles[col].to(tl.float32)
+    return _mix(tiles, factor, ROW * COLS, 1, COLS)
+
+
+@triton.jit
+def mix_column(tiles, factor, COL: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Column COL of the tiny factor ``(ROWS, COLS)`` times ROWS tiles: ``(BT, BK)`` float32."""
+    return _mix(tiles, factor, COL, COLS, ROWS)
+
+
+@triton.jit
+def _mix(tiles, factor, FIRST: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr):
+    mixed = factor[FIRST] * tiles[0].to(tl.float32)
+    for i in tl.static_range(1, COUNT):
+        mixed += factor[FIRST + i * STEP] * tiles[i].to(tl.float32)
     return mixed
