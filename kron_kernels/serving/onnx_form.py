@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import _fused_ops, _ops, reference
+from .._problem import stacks
 from .package import INFO_KEY, INPUTS, PackageInfo, require
 
 
@@ -31,8 +32,7 @@ def product(
     Where that is A, the grid of a token is transposed on the way in and out, since ``Y^T = B X^T A^T``: as a MatMul of
     A with every token's narrow matrix the same product was measured ten times slower in onnxruntime.
     """
-    if a.dim() == 2:
-        a, b = a.unsqueeze(0), b.unsqueeze(0)
+    a, b = stacks(a, b)
     (terms, m1, n1), (_, m2, n2) = a.shape, b.shape
     grid = x.reshape(*x.shape[:-1], n1, n2)
     right_first = not reference.a_first(a, b)
