@@ -6,14 +6,16 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+from torch import Tensor
 
 import kron_kernels
-from kron_kernels import _backends, _gpu, kron_matmul
+from kron_kernels import _backends, _gpu, functional, fused, kron_addmm, kron_ffn, kron_matmul
 from kron_kernels._problem import Product
 
 PAIR = (Product(1, 384, 384, 2, 2),)
@@ -86,6 +88,47 @@ def test_autocast_does_not_reach_the_implementations(device: pytest.MonkeyPatch)
     with torch.autocast("cpu", torch.bfloat16):
         _gpu._dispatched("kron_mm")(torch.ones(3, 4), torch.ones(2, 2), torch.ones(2, 2), None, 0)
     assert seen == [False]
+
+
+def _ffn(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return kron_ffn(x, a, b, None, a.mT, b.mT, None)
+
+
+def _twice(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    (dx,) = torch.autograd.grad(kron_matmul(x, a, b).sin().sum(), x, create_graph=True)
+    return dx
+
+
+@pytest.mark.parametrize(
+    ("call", "module", "op"),
+    [
+        (kron_matmul, functional, "kron_mm_backward"),
+        (lambda x, a, b: kron_addmm(torch.zeros(5, 8), x, a, b), functional, "kron_mm_backward"),
+        (_ffn, fused, "kron_ffn_backward"),
+        (_twice, functional, "kron_mm_backward"),
+    ],
+    ids=["kron_matmul", "kron_addmm", "kron_ffn", "second order"],
+)
+@pytest.mark.parametrize("name", [None, "triton"])
+def test_name_asked_for_holds_for_backward(
+    call: Callable[..., Tensor], module: ModuleType, op: str, name: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not _backends.available()["cpu"].available:
+        pytest.skip(_backends.available()["cpu"].reason)
+    x, a, b = torch.randn(5, 6, requires_grad=True), torch.randn(4, 2, requires_grad=True), torch.randn(2, 3)
+    with _gpu.force(name):
+        y = call(x, a, b)
+    seen = []
+    original = getattr(module, op)
+
+    def backward(*args: object) -> object:
+        seen.append(_gpu.forced())
+        return original(*args)
+
+    monkeypatch.setattr(module, op, backward)
+    y.sum().backward()
+    assert set(seen) == {name}
+    assert _gpu.forced() is None
 
 
 def test_interpreter_is_not_trusted_in_bfloat16(device: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from cases import CASES, Case, assert_accurate, backward_case, forward_case, mak
 from kron_kernels import _ops
 from kron_kernels._problem import Product
 from kron_kernels.triton import mm, plan
+from kron_kernels.triton.launch import Device, recording
 
 # The interpreter takes milliseconds a program and some more for each product in it: the large shapes once, small.
 _CASES = [case for case in CASES if case.shape not in ("k8-attention", "k21-attention") and case.tokens <= 100]
@@ -83,6 +84,17 @@ def test_what_no_kernel_takes() -> None:
         "and a program cannot hold a token's grids"
     )
     assert plan.refusal(Product(1, 300, 300, 4, 2), torch.float16) is None
+    # Factors of which each fits, and a token's grid does not.
+    assert plan.refusal(Product(1, 128, 128, 128, 128), torch.float16) is not None
+
+
+@pytest.mark.parametrize("shape", ["k8-attention-small", "k8-w1-small", "balanced"])
+def test_no_tokens_start_nothing(shape: str) -> None:
+    o = make(Case(shape, 0))
+    with recording(Device(90, 132, 227 * 1024)) as launches:
+        assert mm.kron_mm(o.x, o.a, o.b, o.bias, 0).shape == o.grad.shape
+        mm.kron_mm_backward(o.grad, o.x, o.a, o.b, True, True, True, True)
+    assert launches == []
 
 
 def test_every_shape_of_the_table_has_a_kernel() -> None:
