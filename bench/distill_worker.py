@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bench.protocol import Say, protocol
 from kron_kernels.distill.scores import attention_kl, score_mse
-from kron_kernels.timing import Variant, interleave, peak_memory_growth
+from kron_kernels.testing import Variant, interleave, peak_memory_growth
 
 # Relative error against float64 that a way may have, in the loss and in the norm of the gradients.
 TOLERANCE = 1e-4

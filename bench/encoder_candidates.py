@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from bench.candidates import Missing, module
 from kron_kernels.cli.bench import DTYPES
-from kron_kernels.timing.encoder import EncoderWay, encoders, forward, plain_way
+from kron_kernels.testing.encoder import EncoderWay, encoders, forward, plain_way
 
 # Rounding to int8 is an error of another kind than rounding to a float type: it is shown, and held to this.
 INT8_TOLERANCE = 0.1

@@ -9,9 +9,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench.candidates import Missing, quicker_order
-from kron_kernels.timing.ffn import DENSE, FACTORS, FfnProblem, dense_ffn, factors, fused, two_products
-from kron_kernels.timing.layers import LayerProblem, Weights
-from kron_kernels.timing.problem import Candidate
+from kron_kernels.testing.ffn import (
+    DENSE,
+    FACTORS,
+    FfnProblem,
+    dense_ffn,
+    factors,
+    fused,
+    two_products,
+)
+from kron_kernels.testing.layers import LayerProblem, Weights
+from kron_kernels.testing.problem import Candidate
 
 
 def dense_packed(problem: FfnProblem) -> Candidate:

@@ -32,10 +32,10 @@ from bench.gpu_report import choices, plot, write_choices
 from bench.gpu_steps import PROOFS, STEPS, Outcome, Run, profiler
 from bench.harness import KEEP_MEMORY, RESULTS, ResultFile, Row, read_rows, stamp
 from bench.points import measure
-from kron_kernels import _gpu
-from kron_kernels._files import write_text
-from kron_kernels.timing.problem import TOLERANCE
-from kron_kernels.triton.problems import DTYPES
+from kron_kernels.backends import select
+from kron_kernels.backends.triton.problems import DTYPES
+from kron_kernels.compress.files import write_text
+from kron_kernels.testing.problem import TOLERANCE
 
 # What matters most comes first: time may run out.
 CASES = (
@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         record.step("profiler", profiler)
     rows = read_rows(record.results.path)
     if not arguments.rehearse and not wrong:
-        write_choices(_gpu.CHOICES, choices(rows, _gpu.arch(0)))
+        write_choices(select.CHOICES, choices(rows, select.arch(0)))
     plot(rows, run.out / f"gpu-{run.name}.png")
     print(f"results: {record.results.path}")
     statuses = {name: record.status(name) for name in (*STEPS, "measure") if name not in arguments.skip}

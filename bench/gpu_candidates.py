@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 from bench.candidates import Missing, module
 from bench.gpu_problems import EPS, EmbeddingProblem, FfnProblem, GpuProblem, LayerProblem, QkvProblem, Weights
-from kron_kernels import _gpu, kron_embedding, kron_ffn, kron_matmul, kron_qkv
-from kron_kernels.timing.problem import Candidate
+from kron_kernels import kron_embedding, kron_ffn, kron_matmul, kron_qkv
+from kron_kernels.backends import select
+from kron_kernels.testing.problem import Candidate
 
 Maker = Callable[[Any], Candidate]
 
@@ -136,10 +137,10 @@ def _ours(name: str, function: Callable[..., Any], prepare: Any, differentiates:
         backend = BACKENDS[name]
         if backend is not None:
             ops = (problem.op, f"{problem.op}_backward") if problem.backward else (problem.op,)
-            arch = _gpu.arch(0) if problem.device == "cuda" else None
+            arch = select.arch(0) if problem.device == "cuda" else None
             try:
                 for op in ops:
-                    _gpu.choose(op, problem.products(), problem.dtype, problem.tokens, arch, backend)
+                    select.choose(op, problem.products(), problem.dtype, problem.tokens, arch, backend)
             except RuntimeError as refusal:
                 raise Missing(str(refusal)) from None
         return Candidate(name, functools.partial(function, backend=backend), prepare, differentiates)

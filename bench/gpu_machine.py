@@ -11,8 +11,8 @@ import torch
 
 from bench.protocol import Say
 from bench.worker import make_all, result_row
-from kron_kernels.timing import Timing, Variant, cuda, interleave
-from kron_kernels.timing.compare import Result, compare
+from kron_kernels.testing import Timing, Variant, cuda, interleave
+from kron_kernels.testing.compare import Result, compare
 
 # Fewer calls are enough to see what a profiler counts.
 PROFILED_CALLS = 3

@@ -13,10 +13,17 @@ from torch import Tensor, nn
 
 from bench.gpu_machine import Machine
 from bench.protocol import Say
-from kron_kernels.models.capture import record
-from kron_kernels.timing.compare import first_line
-from kron_kernels.timing.encoder import EncoderProblem, EncoderWay, encoders, forward, plain_way, random_ids
-from kron_kernels.triton.problems import DTYPES
+from kron_kernels.backends.triton.problems import DTYPES
+from kron_kernels.models.cuda_graph import record
+from kron_kernels.testing.compare import first_line
+from kron_kernels.testing.encoder import (
+    EncoderProblem,
+    EncoderWay,
+    encoders,
+    forward,
+    plain_way,
+    random_ids,
+)
 
 PRESETS = ("K8", "K21")
 GRAPH = ", CUDA graph"

@@ -12,11 +12,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kron_kernels import reference
-from kron_kernels._problem import Product
+from kron_kernels.backends.triton.problems import (
+    DTYPES,
+    EMBEDDINGS,
+    FFNS,
+    LAYERS,
+    POSITIONS,
+    QKVS,
+    TYPES,
+    Layer,
+)
 from kron_kernels.factorize import order_cost
-from kron_kernels.timing.problem import Candidate, Problem
-from kron_kernels.triton.problems import DTYPES, EMBEDDINGS, FFNS, LAYERS, POSITIONS, QKVS, TYPES, Layer
+from kron_kernels.schemas import reference
+from kron_kernels.schemas.product import Product
+from kron_kernels.testing.problem import Candidate, Problem
 
 # Sizes for a rehearsal, where an interpreter runs the kernels.
 REHEARSED = {
@@ -98,7 +107,7 @@ class GpuProblem(Problem):
 class LayerProblem(GpuProblem):
     """One product with its bias."""
 
-    op = "kron_mm"
+    op = "kron_matmul"
 
     def layer_names(self) -> Sequence[str]:
         return (self.case,)
@@ -106,9 +115,9 @@ class LayerProblem(GpuProblem):
     def reference(self) -> Mapping[str, Tensor]:
         a, b, bias = (tensor.double() for tensor in self.weights[0][:3])
         x, grad = self.x.double(), self.grad.double()
-        want = {"y": reference.kron_mm(x, a, b, bias)}
+        want = {"y": reference.kron_matmul(x, a, b, bias)}
         if self.backward:
-            dx, da, db, dbias = reference.kron_mm_backward(grad, x, a, b)
+            dx, da, db, dbias = reference.kron_matmul_backward(grad, x, a, b)
             want |= {"x": dx, "a": da, "b": db, "bias": dbias, "weight": grad.T @ x}
         return want
 
@@ -144,7 +153,7 @@ class QkvProblem(GpuProblem):
 
     def reference(self) -> Mapping[str, Tensor]:
         x = self.x.double()
-        each = [reference.kron_mm(x, *(tensor.double() for tensor in layer[:3])) for layer in self.weights[0]]
+        each = [reference.kron_matmul(x, *(tensor.double() for tensor in layer[:3])) for layer in self.weights[0]]
         return {"y": torch.cat(each, -1)}
 
     def error(self, candidate: Candidate) -> float:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness import Row
-from kron_kernels import _gpu
-from kron_kernels._files import write_text
-from kron_kernels._problem import Product
-from kron_kernels._reporting import save, subplots
-from kron_kernels.triton.problems import DTYPES, EMBEDDINGS, FFNS, LAYERS, QKVS
+from kron_kernels.backends import select
+from kron_kernels.backends.triton.problems import DTYPES, EMBEDDINGS, FFNS, LAYERS, QKVS
+from kron_kernels.compress.files import write_text
+from kron_kernels.schemas.product import Product
+from kron_kernels.testing.tables import save, subplots
 
 _SHOWN = ("dense, compiled", "matmul", "matmul, compiled", "LyCORIS", "triton", "cuda")
 Choices = dict[str, dict[str, dict[str, Any]]]
@@ -29,7 +29,7 @@ def products_of(case: str) -> tuple[Product, ...]:
 
 def op_of(case: str, direction: str) -> str:
     """The op that a row's choice is about: of forward and backward together, the backward one."""
-    name = "kron_ffn" if case in FFNS else "kron_qkv" if case in QKVS else "kron_mm"
+    name = "kron_ffn" if case in FFNS else "kron_qkv" if case in QKVS else "kron_matmul"
     if case in EMBEDDINGS:
         name = "kron_embedding"
     return f"{name}_backward" if direction != "forward" else name
@@ -41,7 +41,7 @@ def choices(rows: Iterable[Row], arch: int | str) -> Choices:
     for row in rows:
         if (
             row["status"] == "ok"
-            and row["variant"] in _gpu.NAMES
+            and row["variant"] in select.NAMES
             and row["case"] in (*LAYERS, *FFNS, *QKVS, *EMBEDDINGS)
         ):
             key = (row["case"], row["direction"], row["dtype"], row["tokens"])
@@ -51,9 +51,9 @@ def choices(rows: Iterable[Row], arch: int | str) -> Choices:
         if len(each) < 2:
             continue
         fastest, second = sorted(each, key=lambda name: each[name])[:2]
-        call = _gpu.describe(op_of(case, direction), products_of(case), DTYPES[dtype])
+        call = select.describe(op_of(case, direction), products_of(case), DTYPES[dtype])
         entry = {"backend": fastest, "over": second, "ratio": each[second] / each[fastest]}
-        found.setdefault(f"{call} on {arch}", {})[str(_gpu.token_class(int(tokens)))] = entry
+        found.setdefault(f"{call} on {arch}", {})[str(select.token_class(int(tokens)))] = entry
     return found
 
 

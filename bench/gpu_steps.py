@@ -25,7 +25,7 @@ from bench.gpu_candidates import BACKENDS
 from bench.gpu_problems import Point
 from bench.harness import ROOT, Row
 from bench.points import measure
-from kron_kernels import _backends
+from kron_kernels import backends
 
 # What a rehearsal changes in the environment of every child.
 REHEARSAL = {"TRITON_INTERPRET": "1", "KRON_KERNELS_BACKEND": "triton", "KRON_KERNELS_GPU_TESTS": "cpu"}
@@ -74,7 +74,7 @@ class Run:
 
 def build(run: Run) -> Outcome:
     """Build the extension where CUDA kernels are missing and a compiler is there; say which backends there are."""
-    missing = "cuda" in BACKENDS and not _backends.available()["cuda"].available
+    missing = "cuda" in BACKENDS and not backends.available()["cuda"].available
     if missing and not run.rehearse and shutil.which("nvcc") and os.environ.get("KRON_KERNELS_NO_BUILD") != "1":
         command = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", "."]
         done = _command(command, run.left(0.4), {"KRON_KERNELS_REQUIRE_EXT": "1"})
@@ -82,7 +82,7 @@ def build(run: Run) -> Outcome:
             return done
     code = (
         "import json; from kron_kernels import _backends;"
-        "print(json.dumps({name: f'{s.available}: {s.reason}' for name, s in _backends.available().items()}))"
+        "print(json.dumps({name: f'{s.available}: {s.reason}' for name, s in backends.available().items()}))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     if found.returncode:
@@ -178,7 +178,7 @@ def tune(run: Run) -> Outcome:
     if run.rehearse:
         return Outcome("skipped", "an interpreter has no tiles to tune")
     seconds = run.left(0.25)
-    command = [sys.executable, "-m", "kron_kernels.triton.tune", "--minutes", f"{seconds / 60 - 0.5:.2f}"]
+    command = [sys.executable, "-m", "kron_kernels.backends.triton.tune", "--minutes", f"{seconds / 60 - 0.5:.2f}"]
     return _command(command, seconds, {}, unfinished=3)
 
 

@@ -22,7 +22,7 @@ from bench.gpu_machine import PROFILED_CALLS, Machine
 from bench.gpu_models import encoder_points, train_points
 from bench.gpu_problems import GpuProblem, Point
 from bench.protocol import Say, protocol
-from kron_kernels.timing.problem import Candidate
+from kron_kernels.testing.problem import Candidate
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from kron_kernels.timing import describe_machine
+from kron_kernels.testing import describe_machine
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"

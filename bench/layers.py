@@ -18,7 +18,7 @@ from bench.harness import Budget, ResultFile, Row, add_run_options, stamp
 from bench.points import COLD_COPIES, COLUMNS, POINT_KEY, Point, complete, measure, measure_memory, memory_file, missing
 from kron_kernels.cli.bench import DTYPES
 from kron_kernels.cli.output import Progress
-from kron_kernels.timing.layers import CASES, LayerProblem
+from kron_kernels.testing.layers import CASES, LayerProblem
 
 TOKENS = (1, 32, 128, 1024, 4096)
 # Training runs on whole batches: small row counts are timed forward only.

@@ -16,11 +16,11 @@ import torch
 from bench.encoder_candidates import COMPILED_DENSE, Models, make_way
 from bench.protocol import Say, protocol
 from bench.worker import make_all, result_row
-from kron_kernels.counting import count_parameters
-from kron_kernels.timing import peak_memory_growth
-from kron_kernels.timing.compare import Result, compare
-from kron_kernels.timing.encoder import EncoderProblem, EncoderWay, forward, random_ids
-from kron_kernels.timing.profile import profile_forward
+from kron_kernels.convert.counting import count_parameters
+from kron_kernels.testing import peak_memory_growth
+from kron_kernels.testing.compare import Result, compare
+from kron_kernels.testing.encoder import EncoderProblem, EncoderWay, forward, random_ids
+from kron_kernels.testing.profile import profile_forward
 
 
 def main() -> None:

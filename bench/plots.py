@@ -12,8 +12,8 @@ from bench.plots_model import plot_latency, plot_profile
 from bench.report_layers import STOCK
 from bench.tables import machine_of
 from bench.targets import reach
-from kron_kernels._reporting import save
-from kron_kernels.timing import PEAK
+from kron_kernels.testing import PEAK
+from kron_kernels.testing.tables import save
 
 OURS, STOCK_COLOR, DENSE_COLOR, REACH = "#014f86", "#8d99ae", "#bc6c25", "#d62828"
 

@@ -8,7 +8,7 @@ from typing import Any
 from bench.encoder_candidates import COMPILED_DENSE, DISTIL, INT8_TORCH, INT8_TORCHAO, ORT
 from bench.harness import Row, read_rows
 from bench.tables import machine_of
-from kron_kernels._reporting import save, subplots
+from kron_kernels.testing.tables import save, subplots
 
 # Line of a way in the latency plot: the models whose quickest is drawn, colour, style.
 LINES: dict[str, tuple[tuple[str, ...], str, str]] = {

@@ -10,10 +10,10 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 from bench.harness import KEEP_MEMORY, RETURN_MEMORY, Crash, ResultFile, Row, child
 from kron_kernels.cli.bench import DTYPES
-from kron_kernels.timing import PEAK, ffn, layers
-from kron_kernels.timing.ffn import FfnCase, FfnProblem
-from kron_kernels.timing.layers import LayerCase, LayerProblem
-from kron_kernels.timing.problem import TOLERANCE
+from kron_kernels.testing import PEAK, ffn, layers
+from kron_kernels.testing.ffn import FfnCase, FfnProblem
+from kron_kernels.testing.layers import LayerCase, LayerProblem
+from kron_kernels.testing.problem import TOLERANCE
 
 CASES: dict[str, LayerCase | FfnCase] = {**layers.CASES, **ffn.CASES}
 COLD_COPIES = 12

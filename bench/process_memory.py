@@ -22,7 +22,7 @@ from kron_kernels.cli.output import Progress
 KEY = ("dtype", "batch", "sequence", "layers", "model")
 COLUMNS = ("status", "reason", "peak_mib", "imported_mib", "model_mib", "checkpoint_mib")
 CALLS = 3
-# Loaded by kron_kernels.serving.load_package: what "kron-kernels export" made, or the checkpoint itself.
+# Loaded by kron_kernels.runtime.load_package: what "kron-kernels export" made, or the checkpoint itself.
 PACKAGE, FOLDER = ", package", ", folder"
 QUIET = {"TQDM_DISABLE": "1"}
 

@@ -39,7 +39,7 @@ def save(job: dict[str, Any], say: Say) -> None:
 
 def export(job: dict[str, Any], say: Say) -> None:
     """The checkpoint as a package for torch alone, compiled ahead of time."""
-    from kron_kernels.serving import export_model
+    from kron_kernels.runtime import export_model
 
     dtype = {"float32": "fp32", "bfloat16": "bf16"}[job["dtype"]]
     export_model(job["folder"], job["package"], "aoti", dtype=dtype)
@@ -50,8 +50,8 @@ def run_package(job: dict[str, Any], say: Say) -> None:
     """Load the package and run it ``calls`` times on ``(batch, sequence)`` tokens; transformers is not imported."""
     import torch
 
-    from kron_kernels.serving import load_package
-    from kron_kernels.timing.memory import process_bytes
+    from kron_kernels.runtime import load_package
+    from kron_kernels.testing.memory import process_bytes
 
     torch.set_num_threads(job["threads"])
     imported = process_bytes("VmRSS")
@@ -72,7 +72,7 @@ def run(job: dict[str, Any], say: Say) -> None:
         from transformers import BertModel as model_class
     else:
         from kron_kernels.models.bert import KronBertModel as model_class
-    from kron_kernels.timing.memory import process_bytes
+    from kron_kernels.testing.memory import process_bytes
 
     torch.set_num_threads(job["threads"])
     imported = process_bytes("VmRSS")

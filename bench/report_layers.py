@@ -5,7 +5,7 @@ from __future__ import annotations
 from bench.harness import Row
 from bench.tables import Judged, details, figure, markdown, with_range
 from bench.targets import Verdict, reach
-from kron_kernels.timing import PEAK
+from kron_kernels.testing import PEAK
 
 STOCK = ("torch.kron + linear", "matmul B first", "matmul A first", "matmul", "matmul, compiled")
 OTHERS = ("dense, packed", "dense, compiled", "kron_matmul twice", "LyCORIS", "PEFT", "FastKron")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bench.harness import ROOT, Row
 from bench.targets import Verdict
-from kron_kernels._reporting import markdown
+from kron_kernels.testing.tables import markdown
 
 MACHINE_KEY = ("cpu", "isa", "cores", "threads")
 

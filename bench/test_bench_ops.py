@@ -7,8 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from kron_kernels.timing.layers import A_FIRST, B_FIRST, CASES, DENSE, OURS, LayerProblem
-from kron_kernels.timing.problem import TOLERANCE, Candidate
+from kron_kernels.testing.layers import (
+    A_FIRST,
+    B_FIRST,
+    CASES,
+    DENSE,
+    OURS,
+    LayerProblem,
+)
+from kron_kernels.testing.problem import TOLERANCE, Candidate
 
 TOKENS = (1, 128, 1024)
 

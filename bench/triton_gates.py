@@ -20,11 +20,20 @@ from typing import Any, NamedTuple
 import triton
 
 from bench.harness import RESULTS, Row, read_rows, write_rows
+from kron_kernels.backends.triton.launch import Launch
+from kron_kernels.backends.triton.offline import DEVICES, Report, compile_all, key
+from kron_kernels.backends.triton.ops import IMPLEMENTATIONS
+from kron_kernels.backends.triton.problems import (
+    DTYPES,
+    EMBEDDINGS,
+    FFNS,
+    LAYERS,
+    QKVS,
+    Problem,
+    problems,
+    record,
+)
 from kron_kernels.cli.output import Progress
-from kron_kernels.triton.launch import Launch
-from kron_kernels.triton.offline import DEVICES, Report, compile_all, key
-from kron_kernels.triton.ops import IMPLEMENTATIONS
-from kron_kernels.triton.problems import DTYPES, EMBEDDINGS, FFNS, LAYERS, QKVS, Problem, problems, record
 
 CHIPS = ("sm_80", "sm_90", "sm_100", "gfx942")
 NAMES = (*LAYERS, *FFNS, *QKVS, *EMBEDDINGS)

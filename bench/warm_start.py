@@ -24,11 +24,11 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer
 
 from bench.harness import Budget, ResultFile, add_run_options, stamp
-from kron_kernels.calibrate import Calibration, calibrate, count_tokens
 from kron_kernels.cli.output import Progress
-from kron_kernels.compress import ARCHITECTURES, load_dense, output_errors, read_lines, tokenize
-from kron_kernels.presets import KronConfig, preset
-from kron_kernels.warm_start import linear_names, warm_start
+from kron_kernels.compress import linear_names, warm_start
+from kron_kernels.compress.pipeline import ARCHITECTURES, load_dense, output_errors, read_lines, tokenize
+from kron_kernels.convert.calibrate import Calibration, calibrate, count_tokens
+from kron_kernels.convert.presets import KronConfig, preset
 
 KEY = ("model", "preset", "start", "quantity")
 COLUMNS = ("value", "seconds", "text", "lines", "steps")

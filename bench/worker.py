@@ -19,12 +19,12 @@ from bench.candidates import MAKERS, Missing
 from bench.ffn_candidates import FFN_MAKERS
 from bench.points import Point
 from bench.protocol import Say, protocol
-from kron_kernels import _backends
-from kron_kernels.timing import PEAK, GemmPeak, gemm_peak, peak_memory_growth
-from kron_kernels.timing.compare import Result, compare, first_line
-from kron_kernels.timing.ffn import FfnProblem
-from kron_kernels.timing.layers import LayerProblem
-from kron_kernels.timing.problem import Candidate
+from kron_kernels import backends
+from kron_kernels.testing import PEAK, GemmPeak, gemm_peak, peak_memory_growth
+from kron_kernels.testing.compare import Result, compare, first_line
+from kron_kernels.testing.ffn import FfnProblem
+from kron_kernels.testing.layers import LayerProblem
+from kron_kernels.testing.problem import Candidate
 
 T = TypeVar("T")
 
@@ -69,8 +69,8 @@ def _memory_points(job: dict[str, Any], say: Say) -> None:
                 few.runner(candidate)()
                 growth = peak_memory_growth(problem.runner(candidate))
                 scratch = None
-                if name == "kron_kernels" and _backends.available()["cpu"].available:
-                    scratch = _backends._introspect().last_scratch_bytes()
+                if name == "kron_kernels" and backends.available()["cpu"].available:
+                    scratch = backends._introspect().last_scratch_bytes()
                 output = problem.tokens * problem.case.shape[0] * problem.x.element_size()
                 row = {"variant": name, "peak": growth, "output": output, "scratch": scratch}
                 say({"point": point["index"], "result": row})

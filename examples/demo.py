@@ -24,15 +24,15 @@ from demo_plot import plot
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kron_kernels import reference
-from kron_kernels.calibrate import calibrate
 from kron_kernels.cli.output import Progress, format_table
-from kron_kernels.compress import compress, output_errors, tokenize
-from kron_kernels.counting import count_parameters
+from kron_kernels.compress.pipeline import compress, output_errors, tokenize
+from kron_kernels.convert.calibrate import calibrate
+from kron_kernels.convert.counting import count_parameters
 from kron_kernels.nn import KronLinear
-from kron_kernels.timing import describe_machine
-from kron_kernels.timing.encoder import compare_encoders, encoder_error, encoders
-from kron_kernels.timing.problem import TOLERANCE, relative_error
+from kron_kernels.schemas import reference
+from kron_kernels.testing import describe_machine
+from kron_kernels.testing.encoder import compare_encoders, encoder_error, encoders
+from kron_kernels.testing.problem import TOLERANCE, relative_error
 
 PRESETS = ("K8", "K21")
 CALIBRATION_SENTENCES, HELD_OUT_SENTENCES = 256, 128
@@ -117,7 +117,9 @@ def check(model: nn.Module, batches: list[dict[str, Tensor]]) -> bool:
         if isinstance(module, KronLinear):
             x = torch.randn(64, module.in_features, generator=torch.Generator().manual_seed(0))
             with torch.no_grad():
-                want = reference.kron_mm(x.double(), *(tensor.double() for tensor in (module.a, module.b, module.bias)))
+                want = reference.kron_matmul(
+                    x.double(), *(tensor.double() for tensor in (module.a, module.b, module.bias))
+                )
                 worst = max(worst, relative_error(module(x), want))
     whole = encoder_error(model, batches[0]["input_ids"])
     passed = worst <= TOLERANCE[torch.float32] and whole <= MODEL_TOLERANCE

@@ -19,11 +19,11 @@ import datasets
 import transformers
 from demo_data import encoder_folder, reviews
 
-from kron_kernels._files import write_text
 from kron_kernels.cli.output import Progress, format_table
+from kron_kernels.compress.files import write_text
 from kron_kernels.distill import DistillConfig, LossConfig, run_stage
 from kron_kernels.distill.report import Report, build_report, write_report
-from kron_kernels.timing import describe_machine
+from kron_kernels.testing import describe_machine
 
 HELD_OUT = 1000
 LABELS_ALONE = LossConfig(embedding=0, scores=0, ffn=0, logits=0)

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from kron_kernels.integrations.gpt2 import KronGPT2LMHeadModel, reconstruct_dense
-from kron_kernels.integrations.gpt2_permute import permute_gpt2_, search_gpt2_permutations
+from kron_kernels.models.gpt2 import KronGPT2LMHeadModel, reconstruct_dense
+from kron_kernels.models.gpt2_permute import permute_gpt2_, search_gpt2_permutations
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

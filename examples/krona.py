@@ -9,8 +9,15 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
-from kron_kernels.integrations.krona import KronA, KronABlock, add_krona_, load_krona_, remove_krona_, save_krona
-from kron_kernels.presets import KronConfig, ShapeRule
+from kron_kernels.convert.presets import KronConfig, ShapeRule
+from kron_kernels.integrations.krona import (
+    KronA,
+    KronABlock,
+    add_krona_,
+    load_krona_,
+    remove_krona_,
+    save_krona,
+)
 
 # Query and value alone, as the paper does it, and balanced factors: of 64 x 64 two of 8 x 8.
 CONFIG = KronConfig(

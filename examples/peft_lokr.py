@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kron_kernels.integrations.peft_lokr import kron_kernels_in_peft
-from kron_kernels.timing import peak_memory_growth
+from kron_kernels.testing import peak_memory_growth
 
 
 def make_model(hidden: int) -> nn.Module:

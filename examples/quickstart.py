@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModel, BertConfig, BertModel
 
 from kron_kernels import kron_matmul
-from kron_kernels.calibrate import calibrate
+from kron_kernels.convert.calibrate import calibrate
 from kron_kernels.factorize import nearest_kronecker
 from kron_kernels.models import KronBertModel
 from kron_kernels.nn import KronLinear

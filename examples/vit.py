@@ -8,8 +8,8 @@ import tempfile
 import torch
 from transformers import ViTConfig, ViTForImageClassification
 
-from kron_kernels.convert import kronify_
-from kron_kernels.integrations.vit import load_kronified, vit_config
+from kron_kernels.convert.kronify import kronify_
+from kron_kernels.models.vit import load_kronified, vit_config
 from kron_kernels.nn import KronLinear
 
 

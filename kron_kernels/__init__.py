@@ -1,12 +1,25 @@
 """Kronecker-factored linear layers: the product, its gradients, and compressed encoders built on them."""
 
-from ._backends import available as available_backends
-from ._explain import explain
-from ._version import __version__
-from .addmm import kron_addmm, kron_addmm_
-from .functional import kron_matmul
-from .fused import AddNorm, kron_embedding, kron_ffn, kron_matmul_norm, kron_qkv, pack_factors
-from .transform import kron_matmul_int8
+from importlib.metadata import PackageNotFoundError, version
+
+try:
+    __version__ = version("kron_kernels")
+except PackageNotFoundError:  # a source tree that is on the path without being installed
+    __version__ = "0+unknown"
+
+from .backends import available as available_backends
+from .backends.explain import explain
+from .ops import (
+    AddNorm,
+    kron_addmm,
+    kron_addmm_,
+    kron_embedding,
+    kron_ffn,
+    kron_matmul,
+    kron_matmul_norm,
+    kron_qkv,
+    pack_factors,
+)
 
 __all__ = [
     "AddNorm",
@@ -18,7 +31,6 @@ __all__ = [
     "kron_embedding",
     "kron_ffn",
     "kron_matmul",
-    "kron_matmul_int8",
     "kron_matmul_norm",
     "kron_qkv",
     "pack_factors",

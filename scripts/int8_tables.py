@@ -18,10 +18,10 @@ import torch
 import transformers
 
 from kron_kernels.cli.output import format_table
-from kron_kernels.compress import calibrate_on, load_dense, read_lines, tokenize
+from kron_kernels.compress.pipeline import calibrate_on, load_dense, read_lines, tokenize
+from kron_kernels.convert.presets import preset
+from kron_kernels.convert.quantize import hidden_agreement, quantize_
 from kron_kernels.models import KronBertConfig, KronBertModel
-from kron_kernels.presets import preset
-from kron_kernels.quantize import hidden_agreement, quantize_
 
 PRESETS = ("K8", "K21")
 # Of the large factors, and of everything else.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kron_kernels import reference
+from kron_kernels.schemas import reference
 
 Pair = tuple[int, int]
 
@@ -158,14 +158,14 @@ def backward_oracle(operands: Operands) -> tuple[Tensor, ...]:
 def forward_case(case: Case, dtype: torch.dtype, activation: str | None = None) -> tuple[Operands, Tensor, Tensor]:
     """Operands, output of torch in the same dtype, and oracle of a case; made once for all tests of a run."""
     o = make(case, dtype)
-    return o, reference.kron_mm(o.x, o.a, o.b, o.bias, activation), forward_oracle(o, activation)
+    return o, reference.kron_matmul(o.x, o.a, o.b, o.bias, activation), forward_oracle(o, activation)
 
 
 @functools.cache
 def backward_case(case: Case, dtype: torch.dtype) -> tuple[Operands, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Operands, gradients of torch in the same dtype, and oracles of a case."""
     o = make(case, dtype)
-    return o, reference.kron_mm_backward(o.grad, o.x, o.a, o.b), backward_oracle(o)
+    return o, reference.kron_matmul_backward(o.grad, o.x, o.a, o.b), backward_oracle(o)
 
 
 def assert_accurate(actual: Tensor, same_dtype: Tensor, oracle: Tensor, what: str = "output") -> None:

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from kron_kernels import pack_factors, reference
+from kron_kernels import pack_factors
 from kron_kernels.factorize import order_cost
-from kron_kernels.integrations.gpt2 import KronGPT2Config, KronGPT2LMHeadModel, reconstruct_dense
+from kron_kernels.models.gpt2 import KronGPT2Config, KronGPT2LMHeadModel, reconstruct_dense
 from kron_kernels.nn.linear import kron_linear
-from kron_kernels.timing.problem import Candidate, Problem, random_normal, relative_error
+from kron_kernels.schemas import reference
+from kron_kernels.testing.problem import Candidate, Problem, random_normal, relative_error
 
 DENSE, B_FIRST, A_FIRST, OURS = "dense", "einsum B first", "einsum A first", "kron_kernels"
 LAYER_WAYS = (DENSE, B_FIRST, A_FIRST, OURS)
@@ -88,9 +89,9 @@ class TermsProblem(Problem):
     def reference(self) -> dict[str, Tensor]:
         weights, x, grad = self.weights[0], self.x.double(), self.grad.double()
         a, b = weights.a.double(), weights.b.double()
-        want = {"y": reference.kron_mm(x, a, b, weights.bias.double())}
+        want = {"y": reference.kron_matmul(x, a, b, weights.bias.double())}
         if self.backward:
-            dx, da, db, dbias = reference.kron_mm_backward(grad, x, a, b)
+            dx, da, db, dbias = reference.kron_matmul_backward(grad, x, a, b)
             want |= {"x": dx, "a": da, "b": db, "bias": dbias, "weight": grad.T @ x}
         return want
 

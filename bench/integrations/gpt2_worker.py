@@ -12,7 +12,7 @@ import torch
 from bench.integrations.gpt2_ways import A_FIRST, B_FIRST, CASES, TermsProblem, TextProblem, layer_way
 from bench.protocol import protocol
 from bench.worker import make_all, result_row
-from kron_kernels.timing.compare import compare
+from kron_kernels.testing.compare import compare
 
 # Names of the columns of the speed-up over the einsum forms.
 OVER = {B_FIRST: "over_b_first", A_FIRST: "over_a_first"}

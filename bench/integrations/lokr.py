@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from bench.harness import KEEP_MEMORY, RETURN_MEMORY, Budget, ResultFile, Row, add_run_options, read_rows, stamp
 from bench.integrations.lokr_ways import BASE, OURS, PARTS, PEFT, LokrCase, ceiling, macs
 from bench.points import measure, missing
-from kron_kernels._reporting import markdown
 from kron_kernels.cli.bench import DTYPES
 from kron_kernels.cli.output import Progress
-from kron_kernels.timing.problem import TOLERANCE
+from kron_kernels.testing.problem import TOLERANCE
+from kron_kernels.testing.tables import markdown
 
 KEY = ("layer", "adapter", "tokens", "dtype", "direction", "part", "variant")
 COLUMNS = (

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.candidates import module
-from kron_kernels import kron_addmm_, reference
+from kron_kernels import kron_addmm_
 from kron_kernels.factorize import order_cost
-from kron_kernels.timing.problem import TOLERANCE, random_normal, relative_error
+from kron_kernels.schemas import reference
+from kron_kernels.testing.problem import TOLERANCE, random_normal, relative_error
 
 BASE, DENSE, PEFT, OURS = "base alone", "dense", "PEFT", "kron_kernels"
 BYPASS, WEIGHT = "LyCORIS, bypass", "LyCORIS, weight"
@@ -176,7 +177,7 @@ class LokrProblem:
         return TOLERANCE[self.dtype]
 
     def error(self, way: LokrWay) -> float:
-        """Largest relative error of the output and each gradient, against float64 by ``kron_kernels.reference``."""
+        """Largest relative error of the output and each gradient, against float64."""
         rows = _sample(self.tokens)
         x = self.x.detach().requires_grad_(self.backward)
         y = way.run(x, self.given.clone())
@@ -221,14 +222,14 @@ class LokrProblem:
         rows = _sample(self.tokens)
         x, grad = self.x.double(), self.grad.double()
         want = {
-            "y": reference.kron_mm(x[rows], a, b),
-            "x": reference.kron_mm_backward(grad[rows], x[rows], a, b)[0],
+            "y": reference.kron_matmul(x[rows], a, b),
+            "x": reference.kron_matmul_backward(grad[rows], x[rows], a, b)[0],
         }
         if not self.backward:
             return want
         da, db = torch.zeros_like(a), torch.zeros_like(b)
         for some_grad, some_x in zip(grad.split(_CHUNK), x.split(_CHUNK), strict=True):
-            _, part_a, part_b, _ = reference.kron_mm_backward(some_grad, some_x, a, b)
+            _, part_a, part_b, _ = reference.kron_matmul_backward(some_grad, some_x, a, b)
             da, db = da + part_a, db + part_b
         want["w1"] = SCALING * da[0]
         if self.case.rank:

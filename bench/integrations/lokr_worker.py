@@ -18,8 +18,8 @@ from bench.integrations.lokr_ways import BASE, PEFT, LokrCase, LokrProblem
 from bench.protocol import Say, protocol
 from bench.worker import make_all, result_row
 from kron_kernels.cli.bench import DTYPES
-from kron_kernels.timing import peak_memory_growth
-from kron_kernels.timing.compare import compare
+from kron_kernels.testing import peak_memory_growth
+from kron_kernels.testing.compare import compare
 
 # Names of the columns of the speed-up over these.
 OVER = {PEFT: "over_peft", BASE: "over_base"}

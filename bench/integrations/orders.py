@@ -20,9 +20,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from bench.harness import Budget, ResultFile, add_run_options, stamp
 from kron_kernels.cli.output import Progress
-from kron_kernels.compress import load_dense
+from kron_kernels.compress.pipeline import load_dense
 from kron_kernels.factorize.permutations import OrderedWeight, PermutationSearch, search_permutations
-from kron_kernels.integrations.gpt2_permute import search_gpt2_permutations
+from kron_kernels.models.gpt2_permute import search_gpt2_permutations
 
 KEY = ("weights", "pair", "rounds", "seed")
 COLUMNS = ("count", "before", "after", "seconds")

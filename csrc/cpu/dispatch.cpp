@@ -121,11 +121,11 @@ void set_isa_cap(Isa limit) {
     cap().store(static_cast<int>(limit), std::memory_order_relaxed);
 }
 
-void kron_mm_forward(const ForwardArgs& args, const Executor& executor) {
+void kron_matmul_forward(const ForwardArgs& args, const Executor& executor) {
     if (args.shape.tokens > 0) active_kernels().forward(args, executor);
 }
 
-void kron_mm_backward(const BackwardArgs& args, const Executor& executor) {
+void kron_matmul_backward(const BackwardArgs& args, const Executor& executor) {
     active_kernels().backward(args, executor);
 }
 

@@ -33,7 +33,7 @@ void product(const Shape& shape, const void* x, int64_t x_stride, const Projecti
              const NormArgs& norm, const Executor& executor) {
     Projection projection = w;
     projection.y = y;
-    kron_mm_forward(ForwardArgs{shape, x, x_stride, 1, &projection, activation, norm}, executor);
+    kron_matmul_forward(ForwardArgs{shape, x, x_stride, 1, &projection, activation, norm}, executor);
 }
 
 // Elementwise over all threads: see Kernels::activation.
@@ -148,11 +148,11 @@ void kron_ffn_backward(const FfnBackwardArgs& args, const Executor& executor) {
         const void* x = at(args.x, t * args.x_stride, dtype);
         product(shape1, x, args.x_stride, w1, hidden, Activation::none, NormArgs{}, executor);
         activation(args.activation, dtype, hidden, nullptr, active, tokens * middle, executor);
-        kron_mm_backward(BackwardArgs{shape2, at(args.grad, t * args.grad_stride, dtype), args.grad_stride, active,
+        kron_matmul_backward(BackwardArgs{shape2, at(args.grad, t * args.grad_stride, dtype), args.grad_stride, active,
                                       middle, args.a2, args.b2, grad, sums[3].part, sums[4].part, sums[5].part},
                          executor);
         activation(args.activation, dtype, hidden, grad, grad, tokens * middle, executor);
-        kron_mm_backward(
+        kron_matmul_backward(
             BackwardArgs{shape1, grad, middle, x, args.x_stride, args.a1, args.b1,
                          args.dx ? at(args.dx, t * inputs, dtype) : nullptr, sums[0].part, sums[1].part, sums[2].part},
             executor);

@@ -158,9 +158,9 @@ const char* refuse_kron_ffn_backward(const FfnBackwardArgs& args, const Launch& 
     if (args.dx)
         if (const char* reason = refuse_kron_mm(dx_args(args, none, projection), launch)) return reason;
     if (args.db1)
-        if (const char* reason = refuse_kron_mm_backward(db1_args(args, none), launch)) return reason;
+        if (const char* reason = refuse_kron_matmul_backward(db1_args(args, none), launch)) return reason;
     if (args.db2 || args.dbias2)
-        if (const char* reason = refuse_kron_mm_backward(db2_args(args, none), launch)) return reason;
+        if (const char* reason = refuse_kron_matmul_backward(db2_args(args, none), launch)) return reason;
     return nullptr;
 }
 
@@ -171,8 +171,8 @@ int64_t workspace_kron_ffn_backward(const FfnBackwardArgs& args, const Launch& l
     Projection projection;
     int64_t rest = 0;
     if (args.dx) rest = workspace_kron_mm(dx_args(args, o, projection), launch);
-    if (args.db1) rest = std::max(rest, workspace_kron_mm_backward(db1_args(args, o), launch));
-    if (args.db2 || args.dbias2) rest = std::max(rest, workspace_kron_mm_backward(db2_args(args, o), launch));
+    if (args.db1) rest = std::max(rest, workspace_kron_matmul_backward(db1_args(args, o), launch));
+    if (args.db2 || args.dbias2) rest = std::max(rest, workspace_kron_matmul_backward(db2_args(args, o), launch));
     return arena.used + rest;
 }
 
@@ -187,9 +187,9 @@ Status kron_ffn_backward(const FfnBackwardArgs& args, const Launch& launch) {
     rest.workspace = o.rest;
     rest.workspace_bytes = launch.workspace_bytes - arena.used;
     Projection projection;
-    if (args.dx && !status.code) status = kron_mm(dx_args(args, o, projection), rest);
-    if (args.db1 && !status.code) status = kron_mm_backward(db1_args(args, o), rest);
-    if ((args.db2 || args.dbias2) && !status.code) status = kron_mm_backward(db2_args(args, o), rest);
+    if (args.dx && !status.code) status = kron_matmul(dx_args(args, o, projection), rest);
+    if (args.db1 && !status.code) status = kron_matmul_backward(db1_args(args, o), rest);
+    if ((args.db2 || args.dbias2) && !status.code) status = kron_matmul_backward(db2_args(args, o), rest);
     return status;
 }
 

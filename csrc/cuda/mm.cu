@@ -148,7 +148,7 @@ Status run_mm(const ForwardArgs& args, const MmPlan& plan, const Launch& launch,
     if (plan.form != MmForm::reduce) {
         ForwardArgs row_major = args;
         row_major.projections = projections;
-        if (!sm90::refuse_kron_mm(row_major, launch)) return sm90::kron_mm(row_major, launch);
+        if (!sm90::refuse_kron_mm(row_major, launch)) return sm90::kron_matmul(row_major, launch);
     }
     return with_type(args.shape.dtype, [&](auto type) { return start_mm_sm80<decltype(type)>(ready, launch); });
 }
@@ -161,8 +161,8 @@ int64_t workspace_kron_mm(const ForwardArgs& args, const Launch& launch) {
     if (!sm90::refuse_kron_mm(args, launch)) return 0;
     return workspace_mm(plan_mm(args, launch));
 }
-Status kron_mm(const ForwardArgs& args, const Launch& launch) {
-    if (!sm90::refuse_kron_mm(args, launch)) return sm90::kron_mm(args, launch);
+Status kron_matmul(const ForwardArgs& args, const Launch& launch) {
+    if (!sm90::refuse_kron_mm(args, launch)) return sm90::kron_matmul(args, launch);
     return run_mm(args, plan_mm(args, launch), launch, launch.workspace);
 }
 

@@ -175,7 +175,7 @@ Stage backward(const BackwardArgs& args, const Launch& launch, bool launches) {
 
 }  // namespace
 
-const char* refuse_kron_mm_backward(const BackwardArgs& args, const Launch& launch) {
+const char* refuse_kron_matmul_backward(const BackwardArgs& args, const Launch& launch) {
     const Projection projection{args.a, args.b, nullptr, nullptr, 0, nullptr};
     for (const Shape& shape : {args.shape, transposed(args.shape)})
         if (const char* reason = refuse_mm(product(shape, args.x, args.x_stride, 1, &projection), launch))
@@ -183,10 +183,10 @@ const char* refuse_kron_mm_backward(const BackwardArgs& args, const Launch& laun
     if (!args.shape.tokens) return "gradients of no tokens";
     return nullptr;
 }
-int64_t workspace_kron_mm_backward(const BackwardArgs& args, const Launch& launch) {
+int64_t workspace_kron_matmul_backward(const BackwardArgs& args, const Launch& launch) {
     return backward(args, launch, false).bytes;
 }
-Status kron_mm_backward(const BackwardArgs& args, const Launch& launch) {
+Status kron_matmul_backward(const BackwardArgs& args, const Launch& launch) {
     return backward(args, launch, true).status;
 }
 

@@ -95,7 +95,7 @@ const char* refuse_kron_mm(const ForwardArgs& args, const Launch& launch) {
     return nullptr;
 }
 
-Status kron_mm(const ForwardArgs& args, const Launch& launch) {
+Status kron_matmul(const ForwardArgs& args, const Launch& launch) {
     const Shape& s = args.shape;
     if (s.tokens == 0 || args.count == 0) return Status{0, ""};
     TinyShape tiny{};

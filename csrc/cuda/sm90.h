@@ -13,7 +13,7 @@ namespace sm90 {
 inline const char* refuse_kron_mm(const ForwardArgs&, const Launch&) {
     return "built without kernels of sm_90a";
 }
-inline Status kron_mm(const ForwardArgs&, const Launch&) {
+inline Status kron_matmul(const ForwardArgs&, const Launch&) {
     return Status{1, "built without kernels of sm_90a"};
 }
 inline const char* refuse_kron_ffn(const FfnArgs&, const Launch&) {
@@ -27,7 +27,7 @@ inline Status kron_ffn(const FfnArgs&, const Launch&) {
 
 // Several projections of one x in one launch.
 const char* refuse_kron_mm(const ForwardArgs& args, const Launch& launch);
-Status kron_mm(const ForwardArgs& args, const Launch& launch);
+Status kron_matmul(const ForwardArgs& args, const Launch& launch);
 
 const char* refuse_kron_ffn(const FfnArgs& args, const Launch& launch);
 Status kron_ffn(const FfnArgs& args, const Launch& launch);

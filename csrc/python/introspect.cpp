@@ -100,7 +100,7 @@ void forward(const std::string& dtype, const py::array& x, const py::array& a, c
     args.projections = &only;
     args.activation = static_cast<kron::Activation>(activation);
     require(only.y != nullptr, "y: expected an array, got None");
-    kron::kron_mm_forward(args, serial(threads, reverse));
+    kron::kron_matmul_forward(args, serial(threads, reverse));
 }
 
 void backward(const std::string& dtype, const py::array& grad, const py::array& x, const py::array& a,
@@ -121,7 +121,7 @@ void backward(const std::string& dtype, const py::array& grad, const py::array& 
     args.da = output(da, s, s.terms * s.m1 * s.n1);
     args.db = output(db, s, s.terms * s.m2 * s.n2);
     args.dbias = output(dbias, s, s.m1 * s.m2);
-    kron::kron_mm_backward(args, serial(threads, reverse));
+    kron::kron_matmul_backward(args, serial(threads, reverse));
 }
 
 }  // namespace

@@ -25,7 +25,7 @@ std::string run(Mm& mm) {
     if (const char* reason = kron::cuda::refuse_kron_mm(args, launch)) return reason;
     test::Buffer workspace(kron::cuda::workspace_kron_mm(args, launch) / 4, DType::f32);
     launch.workspace = workspace.get(), launch.workspace_bytes = workspace.count * 4;
-    return kron::cuda::kron_mm(args, launch).what;
+    return kron::cuda::kron_matmul(args, launch).what;
 }
 
 void check(const MmCase& c, int schedules = 1) {

@@ -72,10 +72,10 @@ std::string run(Gradients& g, int needs) {
                                   wanted(kNeedB, g.db),
                                   wanted(kNeedBias, g.dbias)};
     kron::cuda::Launch launch = launch_of(c);
-    if (const char* reason = kron::cuda::refuse_kron_mm_backward(args, launch)) return reason;
-    test::Buffer workspace(kron::cuda::workspace_kron_mm_backward(args, launch) / 4, DType::f32);
+    if (const char* reason = kron::cuda::refuse_kron_matmul_backward(args, launch)) return reason;
+    test::Buffer workspace(kron::cuda::workspace_kron_matmul_backward(args, launch) / 4, DType::f32);
     launch.workspace = workspace.get(), launch.workspace_bytes = workspace.count * 4;
-    return kron::cuda::kron_mm_backward(args, launch).what;
+    return kron::cuda::kron_matmul_backward(args, launch).what;
 }
 
 struct Output {

@@ -46,7 +46,7 @@ struct Call {
     }
     bool right(const Launch& launch) const {
         clear();
-        if (sm90::kron_mm(args(), launch).code) return false;
+        if (sm90::kron_matmul(args(), launch).code) return false;
         for (size_t p = 0; p < mm.pairs.size(); ++p)
             for (size_t i = 0; i < expected[p].size(); ++i)
                 if (!(std::fabs(mm.pairs[p]->y.at(int64_t(i)) - expected[p][i]) < 0.5)) return false;
@@ -65,7 +65,7 @@ void test_case(const MmCase& c, bool large_ring = false) {
     for (const uint64_t seed : emulator::kSeeds) {
         emulator::settings().seed = seed;
         call.clear();
-        const Status status = sm90::kron_mm(call.args(), launch);
+        const Status status = sm90::kron_matmul(call.args(), launch);
         test::check(!status.code, status.what, c.text().c_str());
         for (size_t p = 0; p < call.expected.size(); ++p)
             test::compare(call.expected[p], call.mm.pairs[p]->y, 2 * cuda_test::allowed(c.dtype, c.n1 * c.n2),
@@ -121,7 +121,7 @@ void test_refusals() {
            [](auto&, auto&, auto& launch) { launch.shared_per_block = 48 * 1024; });
 }
 
-// kron_mm takes the kernel where it can, with a packed copy of a factor that is not row-major.
+// kron_matmul takes the kernel where it can, with a packed copy of a factor that is not row-major.
 void test_choice() {
     for (const bool transposed : {false, true}) {
         MmCase c{"attention", 72, 64, 2, 2, 40};
@@ -133,9 +133,9 @@ void test_choice() {
             launch.workspace = workspace.get();
             emulator::forget_sites();
             call.clear();
-            const Status status = kron::cuda::kron_mm(call.args(), launch);
+            const Status status = kron::cuda::kron_matmul(call.args(), launch);
             test::check(!status.code, status.what, c.text().c_str());
-            test::compare(call.expected[0], call.mm.pairs[0]->y, 2 * cuda_test::allowed(c.dtype, 128), "kron_mm",
+            test::compare(call.expected[0], call.mm.pairs[0]->y, 2 * cuda_test::allowed(c.dtype, 128), "kron_matmul",
                           c.text().c_str());
             const auto of_ring = [](const emulator::Site& site) { return std::strstr(site.file, "ring_sm90"); };
             const auto& sites = emulator::sites();

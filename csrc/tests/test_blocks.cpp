@@ -216,7 +216,7 @@ void test_projections(int64_t tokens, const std::vector<const Pair*>& pairs) {
         for (const Buffer* output : outputs) delete output;
     };
     at_every_level([&](const kron::Executor& executor, const char* level) {
-        for (const bool packed : {false, true}) run(kron::kron_mm_forward, executor, level, packed);
+        for (const bool packed : {false, true}) run(kron::kron_matmul_forward, executor, level, packed);
     });
     if (one.dtype == DType::bf16) run(amx_emulated_forward, kThreads, "emulated AMX", false);
 }
@@ -232,7 +232,7 @@ void test_stale_packs() {
         const std::vector<char> foreign = other.pack(executor);
         const Buffer y(tokens * pair.m(), DType::f32);
         const kron::Projection projection = pair.projection(y.get(), &foreign);
-        kron::kron_mm_forward({pair.shape(tokens), x.get(), pair.n(), 1, &projection, Activation::none, {}}, executor);
+        kron::kron_matmul_forward({pair.shape(tokens), x.get(), pair.n(), 1, &projection, Activation::none, {}}, executor);
         compare(expected, y, tolerance(DType::f32, pair.n()), "foreign pack", level);
     });
     kron::set_isa_cap(kron::Isa::portable);
@@ -242,7 +242,7 @@ void test_stale_packs() {
     const Buffer y(tokens * pair.m(), DType::f32);
     kron::Projection projection = pair.projection(y.get(), &portable);
     projection.packed_bytes = bytes;
-    kron::kron_mm_forward({pair.shape(tokens), x.get(), pair.n(), 1, &projection, Activation::none, {}}, kSerial);
+    kron::kron_matmul_forward({pair.shape(tokens), x.get(), pair.n(), 1, &projection, Activation::none, {}}, kSerial);
     compare(expected, y, tolerance(DType::f32, pair.n()), "pack of another level", "portable");
 }
 

@@ -128,7 +128,7 @@ void test_backward(const Product& p, const Expected& expected, const kron::Execu
                    int wanted) {
     const Case& c = p.c;
     const Buffer dx(c.tokens * p.n, c.dtype), da(p.a.count, c.dtype), db(p.b.count, c.dtype), dbias(p.m, c.dtype);
-    kron::kron_mm_backward({p.shape(), p.g.get(), p.m + c.gap, p.x.get(), p.n + c.gap, p.factor(p.a, c.m1, c.n1),
+    kron::kron_matmul_backward({p.shape(), p.g.get(), p.m + c.gap, p.x.get(), p.n + c.gap, p.factor(p.a, c.m1, c.n1),
                             p.factor(p.b, c.m2, c.n2), wanted & 1 ? dx.get() : nullptr, wanted & 2 ? da.get() : nullptr,
                             wanted & 4 ? db.get() : nullptr, wanted & 8 ? dbias.get() : nullptr},
                            executor);
@@ -147,8 +147,8 @@ void run_case(const Case& c, int wanted = 15) {
             where, sizeof where, "%s, %d threads, T=%ld S=%ld A=%ldx%ld B=%ldx%ld dtype=%d act=%d gap=%ld%s%s", level,
             executor.threads, long(c.tokens), long(c.terms), long(c.m1), long(c.n1), long(c.m2), long(c.n2),
             int(c.dtype), int(c.activation), long(c.gap), c.bias ? " bias" : "", c.transposed ? " transposed" : "");
-        test_forward(p, expected, kron::kron_mm_forward, executor, where);
-        test_added(p, expected, kron::kron_mm_forward, executor, where);
+        test_forward(p, expected, kron::kron_matmul_forward, executor, where);
+        test_added(p, expected, kron::kron_matmul_forward, executor, where);
         test_backward(p, expected, executor, where, wanted);
     });
     if (c.dtype == DType::bf16 && c.tokens > 0) {
@@ -204,7 +204,7 @@ void test_activation(Activation kind, DType dtype, bool commuted) {
         }
     };
     at_every_level(
-        [&](const kron::Executor& executor, const char* level) { run(kron::kron_mm_forward, executor, level); });
+        [&](const kron::Executor& executor, const char* level) { run(kron::kron_matmul_forward, executor, level); });
     if (dtype == DType::bf16) run(amx_emulated_forward, kThreads, "emulated AMX");
 }
 

@@ -78,7 +78,7 @@ void run_case(const Int8Case& c) {
         check(bytes, "int8 bytes", where);
     };
     at_every_level(
-        [&](const kron::Executor& executor, const char* level) { run(kron::kron_mm_forward, executor, level); });
+        [&](const kron::Executor& executor, const char* level) { run(kron::kron_matmul_forward, executor, level); });
     if (c.dtype == DType::bf16 && c.tokens > 0) run(amx_emulated_forward, kThreads, "emulated AMX");
 }
 
@@ -104,7 +104,7 @@ void test_rounding(DType dtype) {
         args.shape = {tokens, 1, 1, 1, n, n, dtype};
         args.x = x.get(), args.x_stride = n, args.count = 1, args.projections = &only;
         args.int8 = {q.data(), scale.data()};
-        kron::kron_mm_forward(args, executor);
+        kron::kron_matmul_forward(args, executor);
         const int8_t ties[] = {127, 0, 2, 2, 0, -2, -2, 126, -127, 3, 4}, ends[] = {-127, 127, 64, 64, -64};
         check(scale[0] == 1 && std::equal(std::begin(ties), std::end(ties), q.begin()), "int8 ties", level);
         check(scale[1] == 1 && std::equal(std::begin(ends), std::end(ends), q.begin() + n), "int8 ends", level);

@@ -36,7 +36,7 @@ class Norm {
 };
 
 template <class Kernels>
-Tensor kron_mm_norm(const Kernels& kernels, const Tensor& x_any, const Tensor& a, const Tensor& b,
+Tensor kron_matmul_norm(const Kernels& kernels, const Tensor& x_any, const Tensor& a, const Tensor& b,
                     std::optional<Tensor> bias, const Tensor& residual, const Tensor& norm_weight,
                     const Tensor& norm_bias, double eps, const std::optional<Tensor>& packed) {
     kron::ForwardArgs args{};

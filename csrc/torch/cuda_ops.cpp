@@ -15,21 +15,21 @@ using namespace kron_torch;
 
 Tensor mm(const Tensor& x, const Tensor& a, const Tensor& b, std::optional<Tensor> bias, int64_t activation,
           bool tf32) {
-    return kron_mm(CudaKernels(x, tf32), x, a, b, std::move(bias), activation, std::nullopt);
+    return kron_matmul(CudaKernels(x, tf32), x, a, b, std::move(bias), activation, std::nullopt);
 }
 
 Tensor mm_add(const Tensor& base, const Tensor& x, const Tensor& a, const Tensor& b, double alpha, bool tf32) {
-    return kron_mm_add(CudaKernels(x, tf32), base, x, a, b, alpha);
+    return kron_addmm(CudaKernels(x, tf32), base, x, a, b, alpha);
 }
 
 void mm_add_(Tensor base, const Tensor& x, const Tensor& a, const Tensor& b, double alpha, bool tf32) {
-    kron_mm_add_(CudaKernels(x, tf32), base, x, a, b, alpha);
+    kron_addmm_(CudaKernels(x, tf32), base, x, a, b, alpha);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> mm_backward(const Tensor& grad, const Tensor& x, const Tensor& a,
                                                        const Tensor& b, bool need_x, bool need_a, bool need_b,
                                                        bool need_bias, bool tf32) {
-    return kron_mm_backward(CudaKernels(x, tf32), grad, x, a, b, need_x, need_a, need_b, need_bias);
+    return kron_matmul_backward(CudaKernels(x, tf32), grad, x, a, b, need_x, need_a, need_b, need_bias);
 }
 
 Tensor ffn(const Tensor& x, const Tensor& a1, const Tensor& b1, std::optional<Tensor> bias1, const Tensor& a2,
@@ -85,11 +85,11 @@ std::tuple<Tensor, Tensor> embedding_backward(const Tensor& grad_any, const Tens
 }  // namespace
 
 STABLE_TORCH_LIBRARY(KRON_KERNELS_OPS, m) {
-    m.def("kron_mm(Tensor x, Tensor a, Tensor b, Tensor? bias, int activation, bool tf32) -> Tensor");
-    m.def("kron_mm_add(Tensor base, Tensor x, Tensor a, Tensor b, float alpha, bool tf32) -> Tensor");
-    m.def("kron_mm_add_(Tensor(a!) base, Tensor x, Tensor a, Tensor b, float alpha, bool tf32) -> ()");
+    m.def("kron_matmul(Tensor x, Tensor a, Tensor b, Tensor? bias, int activation, bool tf32) -> Tensor");
+    m.def("kron_addmm(Tensor base, Tensor x, Tensor a, Tensor b, float alpha, bool tf32) -> Tensor");
+    m.def("kron_addmm_(Tensor(a!) base, Tensor x, Tensor a, Tensor b, float alpha, bool tf32) -> ()");
     m.def(
-        "kron_mm_backward(Tensor grad, Tensor x, Tensor a, Tensor b, bool need_x, bool need_a, bool need_b, "
+        "kron_matmul_backward(Tensor grad, Tensor x, Tensor a, Tensor b, bool need_x, bool need_a, bool need_b, "
         "bool need_bias, bool tf32) -> (Tensor, Tensor, Tensor, Tensor)");
     m.def(
         "kron_ffn(Tensor x, Tensor a1, Tensor b1, Tensor? bias1, Tensor a2, Tensor b2, Tensor? bias2, int activation, "
@@ -105,10 +105,10 @@ STABLE_TORCH_LIBRARY(KRON_KERNELS_OPS, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(KRON_KERNELS_OPS, KRON_CUDA_KEY, m) {
-    m.impl("kron_mm", TORCH_BOX(&mm));
-    m.impl("kron_mm_add", TORCH_BOX(&mm_add));
-    m.impl("kron_mm_add_", TORCH_BOX(&mm_add_));
-    m.impl("kron_mm_backward", TORCH_BOX(&mm_backward));
+    m.impl("kron_matmul", TORCH_BOX(&mm));
+    m.impl("kron_addmm", TORCH_BOX(&mm_add));
+    m.impl("kron_addmm_", TORCH_BOX(&mm_add_));
+    m.impl("kron_matmul_backward", TORCH_BOX(&mm_backward));
     m.impl("kron_ffn", TORCH_BOX(&ffn));
     m.impl("kron_ffn_backward", TORCH_BOX(&ffn_backward));
     m.impl("kron_qkv", TORCH_BOX(&qkv));

@@ -40,7 +40,7 @@ const char* refuse_mm_backward(const kron::Shape& s, const Launch& launch) {
     kron::BackwardArgs args{};
     args.shape = s, args.grad_stride = s.m1 * s.m2, args.x_stride = s.n1 * s.n2;
     args.a = contiguous_factor(s.m1, s.n1), args.b = contiguous_factor(s.m2, s.n2);
-    return kron::cuda::refuse_kron_mm_backward(args, launch);
+    return kron::cuda::refuse_kron_matmul_backward(args, launch);
 }
 
 const char* refuse_ffn(const kron::Shape& first, const kron::Shape& second, bool norm, const Launch& launch) {
@@ -97,10 +97,10 @@ std::string refusal(const std::string& op, int64_t dtype, int64_t tokens, const 
         shapes.push_back({tokens, n[0], n[1], n[2], n[3], n[4], static_cast<kron::DType>(dtype)});
     if (is_ffn) return answer(refuse_ffn(shapes[0], shapes[1], norm, launch));
     if (op == "kron_ffn_backward") return answer(refuse_ffn_backward(shapes[0], shapes[1], launch));
-    if (op == "kron_mm_backward") return answer(refuse_mm_backward(shapes[0], launch));
+    if (op == "kron_matmul_backward") return answer(refuse_mm_backward(shapes[0], launch));
     if (op == "kron_embedding_backward") return answer(refuse_embedding_backward(shapes[0], launch));
     if (op == "kron_embedding") return answer(refuse_embedding(shapes[0], launch));
-    if (op != "kron_mm" && op != "kron_mm_add" && op != "kron_mm_add_" && op != "kron_qkv")
+    if (op != "kron_matmul" && op != "kron_addmm" && op != "kron_addmm_" && op != "kron_qkv")
         return "there is no CUDA kernel of " + op;
     for (const kron::Shape& shape : shapes)
         if (const char* reason = refuse_mm(shape, launch)) return reason;

@@ -23,7 +23,7 @@ Tensor kron_pack(const Tensor& a, const Tensor& b) {
 
 Tensor mm_norm(const Tensor& x, const Tensor& a, const Tensor& b, std::optional<Tensor> bias, const Tensor& residual,
                const Tensor& norm_weight, const Tensor& norm_bias, double eps, const std::optional<Tensor>& packed) {
-    return kron_mm_norm(CpuKernels{}, x, a, b, std::move(bias), residual, norm_weight, norm_bias, eps, packed);
+    return kron_matmul_norm(CpuKernels{}, x, a, b, std::move(bias), residual, norm_weight, norm_bias, eps, packed);
 }
 
 Tensor ffn(const Tensor& x, const Tensor& a1, const Tensor& b1, std::optional<Tensor> bias1, const Tensor& a2,
@@ -57,7 +57,7 @@ Tensor embedding(const Tensor& ids, const Tensor& a, const Tensor& b, const std:
 
 STABLE_TORCH_LIBRARY_IMPL(KRON_KERNELS_OPS, CPU, m) {
     m.impl("kron_pack", TORCH_BOX(&kron_pack));
-    m.impl("kron_mm_norm", TORCH_BOX(&mm_norm));
+    m.impl("kron_matmul_norm", TORCH_BOX(&mm_norm));
     m.impl("kron_ffn", TORCH_BOX(&ffn));
     m.impl("kron_ffn_backward", TORCH_BOX(&ffn_backward));
     m.impl("kron_qkv", TORCH_BOX(&qkv));

@@ -8,28 +8,28 @@ using namespace kron_torch;
 
 Tensor mm(const Tensor& x, const Tensor& a, const Tensor& b, std::optional<Tensor> bias, int64_t activation,
           const std::optional<Tensor>& packed) {
-    return kron_mm(CpuKernels{}, x, a, b, std::move(bias), activation, packed);
+    return kron_matmul(CpuKernels{}, x, a, b, std::move(bias), activation, packed);
 }
 
 Tensor mm_add(const Tensor& base, const Tensor& x, const Tensor& a, const Tensor& b, double alpha) {
-    return kron_mm_add(CpuKernels{}, base, x, a, b, alpha);
+    return kron_addmm(CpuKernels{}, base, x, a, b, alpha);
 }
 
 void mm_add_(Tensor base, const Tensor& x, const Tensor& a, const Tensor& b, double alpha) {
-    kron_mm_add_(CpuKernels{}, base, x, a, b, alpha);
+    kron_addmm_(CpuKernels{}, base, x, a, b, alpha);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> mm_backward(const Tensor& grad, const Tensor& x, const Tensor& a,
                                                        const Tensor& b, bool need_x, bool need_a, bool need_b,
                                                        bool need_bias) {
-    return kron_mm_backward(CpuKernels{}, grad, x, a, b, need_x, need_a, need_b, need_bias);
+    return kron_matmul_backward(CpuKernels{}, grad, x, a, b, need_x, need_a, need_b, need_bias);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(KRON_KERNELS_OPS, CPU, m) {
-    m.impl("kron_mm", TORCH_BOX(&mm));
-    m.impl("kron_mm_add", TORCH_BOX(&mm_add));
-    m.impl("kron_mm_add_", TORCH_BOX(&mm_add_));
-    m.impl("kron_mm_backward", TORCH_BOX(&mm_backward));
+    m.impl("kron_matmul", TORCH_BOX(&mm));
+    m.impl("kron_addmm", TORCH_BOX(&mm_add));
+    m.impl("kron_addmm_", TORCH_BOX(&mm_add_));
+    m.impl("kron_matmul_backward", TORCH_BOX(&mm_backward));
 }

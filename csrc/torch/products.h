@@ -21,7 +21,7 @@ void run_product(const Kernels& kernels, kron::ForwardArgs& args, const kron::Pr
 }
 
 template <class Kernels>
-Tensor kron_mm(const Kernels& kernels, const Tensor& x_any, const Tensor& a, const Tensor& b,
+Tensor kron_matmul(const Kernels& kernels, const Tensor& x_any, const Tensor& a, const Tensor& b,
                std::optional<Tensor> bias, int64_t activation, const std::optional<Tensor>& packed) {
     kron::ForwardArgs args{};
     args.shape = checked_shape(x_any, a, b, true);
@@ -49,7 +49,7 @@ void add_product(const Kernels& kernels, const Tensor& base, const Tensor& x_any
 }
 
 template <class Kernels>
-Tensor kron_mm_add(const Kernels& kernels, const Tensor& base, const Tensor& x, const Tensor& a, const Tensor& b,
+Tensor kron_addmm(const Kernels& kernels, const Tensor& base, const Tensor& x, const Tensor& a, const Tensor& b,
                    double alpha) {
     const Tensor rows = torch::stable::contiguous(base);
     const Tensor y = empty_rows(base, base.dim() > 0 ? base.size(base.dim() - 1) : 1);
@@ -58,14 +58,14 @@ Tensor kron_mm_add(const Kernels& kernels, const Tensor& base, const Tensor& x, 
 }
 
 template <class Kernels>
-void kron_mm_add_(const Kernels& kernels, Tensor base, const Tensor& x, const Tensor& a, const Tensor& b,
+void kron_addmm_(const Kernels& kernels, Tensor base, const Tensor& x, const Tensor& a, const Tensor& b,
                   double alpha) {
     if (!base.is_contiguous()) fail("base", "a contiguous tensor", "strides that are not");
     add_product(kernels, base, x, a, b, alpha, base);
 }
 
 template <class Kernels>
-std::tuple<Tensor, Tensor, Tensor, Tensor> kron_mm_backward(const Kernels& kernels, const Tensor& grad_any,
+std::tuple<Tensor, Tensor, Tensor, Tensor> kron_matmul_backward(const Kernels& kernels, const Tensor& grad_any,
                                                             const Tensor& x_any, const Tensor& a, const Tensor& b,
                                                             bool need_x, bool need_a, bool need_b, bool need_bias) {
     kron::BackwardArgs args{};

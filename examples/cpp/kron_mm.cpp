@@ -22,7 +22,7 @@ int main() {
     kron::ForwardArgs args{};
     args.shape = {T, 1, m1, n1, m2, n2, kron::DType::f32};
     args.x = x.data(), args.x_stride = n1 * n2, args.count = 1, args.projections = &pair;
-    kron::kron_mm_forward(args, {1, run});
+    kron::kron_matmul_forward(args, {1, run});
 
     double worst = 0;
     for (int64_t i = 0; i < T * m1 * m2; ++i) {

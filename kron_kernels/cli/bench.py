@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..timing import PEAK, Timing, describe_machine, gemm_peak
-from ..timing.compare import Result, compare
-from ..timing.layers import CASES, STOCK, LayerCase, LayerProblem
+from ..testing import PEAK, Timing, describe_machine, gemm_peak
+from ..testing.compare import Result, compare
+from ..testing.layers import CASES, STOCK, LayerCase, LayerProblem
 from .output import Progress, add_json_flag, format_table, print_json
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..timing.encoder import EncoderResult
+    from ..testing.encoder import EncoderResult
 
     Encoders = Callable[..., dict[str, nn.Module]]
 
@@ -80,7 +80,7 @@ def run_layers(arguments: argparse.Namespace) -> int:
 def run_model(arguments: argparse.Namespace) -> int:
     """Time the encoder; 1 when any model computed wrongly."""
     # Imports transformers, which takes seconds.
-    from ..timing.encoder import compare_encoders, encoders
+    from ..testing.encoder import compare_encoders, encoders
 
     _set_threads(arguments.threads)
     presets = arguments.preset or ["K8", "K21"]
@@ -101,8 +101,8 @@ def run_model(arguments: argparse.Namespace) -> int:
 
 def _run_profile(arguments: argparse.Namespace, presets: list[str], encoders: Encoders) -> int:
     """Where the time of each model goes, by part."""
-    from ..timing.encoder import random_ids
-    from ..timing.profile import profile_forward
+    from ..testing.encoder import random_ids
+    from ..testing.profile import profile_forward
 
     progress, rows = Progress(), []
     models = encoders(presets, DTYPES[arguments.dtype], num_hidden_layers=arguments.layers)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ..cpp import cmake_dir
+from .cpp_core import cmake_dir
 from .output import add_json_flag, print_json
 
 

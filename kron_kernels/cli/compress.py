@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .output import Progress, add_json_flag, format_table, print_json
 
 if TYPE_CHECKING:
-    from ..compress import CompressReport
+    from ..compress.pipeline import CompressReport
 
 
 def add_parser(commands: Any) -> None:
@@ -46,8 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
     # transformers takes seconds to import: only the command that needs it pays.
     import transformers
 
-    from ..compress import compress
-    from ..presets import KronConfig
+    from ..compress.pipeline import compress
+    from ..convert.presets import KronConfig
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

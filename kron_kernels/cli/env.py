@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 
-from .. import _backends, _gpu, reference
-from .._problem import Product
-from ..functional import kron_matmul
-from ..timing import describe_machine
-from ..timing.problem import TOLERANCE, relative_error
+from .. import backends
+from ..backends import select
+from ..ops import kron_matmul
+from ..schemas import reference
+from ..schemas.product import Product
+from ..testing import describe_machine
+from ..testing.problem import TOLERANCE, relative_error
 from .output import add_json_flag, format_table, print_json
 
 # One large and one tiny factor either way round, a balanced pair, and a sum of terms with odd sizes.
@@ -56,9 +58,9 @@ def collect() -> dict[str, Any]:
         "packages": {name: _version(name) for name in _OPTIONAL},
         "backends": {
             name: {"available": status.available, "reason": status.reason}
-            for name, status in _backends.available().items()
+            for name, status in backends.available().items()
         },
-        "build": _backends.build_info(),
+        "build": backends.build_info(),
         "checks": checks,
         "correct": all(check["ok"] for check in checks),
     }
@@ -67,11 +69,13 @@ def collect() -> dict[str, Any]:
 def check_backends() -> list[dict[str, Any]]:
     """Largest relative error of each available backend and dtype over a few shapes, against float64."""
     rows = []
-    for name, status in _backends.available().items():
+    for name, status in backends.available().items():
         if not status.available:
             continue
         for dtype, tolerance in TOLERANCE.items():
-            if name in _gpu.NAMES and any(_gpu.refusal(name, "kron_mm", (_product(case),), dtype) for case in _CHECKS):
+            if name in select.NAMES and any(
+                select.refusal(name, "kron_matmul", (_product(case),), dtype) for case in _CHECKS
+            ):
                 continue
             error = max(_error(name, dtype, *case) for case in _CHECKS)
             rows.append(
@@ -92,10 +96,10 @@ def _error(
     generator = torch.Generator().manual_seed(0)
     m, n = a_shape[0] * b_shape[0], a_shape[1] * b_shape[1]
     shapes = ((tokens, n), (terms, *a_shape), (terms, *b_shape), (m,))
-    device = "cuda" if backend in _gpu.NAMES and not _gpu.interpreted() else "cpu"
+    device = "cuda" if backend in select.NAMES and not select.interpreted() else "cpu"
     x, a, b, bias = (torch.randn(*shape, generator=generator).to(device, dtype) for shape in shapes)
     got = kron_matmul(x, a, b, bias, backend=backend)
-    error = relative_error(got, reference.kron_mm(x.double(), a.double(), b.double(), bias.double()))
+    error = relative_error(got, reference.kron_matmul(x.double(), a.double(), b.double(), bias.double()))
     return error if error == error else float("inf")
 
 

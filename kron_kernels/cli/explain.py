@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .._explain import explain
+from ..backends.explain import explain
 from .output import add_json_flag, print_json
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -29,7 +29,9 @@ def add_parser(commands: Any) -> None:
         metavar="M1xN1,M2xN2[,S]",
         help="factors of a product, such as 384x384,2x2, and their terms; of a feed-forward block both products",
     )
-    parser.add_argument("--op", default="kron_mm", help="such as kron_mm, kron_mm_backward, kron_ffn, kron_qkv")
+    parser.add_argument(
+        "--op", default="kron_matmul", help="such as kron_matmul, kron_matmul_backward, kron_ffn, kron_qkv"
+    )
     parser.add_argument("--dtype", choices=_DTYPES, default="float32")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one, else cpu")

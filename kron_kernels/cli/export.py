@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .output import add_json_flag, format_table, print_json
 
 if TYPE_CHECKING:
-    from ..serving import ExportReport
+    from ..runtime import ExportReport
 
 
 def add_parser(commands: Any) -> None:
@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     # transformers takes seconds to import: only the command that needs it pays.
     import transformers
 
-    from ..serving import export_model
+    from ..runtime import export_model
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

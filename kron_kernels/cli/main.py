@@ -11,7 +11,17 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from .. import __version__
-from . import bench, cmake_dir, compress, distill, env, evaluate, explain, export, report
+from . import (
+    bench,
+    cmake_dir,
+    compress,
+    distill,
+    env,
+    evaluate,
+    explain,
+    export,
+    report,
+)
 
 # In the order of a model's way.
 _COMMANDS: dict[str, Any] = {

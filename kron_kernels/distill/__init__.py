@@ -3,9 +3,9 @@
 Needs the libraries of the extra ``distill``.
 """
 
-from .capture import Captured, capture
 from .config import DistillConfig, paper_settings
 from .evaluate import EvaluationResult, evaluate
+from .hidden_states import Captured, capture
 from .losses import LossConfig, Normalizers, check_pair, distillation_losses
 from .run_folder import RunFolder
 from .run_result import RunResult

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .capture import Captured
+from .hidden_states import Captured
 from .losses import LossConfig
 from .objectives import Batch, Objective, QuestionAnswering, attention_mask
 from .teacher import TeacherOutputs

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from .._files import sync, write_text
+from ..compress.files import sync, write_text
 
 _MARKER = "complete.json"
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .._reporting import save, subplots
+from ..testing.tables import save, subplots
 from .run_folder import RunFolder
 
 Points = tuple[list[int], list[float]]

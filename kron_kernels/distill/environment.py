@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..timing import describe_machine
+from ..testing import describe_machine
 
 
 def describe_environment() -> dict[str, Any]:

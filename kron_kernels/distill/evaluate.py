@@ -16,7 +16,15 @@ import transformers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from .data import PaddingCollator, Task, compute_metrics, encode, get_task, load_task, resolved
+from .data import (
+    PaddingCollator,
+    Task,
+    compute_metrics,
+    encode,
+    get_task,
+    load_task,
+    resolved,
+)
 from .data.files import Source
 from .data.squad import best_answers, qa_features, window_sizes
 

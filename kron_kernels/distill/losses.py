@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .capture import FFN_PLACES, Captured, encoder_of
+from .hidden_states import FFN_PLACES, Captured, encoder_of
 from .scores import attention_kl, score_mse
 
 TERMS = ("embedding", "scores", "ffn", "logits", "supervised")

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .._files import write_text
-from .._reporting import markdown, save, subplots
+from ..compress.files import write_text
+from ..testing.tables import markdown, save, subplots
 from .curves import Points, read_series, write_overlay
 from .run_folder import RunFolder
 from .run_result import RunResult

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .._files import NoSpaceError, write_text
+from ..compress.files import NoSpaceError, write_text
 from . import checkpoints, locks
 from .environment import describe_environment, peak_memory
 from .run_result import RunResult

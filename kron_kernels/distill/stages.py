@@ -13,8 +13,8 @@ import torch
 from accelerate import PartialState
 from transformers import TrainingArguments
 
-from .._files import check_space, new_folder
-from ..counting import count_parameters
+from ..compress.files import check_space, new_folder
+from ..convert.counting import count_parameters
 from .cached_teacher import CachedTeacher
 from .callbacks import RunLogger, check_finite
 from .config import DistillConfig

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .capture import Captured, capture
+from .hidden_states import Captured, capture
 from .losses import LossConfig
 from .objectives import Batch, Objective, attention_mask
 

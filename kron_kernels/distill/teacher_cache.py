@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._files import NoSpaceError, check_space, new_folder, write_text
+from ..compress.files import NoSpaceError, check_space, new_folder, write_text
 from .cache_layout import Entry, layout, total_bytes
 
 VERSION = 1

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers import __version__ as version
 
-from .capture import Captured, capture
+from .hidden_states import Captured, capture
 from .losses import LossConfig, Normalizers, distillation_losses
 from .objectives import LABEL_NAMES, Counts, Objective, attention_mask
 from .teacher import TeacherOutputs

@@ -13,11 +13,11 @@ from accelerate import PartialState
 from torch import nn
 from transformers import AutoTokenizer, BertForPreTraining
 
-from .._files import new_folder
-from ..compress import ARCHITECTURES, BATCH
+from ..compress import WARM_STARTS, start_model
+from ..compress.files import new_folder
+from ..compress.pipeline import ARCHITECTURES, BATCH
+from ..convert.presets import preset
 from ..models import KronBertPreTrainedModel
-from ..presets import preset
-from ..warm_start import WARM_STARTS, start_model
 from .config import DistillConfig
 from .data import (
     MaskingCollator,

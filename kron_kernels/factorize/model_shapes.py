@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ._checks import check_positive
+from .checks import check_positive
 from .shapes import FactorShape, divisors, factor_shape
 
 

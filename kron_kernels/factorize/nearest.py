@@ -8,8 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..reference import kron_mm
-from ._checks import check_a_shape, check_moment, check_positive, check_row_weights, check_terms, check_weight
+from ..schemas.reference import kron_matmul
+from .checks import (
+    check_a_shape,
+    check_moment,
+    check_positive,
+    check_row_weights,
+    check_terms,
+    check_weight,
+)
 from .vanloan import rearranged_blocks, van_loan, with_fixed_signs
 from .weighted import fit_kronecker
 
@@ -155,5 +162,7 @@ def mean_corrected_bias(weight: Tensor, factors: KronFactors, bias: Tensor | Non
     if bias is not None and tuple(bias.shape) != (m,):
         raise ValueError(f"bias: expected shape ({m},), got {tuple(bias.shape)}")
     mean = input_mean.to(weight.device, torch.float64)
-    error = weight.to(torch.float64) @ mean - kron_mm(mean, factors.a.to(torch.float64), factors.b.to(torch.float64))
+    error = weight.to(torch.float64) @ mean - kron_matmul(
+        mean, factors.a.to(torch.float64), factors.b.to(torch.float64)
+    )
     return (error if bias is None else bias.to(torch.float64) + error).to(weight.dtype)

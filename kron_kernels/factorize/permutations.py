@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._checks import check_a_shape, check_positive, check_terms, check_weight
+from .checks import check_a_shape, check_positive, check_terms, check_weight
 from .vanloan import gram_matrix, leading_eigenvectors
 
 # The right factor's entries: each search step decomposes a Gram matrix of this many rows.

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..reference import order_cost
-from ._checks import check_a_shape, check_moment, check_positive, check_weight
+from ..schemas.reference import order_cost
+from .checks import check_a_shape, check_moment, check_positive, check_weight
 from .nearest import nearest_kronecker
 from .vanloan import van_loan_error
 

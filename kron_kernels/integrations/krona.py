@@ -16,14 +16,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .._observers import in_place_is_observed
-from ..addmm import kron_addmm, kron_addmm_
-from ..convert import named_roles
-from ..frozen import frozen_linear_kron, is_fresh, is_plain_frozen
+from ..convert.kronify import named_roles
+from ..convert.presets import KronConfig, as_kron_config
 from ..nn import Shapes
 from ..nn.factored import check_product_shape, empty_factors
-from ..presets import KronConfig, as_kron_config
-from ..reference import kron_weight
+from ..ops import frozen_linear_kron, kron_addmm, kron_addmm_
+from ..ops.frozen_linear import is_fresh, is_plain_frozen
+from ..ops.observers import in_place_is_observed
+from ..schemas.reference import kron_weight
 
 FORMAT = "1"
 

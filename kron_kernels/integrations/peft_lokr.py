@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._observers import autocasts, in_place_is_observed
-from ..addmm import RightFactor, kron_addmm, kron_addmm_
-from ..frozen import frozen_linear_kron, is_fresh, is_plain_frozen
-from ._versions import check_version
+from ..ops import frozen_linear_kron, kron_addmm, kron_addmm_
+from ..ops.addmm import RightFactor
+from ..ops.frozen_linear import is_fresh, is_plain_frozen
+from ..ops.observers import autocasts, in_place_is_observed
+from .versions import check_version
 
 PEFT_VERSIONS = ">=0.21,<0.22"
 check_version("peft", PEFT_VERSIONS)

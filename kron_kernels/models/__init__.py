@@ -10,7 +10,7 @@ from .bert import (
     KronBertPreTrainedModel,
 )
 from .bert_layers import fuse_
-from .capture import CapturedModel, capture
+from .cuda_graph import CapturedModel, capture
 
 __all__ = [
     "CapturedModel",

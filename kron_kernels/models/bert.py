@@ -30,12 +30,19 @@ from transformers import (
     BertTokenizer,
 )
 
-from ..calibrate import Calibration
-from ..convert import ConversionReport, Progress, init_factored_, kronified_copy, kronify_, tie_decoders_
+from ..convert.calibrate import Calibration
+from ..convert.kronify import (
+    ConversionReport,
+    Progress,
+    init_factored_,
+    kronified_copy,
+    kronify_,
+    tie_decoders_,
+)
+from ..convert.presets import KronConfig, as_kron_config, preset
 from ..nn import Int8Factored, KronDecoder, KronEmbedding, KronLinear
-from ..presets import KronConfig, as_kron_config, preset
 from .bert_layers import FusedBertEmbeddings, FusedBertLayer, fuse_
-from .capture import CapturedModel, capture
+from .cuda_graph import CapturedModel, capture
 
 _WORD_WEIGHT = "bert.embeddings.word_embeddings.weight"
 

@@ -28,11 +28,11 @@ from transformers.models.bert.modeling_bert import (
 )
 from transformers.pytorch_utils import apply_chunking_to_forward
 
-from .._observers import needs_autograd
-from .._ops import HUGGING_FACE_ACTIVATIONS
-from ..fused import AddNorm, kron_embedding, kron_ffn, kron_matmul_norm, kron_qkv
 from ..nn import Int8KronLinear, KronEmbedding, KronLinear
-from ..reference import index_error
+from ..ops import AddNorm, kron_embedding, kron_ffn, kron_matmul_norm, kron_qkv
+from ..ops.observers import needs_autograd
+from ..schemas.products import HUGGING_FACE_ACTIVATIONS
+from ..schemas.reference import index_error
 from .padding import Packing, remove_padding
 
 _Model = TypeVar("_Model", bound=nn.Module)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..factorize import KronFactors, nearest_kronecker, nearest_rows
-from ..functional import kron_matmul
-from ..reference import take_rows
+from ..ops import kron_matmul
+from ..schemas.reference import take_rows
 from .factored import KronFactored, empty_factors
 
 

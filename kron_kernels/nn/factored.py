@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..reference import kron_weight
+from ..schemas.reference import kron_weight
 from .packing import FactorCache
 
 Shape = tuple[int, int]

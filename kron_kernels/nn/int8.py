@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from .._observers import is_transformed
-from ..reference import take_rows
+from ..ops.observers import is_transformed
+from ..schemas.reference import take_rows
 from .embedding import KronDecoder, KronEmbedding
 from .factored import KronFactored, Shapes
 from .linear import KronLinear

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._checks import activation_code
 from ..factorize import KronFactors, mean_corrected_bias, nearest_kronecker, order_cost
-from ..functional import kron_matmul
-from ..reference import kron_weight
+from ..ops import kron_matmul
+from ..ops.checks import activation_code
+from ..schemas.reference import kron_weight
 from .factored import KronFactored, Shape, Shapes, check_product_shape, empty_factors
 
 # From so many tokens on, the dense product saves more than building its weight takes.

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..fused import pack_factors
+from ..ops import pack_factors
 
 
 class _Entry(NamedTuple):

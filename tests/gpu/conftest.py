@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpu_support import REHEARSED
-from kron_kernels import _backends
+from kron_kernels import backends
+from tests.gpu.gpu_support import REHEARSED
 
 # "2/8": the third of eight parts of the tests, which processes share among them.
 _SHARD = os.environ.get("KRON_KERNELS_GPU_TESTS_SHARD", "0/1")
@@ -51,7 +51,7 @@ def gpu() -> str:
 @pytest.fixture(params=["triton", "cuda"])
 def backend(request: pytest.FixtureRequest) -> str:
     """Each GPU backend by name."""
-    status = _backends.available()[request.param]
+    status = backends.available()[request.param]
     if not status.available:
         pytest.skip(f"{request.param}: {status.reason}")
     return request.param

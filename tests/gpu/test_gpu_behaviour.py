@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import Case, make
-from gpu_support import moved
 from kron_kernels import kron_ffn, kron_matmul, kron_qkv
-from kron_kernels.triton import configs, tune
-from kron_kernels.triton.problems import LAYERS
+from kron_kernels.backends.triton import configs, tune
+from kron_kernels.backends.triton.problems import LAYERS
+from tests.cases import Case, make
+from tests.gpu.gpu_support import moved
 
 pytestmark = pytest.mark.gpu
 

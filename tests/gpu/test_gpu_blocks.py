@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-import block_cases
-from block_cases import FFN_CASES, FfnCase, ffn_case, ffn_gradients
-from cases import SHAPES, Case, assert_accurate, make, make_operands
-from gpu_support import DTYPES, REHEARSED, moved, name_of, refused, with_dtypes
-from kron_kernels import AddNorm, kron_embedding, kron_ffn, kron_matmul_norm, kron_qkv, reference
+from kron_kernels import AddNorm, kron_embedding, kron_ffn, kron_matmul_norm, kron_qkv
+from kron_kernels.schemas import reference
+from tests.cases import SHAPES, Case, assert_accurate, make, make_operands
+from tests.gpu.gpu_support import DTYPES, REHEARSED, moved, name_of, refused, with_dtypes
+from tests.ops import block_cases
+from tests.ops.block_cases import FFN_CASES, FfnCase, ffn_case, ffn_gradients
 
 pytestmark = pytest.mark.gpu
 
@@ -51,9 +52,9 @@ def test_qkv(shape: str, dtype: torch.dtype, device: str, backend: str) -> None:
     with refused(backend, "kron_qkv", factors, dtype, 17):
         found = kron_qkv(moved(x, device), *map(list, zip(*on_device, strict=True)), backend=backend)
         for actual, o in zip(found, each, strict=True):
-            same = reference.kron_mm(x, o.a, o.b, o.bias)
+            same = reference.kron_matmul(x, o.a, o.b, o.bias)
             d = o.double()
-            assert_accurate(actual.cpu(), same, reference.kron_mm(x.double(), d.a, d.b, d.bias))
+            assert_accurate(actual.cpu(), same, reference.kron_matmul(x.double(), d.a, d.b, d.bias))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -67,11 +68,11 @@ def test_matmul_norm(shape: str, dtype: torch.dtype, device: str, backend: str) 
         operands = [convert(tensor) for tensor in (o.x, o.a, o.b, o.bias)]
         return function(*operands, *(convert(tensor) for tensor in norm), *rest)
 
-    with refused(backend, "kron_mm_norm", (o.a, o.b), dtype, 17):
+    with refused(backend, "kron_matmul_norm", (o.a, o.b), dtype, 17):
         d = [moved(tensor, device) for tensor in (o.x, o.a, o.b, o.bias)]
         y = kron_matmul_norm(*d, AddNorm(*(moved(tensor, device) for tensor in norm), 1e-5), backend=backend)
-        same = by(reference.kron_mm_norm, lambda tensor: tensor, 1e-5)
-        assert_accurate(y.cpu(), same, by(reference.kron_mm_norm, Tensor.double, 1e-5))
+        same = by(reference.kron_matmul_norm, lambda tensor: tensor, 1e-5)
+        assert_accurate(y.cpu(), same, by(reference.kron_matmul_norm, Tensor.double, 1e-5))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-import cases
-from cases import CASES, Case, Operands, assert_accurate, backward_case, forward_case
-from gpu_support import DTYPES, REHEARSED, moved, name_of, refused, with_dtypes
 from kron_kernels import kron_matmul
+from tests import cases
+from tests.cases import CASES, Case, Operands, assert_accurate, backward_case, forward_case
+from tests.gpu.gpu_support import DTYPES, REHEARSED, moved, name_of, refused, with_dtypes
 
 pytestmark = pytest.mark.gpu
 
@@ -22,7 +22,7 @@ if not REHEARSED:
 def test_product(case: Case, dtype: torch.dtype, device: str, backend: str) -> None:
     o, same_dtype, oracle = forward_case(case, dtype)
     d = to_device(o, device)
-    with refused(backend, "kron_mm", (d.a, d.b), dtype, case.tokens):
+    with refused(backend, "kron_matmul", (d.a, d.b), dtype, case.tokens):
         y = kron_matmul(d.x, d.a, d.b, d.bias, backend=backend)
         assert_accurate(y.cpu(), same_dtype, oracle)
 
@@ -31,7 +31,7 @@ def test_product(case: Case, dtype: torch.dtype, device: str, backend: str) -> N
 def test_gradients(case: Case, dtype: torch.dtype, device: str, backend: str) -> None:
     o, same_dtype, oracles = backward_case(case, dtype)
     d = to_device(o, device)
-    with refused(backend, "kron_mm_backward", (d.a, d.b), dtype, case.tokens):
+    with refused(backend, "kron_matmul_backward", (d.a, d.b), dtype, case.tokens):
         bias = d.grad.new_zeros(d.grad.shape[-1])
         leaves = [tensor.detach().requires_grad_() for tensor in (d.x, d.a, d.b, bias)]
         x, a, b, bias = leaves

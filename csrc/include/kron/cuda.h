@@ -29,14 +29,14 @@ struct Status {
     const char* what;
 };
 
-// Several projections of one x in one launch (kron_qkv), base and alpha (kron_mm_add) included.
+// Several projections of one x in one launch (kron_qkv), base and alpha (kron_addmm) included.
 const char* refuse_kron_mm(const ForwardArgs& args, const Launch& launch);
 int64_t workspace_kron_mm(const ForwardArgs& args, const Launch& launch);
-Status kron_mm(const ForwardArgs& args, const Launch& launch);
+Status kron_matmul(const ForwardArgs& args, const Launch& launch);
 
-const char* refuse_kron_mm_backward(const BackwardArgs& args, const Launch& launch);
-int64_t workspace_kron_mm_backward(const BackwardArgs& args, const Launch& launch);
-Status kron_mm_backward(const BackwardArgs& args, const Launch& launch);
+const char* refuse_kron_matmul_backward(const BackwardArgs& args, const Launch& launch);
+int64_t workspace_kron_matmul_backward(const BackwardArgs& args, const Launch& launch);
+Status kron_matmul_backward(const BackwardArgs& args, const Launch& launch);
 
 const char* refuse_kron_ffn(const FfnArgs& args, const Launch& launch);
 int64_t workspace_kron_ffn(const FfnArgs& args, const Launch& launch);

@@ -155,8 +155,8 @@ const char* isa_name(Isa isa);
 bool isa_compiled(Isa isa);
 
 // Shapes and pointers must already be checked by the caller. Throws std::bad_alloc when scratch cannot be had.
-void kron_mm_forward(const ForwardArgs& args, const Executor& executor);
-void kron_mm_backward(const BackwardArgs& args, const Executor& executor);
+void kron_matmul_forward(const ForwardArgs& args, const Executor& executor);
+void kron_matmul_backward(const BackwardArgs& args, const Executor& executor);
 void kron_ffn_forward(const FfnArgs& args, const Executor& executor);
 void kron_ffn_backward(const FfnBackwardArgs& args, const Executor& executor);
 void kron_embedding(const EmbeddingArgs& args, const Executor& executor);

@@ -12,7 +12,14 @@ from typing import Any
 import datasets
 
 from .sources import hub_name, load_hub
-from .tables import SUFFIXES, Table, column, read_table, strings, suffix
+from .tables import (
+    SUFFIXES,
+    Table,
+    column,
+    read_table,
+    strings,
+    suffix,
+)
 from .tasks import Task, class_index, class_names, get_task, score
 
 Source = str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]]

@@ -16,9 +16,23 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
-from .corpus import Corpus, Progress, lines, sentence_pairs, sentences, tokenize_corpus
+from .corpus import (
+    Corpus,
+    Progress,
+    lines,
+    sentence_pairs,
+    sentences,
+    tokenize_corpus,
+)
 from .sources import hub_name, load_hub
-from .tables import column, read_jsonl, read_lines, read_parquet, strings, suffix
+from .tables import (
+    column,
+    read_jsonl,
+    read_lines,
+    read_parquet,
+    strings,
+    suffix,
+)
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 # WikiText: " = Title = " opens a document, " = = Section = = " a section of it.

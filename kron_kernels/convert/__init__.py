@@ -1,0 +1,22 @@
+"""Replace a model's layers by Kronecker-factored ones: presets, calibration, conversion, int8 storage, counting."""
+
+from .calibrate import Calibration, calibrate
+from .kronify import ConversionReport, LayerReport, kronified_copy, kronify_
+from .presets import KronConfig, ShapeRule, as_kron_config, preset
+from .quantize import QuantizationReport, hidden_agreement, quantize_
+
+__all__ = [
+    "Calibration",
+    "ConversionReport",
+    "KronConfig",
+    "LayerReport",
+    "QuantizationReport",
+    "ShapeRule",
+    "as_kron_config",
+    "calibrate",
+    "hidden_agreement",
+    "kronified_copy",
+    "kronify_",
+    "preset",
+    "quantize_",
+]

@@ -1,0 +1,52 @@
+"""Parameters of a model, and the floating-point operations of its encoder's linear layers."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..factorize import order_cost
+from ..nn import KronLinear
+from .presets import KronConfig, preset
+
+_LINEAR_ROLES = ("attention", "ffn_in", "ffn_out")
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters of ``model``, shared ones once; works on the meta device.
+
+    The values of int8 factors count, though torch knows them as buffers; their scales do not.
+    """
+    values = [buffer for buffer in model.buffers() if buffer.dtype is torch.int8]
+    return sum(tensor.numel() for tensor in (*model.parameters(), *values))
+
+
+def layer_flops(layer: nn.Linear | KronLinear) -> int:
+    """Multiplications and additions a token of a layer's product, without the bias.
+
+    An inner product of length n is n multiplications and n - 1 additions. A Kronecker layer counts the cheaper
+    contraction order; its S terms are summed within the second product.
+    """
+    if isinstance(layer, KronLinear):
+        (m1, n1), (m2, n2) = layer.shapes
+        b_first, a_first = order_cost(m1, n1, m2, n2, layer.terms)
+        inner_products = m1 * m2 + layer.terms * (n1 * m2 if b_first <= a_first else m1 * n2)
+        return 2 * min(b_first, a_first) - inner_products
+    return 2 * layer.weight.numel() - layer.out_features
+
+
+def linear_flops(model: nn.Module, tokens: int, config: KronConfig | None = None) -> int:
+    """Operations of the encoder's attention and feed-forward linear layers on ``tokens`` tokens, dense or factored.
+
+    ``config`` tells the layers' roles by its patterns (the default: those of BERT and its kin); embeddings, attention
+    scores, pooler and heads do not count. Raises ValueError where no module plays such a role.
+    """
+    config = config or preset("K8")
+    layers = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, KronLinear)) and config.role_of(name) in _LINEAR_ROLES
+    ]
+    if not layers:
+        raise ValueError("model: expected linear layers that match the config's patterns, got none")
+    return tokens * sum(map(layer_flops, layers))

@@ -1,0 +1,303 @@
+"""Replace a model's linear layers and word embedding by Kronecker-factored ones, in place."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from ..nn import (
+    KronDecoder,
+    KronEmbedding,
+    KronLinear,
+    Shape,
+    Shapes,
+    fit_embedding,
+    fit_linear,
+)
+from ..nn.int8 import to_int8_
+from .calibrate import Calibration
+from .conv1d import Conv1DLike, as_linear, is_conv1d, weight_shape
+from .counting import count_parameters
+from .presets import KronConfig, as_kron_config
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What became of one layer. Errors are relative, None where nothing was fitted; see ``nearest_kronecker``."""
+
+    name: str
+    role: str
+    a: Shape
+    b: Shape
+    terms: int
+    params_before: int
+    params_after: int
+    relative_error: float | None
+    weighted_error: float | None
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """The replaced layers and the parameters of the whole model before and after, dense parts included."""
+
+    config: KronConfig
+    layers: tuple[LayerReport, ...]
+    params_before: int
+    params_after: int
+
+    @property
+    def compression(self) -> float:
+        return self.params_before / self.params_after
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able dict."""
+        return {
+            "config": self.config.to_dict(),
+            "params_before": self.params_before,
+            "params_after": self.params_after,
+            "compression": self.compression,
+            "layers": [asdict(layer) for layer in self.layers],
+        }
+
+
+@dataclass(frozen=True)
+class Target:
+    """A dense layer to replace: its name in the model, its role, and the shapes and number of its factors."""
+
+    name: str
+    role: str
+    module: nn.Linear | Conv1DLike | nn.Embedding
+    shapes: Shapes
+    terms: int
+
+
+def kronify_(
+    model: nn.Module,
+    config: KronConfig | Mapping[str, Any] | str,
+    *,
+    calibration: Calibration | None = None,
+    token_counts: Tensor | None = None,
+    fit: bool = True,
+    weight_dtype: str | None = None,
+    progress: Progress | None = None,
+) -> ConversionReport:
+    """Replace the layers that ``config`` names by their nearest Kronecker products, in place.
+
+    Works on models whose module names match the config's patterns: BERT and its kin with any head, MPNet, and GPT-2,
+    whose Conv1D layers (weights of (in, out)) become what an nn.Linear of the transposed weight does. Poolers, heads,
+    LayerNorms, position and type embeddings stay as they are. An output layer tied to the word embedding becomes one
+    on the embedding's factors and stays tied. The conversion is recorded in the ``kron`` field of a transformers
+    configuration. The files of a model converted in place load into one given the same structure with ``fit=False``;
+    those of ``KronBertModel.from_dense`` and its kin load by themselves.
+
+    Args:
+        model: changed only once every layer has been fitted; after an error it is as it was.
+        config: a KronConfig, its dict, or a preset's name.
+        calibration: the second moments and means of the layers' inputs (see ``calibrate``). The fit then minimises
+            the error of each layer's output, its mean error taken up by the bias (see ``fit_linear``).
+        token_counts: (vocabulary,), how often the text has each token (``calibrate.count_tokens``): the fit of the word
+            embedding then weighs each row's error by it (see ``fit_embedding``).
+        fit: False leaves the new factors freshly drawn: the structure only, for a state dict to be loaded into.
+        weight_dtype: "int8" stores large factors as int8, as ``quantize_`` does after the conversion; None leaves that
+            to the config. The errors reported are those of the fit.
+        progress: called as ``progress(done, total, name)`` after each layer.
+
+    Raises:
+        ValueError: a role without modules, a module of a role that is not nn.Linear, Conv1D or nn.Embedding or
+            shares its weight, a shape that does not divide, a layer without calibration, a model converted before.
+    """
+    config = as_kron_config(config)
+    if weight_dtype is not None:
+        config = replace(config, weight_dtype=weight_dtype)
+    targets = plan_layers(model, config, calibration if fit else None, fit)
+    params_before = count_parameters(model)
+    replacements: list[nn.Module] = []
+    layers = []
+    for done, target in enumerate(targets, 1):
+        module, relative_error, weighted_error = (
+            _fitted(target, calibration, token_counts) if fit else (_fresh(target), None, None)
+        )
+        if config.weight_dtype is not None:
+            to_int8_(module)
+        replacements.append(module)
+        layers.append(
+            LayerReport(
+                target.name,
+                target.role,
+                *target.shapes,
+                target.terms,
+                count_parameters(target.module),
+                count_parameters(module),
+                relative_error,
+                weighted_error,
+            )
+        )
+        if progress is not None:
+            progress(done, len(targets), target.name)
+    for target, replacement in zip(targets, replacements, strict=True):
+        decoders = tied_decoders(model, target.module)
+        model.set_submodule(target.name, replacement)
+        if isinstance(replacement, KronEmbedding):
+            tie_decoders_(model, decoders, replacement)
+    model_config: Any = getattr(model, "config", None)
+    if isinstance(model_config, PreTrainedConfig):
+        model_config.kron = config.to_dict()
+    return ConversionReport(config, tuple(layers), params_before, count_parameters(model))
+
+
+def kronified_copy(
+    dense: nn.Module, config: KronConfig | Mapping[str, Any] | str, **options: Any
+) -> tuple[nn.Module, ConversionReport]:
+    """A converted copy of a model, and its report; ``options`` are those of ``kronify_``, and so are the errors.
+
+    The copy shares every parameter that is not converted; the original stays as it is.
+    """
+    shadow = copy.deepcopy(dense, {id(parameter): parameter for parameter in dense.parameters()})
+    return shadow, kronify_(shadow, config, **options)
+
+
+def tied_decoders(model: nn.Module, embedding: nn.Module) -> list[str]:
+    """Names of the linear layers whose weight is the embedding's."""
+    if not isinstance(embedding, nn.Embedding):
+        return []
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module.weight is embedding.weight
+    ]
+
+
+def tie_decoders_(model: nn.Module, decoders: list[str], embedding: KronEmbedding) -> None:
+    """Replace the named output layers by decoders on the embedding's factors, and tell transformers of the ties."""
+    factors: tuple[str, ...] = ()
+    for name in decoders:
+        dense: Any = model.get_submodule(name)
+        decoder = embedding.tied_decoder(dense.bias)
+        factors = decoder.factor_names()
+        model.set_submodule(name, decoder)
+    for prefix, module in model.named_modules():
+        tied = getattr(module, "_tied_weights_keys", None)
+        if not isinstance(tied, Mapping):
+            continue
+        # transformers reads these keys as regular expressions: without its end, "b" would match "bias" too.
+        module._tied_weights_keys = _factor_ties(tied, prefix, decoders, factors, end="$")
+        module.all_tied_weights_keys = _factor_ties(module.all_tied_weights_keys, prefix, decoders, factors, end="")
+
+
+def _factor_ties(
+    tied: Mapping[str, str], prefix: str, decoders: list[str], factors: tuple[str, ...], end: str
+) -> dict[str, str]:
+    """Ties of a decoder's weight, or of factors it had, to an embedding's become ties of these factors."""
+    ties = {}
+    for target, source in tied.items():
+        layer, _, tied_tensor = target.removesuffix("$").rpartition(".")
+        if tied_tensor in ("weight", "a", "b") and (f"{prefix}.{layer}" if prefix else layer) in decoders:
+            for factor in factors:
+                ties[f"{layer}.{factor}{end}"] = f"{source.rpartition('.')[0]}.{factor}"
+        else:
+            ties[target] = source
+    return ties
+
+
+def plan_layers(model: nn.Module, config: KronConfig, calibration: Calibration | None, fit: bool) -> list[Target]:
+    """Every layer to replace, in the order of the model, after all checks that need no fit."""
+    if any(isinstance(module, (KronLinear, KronEmbedding, KronDecoder)) for module in model.modules()):
+        raise ValueError("model: expected a dense model, got one that has Kronecker layers already")
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    targets = []
+    for name, role, module in named_roles(model, config):
+        target = _target(name, role, module, config)
+        shared = len(owners[id(target.module.weight)]) - 1 - len(tied_decoders(model, module))
+        if shared:
+            raise ValueError(f"model: {name} shares its weight: {', '.join(owners[id(target.module.weight)])}")
+        if fit:
+            _check_fit(target, calibration)
+        targets.append(target)
+    return targets
+
+
+def named_roles(model: nn.Module, config: KronConfig) -> Iterator[tuple[str, str, nn.Module]]:
+    """Name, role and module of all that ``config`` names and does not skip; at last ValueError for a role without."""
+    roles = set()
+    for name, module in model.named_modules():
+        role = config.role_of(name)
+        if role is None or role not in config.rules:
+            continue
+        roles.add(role)
+        if not config.skips(name):
+            yield name, role, module
+    for role in config.rules:
+        if role not in roles:
+            patterns = ", ".join(config.patterns[role])
+            raise ValueError(f"model: no module plays the role {role!r}; its patterns: {patterns}")
+
+
+def init_factored_(module: nn.Module, std: float) -> bool:
+    """Draw a KronLinear or KronEmbedding as transformers draws weights, biases zero; False for other modules."""
+    if not isinstance(module, (KronLinear, KronEmbedding)):
+        return False
+    module.reset_parameters(std)
+    if isinstance(module, KronLinear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+    return True
+
+
+def _target(name: str, role: str, module: nn.Module, config: KronConfig) -> Target:
+    if not isinstance(module, (nn.Linear, nn.Embedding)) and not is_conv1d(module):
+        got = type(module).__name__
+        raise ValueError(f"model: expected {name} ({role}) to be nn.Linear, Conv1D or nn.Embedding, got {got}")
+    if not module.weight.is_floating_point():
+        raise ValueError(f"model: expected {name} ({role}) to have a floating-point weight, got {module.weight.dtype}")
+    rule = config.rules[role]
+    rows, cols = weight_shape(module)
+    try:
+        (m1, n1), (m2, n2) = rule.resolve(rows, cols)
+        if isinstance(module, nn.Embedding) and m2 != 1:
+            raise ValueError(f"b: expected a row vector (1, k) for an embedding, got {m2}x{n2}")
+        if rule.terms > min(m1 * n1, m2 * n2):
+            raise ValueError(f"terms: expected at most min(m1*n1, m2*n2) = {min(m1 * n1, m2 * n2)}, got {rule.terms}")
+    except ValueError as error:
+        raise ValueError(f"{name} ({role}): {error}") from None
+    return Target(name, role, module, ((m1, n1), (m2, n2)), rule.terms)
+
+
+def _check_fit(target: Target, calibration: Calibration | None) -> None:
+    if not torch.isfinite(target.module.weight).all():
+        raise ValueError(f"model: expected finite weights, got NaN or inf in {target.name}")
+    if calibration is None or isinstance(target.module, nn.Embedding):
+        return
+    if target.name not in calibration:
+        raise ValueError(f"calibration: expected a moment for {target.name}, got none")
+
+
+def _fresh(target: Target) -> KronLinear | KronEmbedding:
+    module, (a_shape, b_shape) = target.module, target.shapes
+    factory: dict[str, Any] = {"device": module.weight.device, "dtype": module.weight.dtype}
+    if isinstance(module, nn.Embedding):
+        rows, dim, padding_idx = module.num_embeddings, module.embedding_dim, module.padding_idx
+        return KronEmbedding(rows, dim, b_shape[1], target.terms, padding_idx, **factory)
+    (rows, cols), bias = weight_shape(module), module.bias is not None
+    return KronLinear(cols, rows, (a_shape, b_shape), target.terms, bias, **factory)
+
+
+def _fitted(
+    target: Target, calibration: Calibration | None, token_counts: Tensor | None
+) -> tuple[KronLinear | KronEmbedding, float, float | None]:
+    module: KronLinear | KronEmbedding
+    if isinstance(target.module, nn.Embedding):
+        module, factors = fit_embedding(target.module, target.shapes[1][1], target.terms, token_counts)
+    else:
+        moment: Tensor | None = None if calibration is None else calibration[target.name]
+        mean: Tensor | None = None if calibration is None else calibration.input_mean[target.name]
+        module, factors = fit_linear(as_linear(target.module), target.shapes[0], target.terms, moment, mean)
+    return module, factors.relative_error, factors.weighted_error

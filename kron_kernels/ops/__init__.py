@@ -1,0 +1,19 @@
+"""Public functions: cast, check, choose the backend, and differentiate. One file an op, named as its schema's."""
+
+from .addmm import kron_addmm, kron_addmm_
+from .blocks import AddNorm, kron_embedding, kron_ffn, kron_matmul_norm, kron_qkv, pack_factors
+from .frozen_linear import frozen_linear_kron
+from .matmul import kron_matmul
+
+__all__ = [
+    "AddNorm",
+    "frozen_linear_kron",
+    "kron_addmm",
+    "kron_addmm_",
+    "kron_embedding",
+    "kron_ffn",
+    "kron_matmul",
+    "kron_matmul_norm",
+    "kron_qkv",
+    "pack_factors",
+]

@@ -1,0 +1,180 @@
+"""The ops of kron_kernels in operations that ONNX has, and the ONNX model made of them.
+
+Each product is a reshape and two MatMuls a term, in the order that takes fewer operations; no Kronecker product of
+factors is ever built.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..schemas import blocks, products, reference
+from ..schemas.product import stacks
+from .package import INFO_KEY, INPUTS, PackageInfo, require
+
+
+def product(
+    x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, activation: int = 0, packed: Tensor | None = None
+) -> Tensor:
+    """``kron_matmul`` as MatMuls. The larger factor stands on the right, where one GEMM takes the rows of all tokens.
+
+    Where that is A, the grid of a token is transposed on the way in and out, since ``Y^T = B X^T A^T``: as a MatMul of
+    A with every token's narrow matrix the same product was measured ten times slower in onnxruntime.
+    """
+    a, b = stacks(a, b)
+    (terms, m1, n1), (_, m2, n2) = a.shape, b.shape
+    grid = x.reshape(*x.shape[:-1], n1, n2)
+    right_first = not reference.a_first(a, b)
+    left, right = a, b
+    swapped = m1 * n1 > m2 * n2
+    if swapped:
+        grid, left, right, right_first = grid.transpose(-1, -2), b, a, not right_first
+
+    def term(index: int) -> Tensor:
+        tiny, large = left[index], right[index].transpose(0, 1)
+        return tiny @ (grid @ large) if right_first else (tiny @ grid) @ large
+
+    y = reduce(torch.add, map(term, range(terms)))
+    y = (y.transpose(-1, -2) if swapped else y).reshape(*x.shape[:-1], m1 * m2)
+    if bias is not None:
+        y = y + bias
+    name = products._ACTIVATION_NAMES[activation]
+    return y if name is None else reference.ACTIVATIONS[name](y)
+
+
+def _norm(y: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    return F.layer_norm(residual + y, weight.shape, weight, bias, eps)
+
+
+def _product_norm(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    packed: Tensor | None = None,
+) -> Tensor:
+    return _norm(product(x, a, b, bias), residual, norm_weight, norm_bias, eps)
+
+
+def _ffn(
+    x: Tensor,
+    a1: Tensor,
+    b1: Tensor,
+    bias1: Tensor | None,
+    a2: Tensor,
+    b2: Tensor,
+    bias2: Tensor | None,
+    activation: int,
+    residual: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    packed1: Tensor | None = None,
+    packed2: Tensor | None = None,
+) -> Tensor:
+    y = product(product(x, a1, b1, bias1, activation), a2, b2, bias2)
+    return y if residual is None or norm_weight is None else _norm(y, residual, norm_weight, norm_bias, eps)
+
+
+def _qkv(
+    x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], bias: Sequence[Tensor], packed: Sequence[Tensor]
+) -> list[Tensor]:
+    biases: Sequence[Tensor | None] = bias or [None] * len(a)
+    return [product(x, left, right, one) for left, right, one in zip(a, b, biases, strict=True)]
+
+
+def _embedding(
+    ids: Tensor,
+    a: Tensor,
+    b: Tensor,
+    position_ids: Tensor | None,
+    position_weight: Tensor | None,
+    type_ids: Tensor | None,
+    type_weight: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    # (..., p, 1) * (1, k) -> (..., p * k)
+    rows = (F.embedding(ids, a[index]).unsqueeze(-1) * b[index] for index in range(a.shape[0]))
+    y = reduce(torch.add, rows).flatten(-2)
+    if type_ids is not None and type_weight is not None:
+        y = y + F.embedding(type_ids, type_weight)
+    if position_ids is not None and position_weight is not None:
+        y = y + F.embedding(position_ids, position_weight)
+    return y if norm_weight is None else F.layer_norm(y, norm_weight.shape, norm_weight, norm_bias, eps)
+
+
+FORMS: dict[Any, Any] = {
+    products.kron_matmul: product,
+    blocks.kron_matmul_norm: _product_norm,
+    blocks.kron_ffn: _ffn,
+    blocks.kron_qkv: _qkv,
+    blocks.kron_embedding: _embedding,
+}
+
+
+def write_onnx(program: torch.export.ExportedProgram, info: PackageInfo, path: Path) -> dict[str, int]:
+    """Write the program as one ONNX file; returns how many nodes of each kind it has.
+
+    Raises RuntimeError where a package that the exporter needs is missing.
+    """
+    require("onnx", "the format onnx")
+    optimizer = require("onnxscript.optimizer", "the format onnx")
+    axes = {0: "batch", 1: "sequence"}
+    with _quiet_exporter():
+        onnx_program = torch.onnx.export(
+            program.run_decompositions(FORMS),
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+            output_names=list(info.outputs),
+            dynamic_shapes=dict.fromkeys(INPUTS, axes),
+        )
+    assert onnx_program is not None
+    model = onnx_program.model
+
+    def may_fold(node: Any) -> bool | None:
+        # A table over the vocabulary, which the embedding reads as it is and a decoder transposed, would be stored
+        # twice; onnxruntime transposes it when it loads the model.
+        shapes = [value.shape for value in node.inputs if value is not None and value.shape is not None]
+        return False if any(info.vocabulary in shape for shape in shapes) else None
+
+    # Factors of any size are brought into the form that MatMul takes.
+    optimizer.optimize_ir(model, input_size_limit=2**40, output_size_limit=2**40, should_fold=may_fold)
+    # The exporter notes where each value came from, with paths of this machine, in more bytes than a small model has.
+    results: list[Any] = [item for node in model.graph for item in (node, *node.outputs)]
+    for item in (model.graph, *results, *model.graph.inputs, *model.graph.initializers.values()):
+        item.metadata_props.clear()
+    model.metadata_props[INFO_KEY] = info.to_json()
+    onnx_program.save(path)
+    return dict(Counter(node.op_type for node in model.graph).most_common())
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Without its deprecation warnings and its notes on packages that are not there."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,62 @@
+"""The command ``kron-kernels export``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kron_kernels.cli import main
+from kron_kernels.runtime import load_package
+from tests.runtime.serving_models import save_dense, save_kron
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_kron(tmp_path_factory.mktemp("kron") / "model")
+
+
+def test_prints_sizes_errors_and_ops(folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    out, dense = tmp_path / "model.pt2", save_dense(tmp_path / "dense")
+    assert main(["export", str(folder), str(out), "--format", "export", "--dense", str(dense)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = {words[0]: words[-1] for words in map(str.split, lines) if words}
+    assert rows["package"] == f"{out.stat().st_size:,}"
+    assert rows["model"] == f"{(folder / 'model.safetensors').stat().st_size:,}"
+    assert rows["dense"] == f"{(dense / 'model.safetensors').stat().st_size:,}"
+    assert rows["last_hidden_state"] == "1e-04"
+    assert any(name.startswith("kron_") for name in rows)
+    assert lines[-1] == f"KronBertModel as export, fp32, in {out}"
+
+
+def test_json_and_force(folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "model.pt2"
+    out.write_text("old")
+    arguments = ["export", str(folder), str(out), "--format", "export", "--dtype", "bf16", "--json"]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error == f"kron-kernels export: error: out: {out} exists; remove it, or ask to overwrite it\n"
+    assert out.read_text() == "old"
+    assert main([*arguments, "--force"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["package_bytes"] == out.stat().st_size
+    assert (report["format"], report["dtype"], report["dense_bytes"]) == ("export", "bf16", None)
+    assert report["errors"].keys() == {"last_hidden_state", "pooler_output"}
+    assert max(report["errors"].values()) <= report["tolerance"]
+    assert load_package(out).info.dtype == "bf16"
+
+
+def test_wrong_requests_are_one_line(folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert main(["export", str(tmp_path), str(tmp_path / "a.pt2"), "--format", "aoti"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("kron-kernels export: error: model: expected a model folder, with config.json and weights")
+    assert error.count("\n") == 1
+    assert main(["export", str(folder), str(tmp_path / "a.pt2"), "--format", "onnx"]) == 2
+    assert "out: expected a name ending in .onnx for the format onnx" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as exit_:
+        main(["export", str(folder), str(tmp_path / "a.pt2"), "--format", "tflite"])
+    assert exit_.value.code == 2
+    assert "--format" in capsys.readouterr().err

@@ -1,0 +1,151 @@
+"""Configurations: the paper's shapes at every model size, roles by name, and errors for what cannot be."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from kron_kernels.convert.presets import KronConfig, ShapeRule, as_kron_config, preset
+
+WEIGHTS = {"attention": (768, 768), "ffn_in": (3072, 768), "ffn_out": (768, 3072), "embedding": (30522, 768)}
+
+# Tahaei et al., NAACL 2022, table 1, and our own K19
+SHAPES = {
+    "K8": {
+        "attention": ((384, 384), (2, 2)),
+        "ffn_in": ((8, 2), (384, 384)),
+        "ffn_out": ((2, 8), (384, 384)),
+        "embedding": ((30522, 96), (1, 8)),
+    },
+    "K19": {
+        "attention": ((384, 48), (2, 16)),
+        "ffn_in": ((16, 2), (192, 384)),
+        "ffn_out": ((2, 16), (384, 192)),
+        "embedding": ((30522, 64), (1, 12)),
+    },
+    "K21": {
+        "attention": ((384, 48), (2, 16)),
+        "ffn_in": ((16, 2), (192, 384)),
+        "ffn_out": ((2, 16), (384, 192)),
+        "embedding": ((30522, 48), (1, 16)),
+    },
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_presets_have_their_shapes_on_bert_base(name):
+    config = preset(name, 768, 3072)
+    assert config.name == name
+    assert {role: rule.resolve(*WEIGHTS[role]) for role, rule in config.rules.items()} == SHAPES[name]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_presets_fit_smaller_models(name):
+    rules = preset(name, 384, 1536).rules
+    assert rules["attention"].resolve(384, 384)[1] == SHAPES[name]["attention"][1]
+    assert rules["ffn_in"].resolve(1536, 384)[0] == SHAPES[name]["ffn_in"][0]
+
+
+def test_a_size_that_does_not_divide_is_named():
+    with pytest.raises(
+        ValueError,
+        match=r"preset K21 does not fit hidden_size=200, intermediate_size=800: attention: "
+        r"b: a factor of 2x16 does not divide a weight of 200x200",
+    ):
+        preset("K21", 200, 800)
+
+
+def test_unknown_preset_lists_the_known_ones():
+    with pytest.raises(
+        ValueError, match="preset: expected one of K8, K19, K21, KnGPT2, TQCompressor, TQCompressor-QKV, got 'K9'"
+    ):
+        preset("K9", 768, 3072)
+
+
+def test_json_round_trip():
+    config = KronConfig(
+        {"attention": ShapeRule(a=(4, 2), terms=3), "mixer": ShapeRule(b=(2, 2))},
+        name="mine",
+        patterns={"attention": (r"q$",), "mixer": (r"mix$",)},
+        skip=(r"layer\.0\.",),
+    )
+    assert KronConfig.from_json(config.to_json()) == config
+    assert json.loads(config.to_json())["version"] == 1
+    assert as_kron_config(config) is config
+    assert as_kron_config(config.to_dict()) == config
+    assert as_kron_config("K8") == preset("K8")
+
+
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [
+        ("bert.encoder.layer.11.attention.self.query", "attention"),
+        ("encoder.layer.0.attention.self.value", "attention"),
+        ("encoder.layer.0.attention.output.dense", "attention"),
+        ("encoder.layer.0.crossattention.self.key", "attention"),
+        ("mpnet.encoder.layer.3.attention.attn.o", "attention"),
+        ("encoder.layer.0.intermediate.dense", "ffn_in"),
+        ("encoder.layer.0.output.dense", "ffn_out"),
+        ("embeddings.word_embeddings", "embedding"),
+        ("embeddings.position_embeddings", None),
+        ("pooler.dense", None),
+        ("cls.predictions.transform.dense", None),
+        ("cls.predictions.decoder", None),
+        ("encoder.layer.0.output.LayerNorm", None),
+        ("encoder.layer.0.attention.output", None),
+        ("qa_outputs", None),
+    ],
+)
+def test_roles_of_module_names(name, role):
+    assert preset("K8").role_of(name) == role
+
+
+def test_a_module_of_two_roles_is_an_error():
+    config = KronConfig({"attention": ShapeRule(a=(1, 1))}, patterns={"attention": ("q",), "other": ("q$",)})
+    with pytest.raises(ValueError, match=r"patterns: layer.q matches several roles: attention, other"):
+        config.role_of("layer.q")
+
+
+def changed(**changes):
+    return {**preset("K8").to_dict(), **changes}
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        (changed(version=3), "version: expected 1 or 2, got 3"),
+        ({"rules": {}}, "version: expected 1 or 2, got None"),
+        (changed(size=3), "config: unknown keys size; expected name, patterns, rules, skip, version"),
+        (changed(rules={"attention": {"c": [2, 2]}}), r"rules\['attention'\]: unknown keys c; expected a, b, terms"),
+        (changed(rules={"attention": [2, 2]}), r"rules\['attention'\]: expected a mapping, got \[2, 2\]"),
+        (changed(rules=[]), r"rules: expected a mapping from role to rule, got \[\]"),
+        (changed(rules={}), "rules: expected at least one role, got none"),
+        (changed(rules={"mixer": {"a": [2, 2]}}), "rules: role 'mixer' has no patterns; known roles: attention"),
+        (changed(weight_dtype="int8"), "config: unknown keys weight_dtype"),
+        (changed(version=2, weight_dtype="int4"), "weight_dtype: expected None or 'int8', got 'int4'"),
+        (changed(skip=["("]), r"patterns: '\(' is not a regular expression"),
+        (changed(rules={"attention": {"a": [2, 0]}}), r"a: expected two positive integers, got \[2, 0\]"),
+        (changed(rules={"attention": {"a": [2, 2], "terms": 0}}), "terms: expected an integer of at least 1, got 0"),
+        (changed(rules={"attention": {}}), "rule: expected exactly one of a and b, got a=None, b=None"),
+    ],
+)
+def test_bad_configurations(data, match):
+    with pytest.raises(ValueError, match=match):
+        KronConfig.from_dict(data)
+
+
+def test_another_type_is_refused():
+    with pytest.raises(TypeError, match="config: expected a KronConfig, its dict or a preset's name, got int"):
+        as_kron_config(8)
+
+
+def test_weight_dtype_is_written_in_version_2_only():
+    plain = preset("K8")
+    assert plain.to_dict()["version"] == 1
+    assert "weight_dtype" not in plain.to_dict()
+    int8 = replace(plain, weight_dtype="int8")
+    assert int8.to_dict() == {**plain.to_dict(), "version": 2, "weight_dtype": "int8"}
+    assert KronConfig.from_json(int8.to_json()) == int8
+    assert KronConfig.from_dict({**plain.to_dict(), "version": 2}) == plain

@@ -1,0 +1,334 @@
+"""KronA adapters: the products by their definition; only they are trained, saved and loaded; they leave no trace."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
+
+from kron_kernels.convert.presets import KronConfig, ShapeRule
+from kron_kernels.integrations.krona import (
+    KronA,
+    KronABlock,
+    KronAdapter,
+    add_krona_,
+    freeze_but_krona_,
+    load_krona_,
+    remove_krona_,
+    save_krona,
+)
+from kron_kernels.schemas import reference
+from tests.cases import assert_accurate
+
+# (m1, n1), (m2, n2), terms: a layer of 24 -> 36
+FORMS = {"balanced": (((6, 4), (6, 6)), 1), "three-terms": (((9, 12), (4, 2)), 3), "tiny-a": (((2, 2), (18, 12)), 1)}
+CONFIG = KronConfig(
+    {"in": ShapeRule(b=(4, 2)), "out": ShapeRule(a=(2, 4), terms=2)}, patterns={"in": (r"\d\.0$",), "out": (r"\d\.2$",)}
+)
+
+
+def make_model() -> nn.Module:
+    """Two feed-forward blocks of width 8 and a head."""
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)) for _ in range(2)]
+    return nn.ModuleDict({"blocks": nn.Sequential(*blocks), "head": nn.Linear(8, 3)})
+
+
+def output(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return model["head"](model["blocks"](x))
+
+
+def draw(model: nn.Module, std: float = 0.5) -> None:
+    """Factors as after training: none is zero."""
+    for module in model.modules():
+        if isinstance(module, KronAdapter):
+            for tensor in module.own_tensors().values():
+                nn.init.normal_(tensor, std=std)
+
+
+def run(function, x, layer, grad):
+    """Output and the gradients of x and of the adapter's tensors."""
+    x = x.clone().requires_grad_()
+    y = function(x, layer)
+    return (y, *torch.autograd.grad(y, (x, *layer.own_tensors().values()), grad))
+
+
+def by_definition(x, layer):
+    """Frozen layer and product, one after the other, in the dtype of x."""
+    y = layer.base(x) + layer.scale * reference.kron_matmul(x, layer.a, layer.b)
+    residual = getattr(layer, "residual_scale", None)
+    return y if residual is None else y + residual * x
+
+
+def through_the_weight(x, layer):
+    """The oracle: the product built, in fp64."""
+    y = layer.base(x) + layer.scale * F.linear(x, reference.kron_weight(layer.a, layer.b))
+    residual = getattr(layer, "residual_scale", None)
+    return y if residual is None else y + residual * x
+
+
+def assert_by_definition(layer: KronAdapter, dtype: torch.dtype, width: int, out: int) -> None:
+    draw(layer)
+    layer = layer.to(dtype).requires_grad_(True)
+    x, grad = torch.randn(5, 7, width).to(dtype), torch.randn(5, 7, out).to(dtype)
+    actual = run(lambda x, layer: layer(x), x, layer, grad)
+    own = run(by_definition, x, layer, grad)
+    oracle = run(through_the_weight, x.double(), copy.deepcopy(layer).double(), grad.double())
+    for what, *tensors in zip(("y", "dx", *layer.own_tensors()), actual, own, oracle, strict=True):
+        assert_accurate(*tensors, what)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("form", FORMS)
+def test_krona_is_the_layer_and_its_product(form, dtype):
+    assert_by_definition(KronA(nn.Linear(24, 36), *FORMS[form], scale=1.7), dtype, 24, 36)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_block_and_its_product_and_a_share_of_its_input(residual, dtype):
+    block = nn.Sequential(nn.Linear(12, 20), nn.GELU(), nn.Linear(20, 12))
+    assert_by_definition(KronABlock(block, ((4, 3), (3, 4)), 2, 0.6, residual), dtype, 12, 12)
+
+
+def test_a_block_gets_what_else_is_passed_and_keeps_what_it_gives():
+    class Doubled(nn.Module):
+        def forward(self, x, times, *, shift):
+            return torch.exp(x) * times + shift  # backward needs exp's result
+
+    layer = KronABlock(Doubled(), ((2, 2), (2, 2)))
+    draw(layer)
+    x = torch.randn(3, 4, requires_grad=True)
+    y = layer(x, 2.0, shift=1.0)
+    torch.testing.assert_close(y, x.exp() * 2 + 1 + F.linear(x, torch.kron(layer.a[0], layer.b[0])))
+    y.sum().backward()
+
+    identity = KronABlock(nn.Identity(), ((2, 2), (2, 2)))
+    draw(identity)
+    before = x.detach().clone()
+    identity(x.detach())
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_product_is_added_in_the_layers_own_output_where_no_hook_keeps_it(trained, monkeypatch):
+    layer, x = KronA(nn.Linear(24, 36), *FORMS["balanced"]), torch.randn(5, 24)
+    draw(layer)
+    layer.base.requires_grad_(trained)
+    made = []
+
+    def linear(*args):
+        made.append(torch._C._nn.linear(*args))
+        return made[-1]
+
+    monkeypatch.setattr(F, "linear", linear)
+    y = layer(x)
+    assert y.data_ptr() == made[0].data_ptr()
+    layer.base.register_forward_hook(lambda module, args, kept: made.append(kept))
+    torch.testing.assert_close(layer(x), y)
+    torch.testing.assert_close(made[-1], torch._C._nn.linear(x, layer.base.weight, layer.base.bias))
+
+
+def test_adapters_start_as_nothing_and_are_all_that_is_trained():
+    model, x = make_model(), torch.randn(6, 8)
+    wanted, dense = output(model, x), copy.deepcopy(model.state_dict())
+    names = add_krona_(model, CONFIG, scale=3.0)
+    assert names == ["blocks.0.0", "blocks.0.2", "blocks.1.0", "blocks.1.2"]
+    assert torch.equal(output(model, x), wanted)
+    layer = model.get_submodule("blocks.1.2")
+    assert (tuple(layer.a.shape), tuple(layer.b.shape), layer.scale) == ((2, 2, 4), (2, 4, 4), 3.0)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {f"{name}.{factor}" for name in names for factor in "ab"}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):  # the first step moves B alone: A has no gradient where B is zero
+        output(model, x).square().sum().backward()
+        optimizer.step()
+    assert not torch.allclose(output(model, x), wanted, atol=1e-3)
+    remove_krona_(model, merge=False)
+    assert all(torch.equal(tensor, dense[name]) for name, tensor in model.state_dict().items())
+
+
+def test_adapters_take_dtype_device_and_mode_of_the_layer():
+    layer = KronA(nn.Linear(24, 36, dtype=torch.bfloat16, device="meta").eval(), *FORMS["balanced"])
+    assert layer.a.dtype is layer.b.dtype is torch.bfloat16
+    assert layer.a.is_meta
+    assert not layer.training
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_merged_and_unmerged_compute_the_same(dtype, tolerance):
+    layer = KronA(nn.Linear(24, 36), *FORMS["three-terms"], scale=0.4).to(dtype).requires_grad_(False)
+    draw(layer)
+    x, weight = torch.randn(5, 24, dtype=dtype), layer.base.weight.clone()
+    wanted = layer(x)
+    layer.merge()
+    layer.merge()
+    built = weight.double() + 0.4 * reference.kron_weight(layer.a.double(), layer.b.double())
+    assert_accurate(layer.base.weight, built.to(dtype), built)
+    # In bfloat16 rounded once: the product itself is made in float32.
+    assert dtype is torch.float32 or (layer.base.weight == built.to(dtype)).double().mean() > 0.9
+    torch.testing.assert_close(layer(x), wanted, rtol=tolerance, atol=tolerance)
+    layer.unmerge()
+    layer.unmerge()
+    torch.testing.assert_close(layer.base.weight, weight, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(layer(x), wanted, rtol=tolerance, atol=tolerance)
+
+
+def test_removed_adapters_are_merged_into_plain_layers():
+    model, x = make_model(), torch.randn(6, 8)
+    names = list(model.state_dict())
+    add_krona_(model, CONFIG)
+    draw(model)
+    model.get_submodule("blocks.0.0").merge()
+    wanted = output(model, x)
+    remove_krona_(model)
+    assert list(model.state_dict()) == names
+    assert not any(isinstance(module, KronAdapter) for module in model.modules())
+    torch.testing.assert_close(output(model, x), wanted, rtol=1e-5, atol=1e-5)
+
+
+def nested(model: nn.Module) -> nn.Module:
+    """Adapters on linear layers, one of them inside a block that has its own."""
+    add_krona_(model, CONFIG, scale=2.0)
+    model["blocks"][1] = KronABlock(model["blocks"][1], ((2, 4), (4, 2)), scale=0.5, residual=True)
+    freeze_but_krona_(model)
+    draw(model)
+    return model
+
+
+def test_the_file_has_the_adapters_alone_and_makes_them_anew(tmp_path):
+    model, x = nested(make_model()), torch.randn(6, 8)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert "blocks.1.residual_scale" in trained
+    save_krona(model, tmp_path / "adapters.safetensors")
+    saved = load_file(tmp_path / "adapters.safetensors")
+    assert set(saved) == trained
+    loaded = make_model()
+    names = load_krona_(loaded, tmp_path / "adapters.safetensors")
+    assert "blocks.1.base.2" in names
+    assert {name for name, parameter in loaded.named_parameters() if parameter.requires_grad} == trained
+    assert torch.equal(output(loaded, x), output(model, x))
+    # Into adapters that are there already, the file goes as any state dict does.
+    draw(loaded)
+    assert not loaded.load_state_dict(saved, strict=False).unexpected_keys
+    assert torch.equal(output(loaded, x), output(model, x))
+    remove_krona_(loaded, merge=False)
+    assert torch.equal(output(loaded, x), output(make_model(), x))
+
+
+def test_autocast_computes_in_its_dtype():
+    layer = KronA(nn.Linear(24, 36), *FORMS["balanced"])
+    draw(layer)
+    x = torch.randn(5, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype is torch.bfloat16
+    torch.testing.assert_close(y.float(), layer(x), rtol=0.05, atol=0.05)
+    y.float().sum().backward()
+    assert layer.a.grad.dtype is torch.float32
+
+
+SHAPES = ((6, 4), (6, 6))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "match"),
+    [
+        (lambda: KronA(nn.Conv1d(2, 2, 1), SHAPES), TypeError, "base: expected an nn.Linear, got Conv1d"),
+        (
+            lambda: KronA(nn.Linear(24, 35), SHAPES),
+            ValueError,
+            r"shapes: expected a product of shape .* = \(35, 24\), got 6x4 \(x\) 6x6 of shape \(36, 24\)",
+        ),
+        (lambda: KronA(nn.Linear(24, 36), SHAPES, 0), ValueError, "terms: expected an integer of at least 1, got 0"),
+        (
+            lambda: KronA(nn.Linear(24, 36), SHAPES, scale=float("nan")),
+            ValueError,
+            "scale: expected a finite number, got nan",
+        ),
+        (
+            lambda: KronABlock(nn.Linear(24, 36), SHAPES, residual=True),
+            ValueError,
+            "residual: expected False, or as many outputs as inputs, got shapes with 36 and 24",
+        ),
+        (
+            lambda: KronABlock(nn.LSTM(24, 24), ((6, 6), (4, 4)))(torch.zeros(2, 24)),
+            TypeError,
+            "base: expected a block that gives a Tensor, got tuple",
+        ),
+        (lambda: save_krona(make_model(), "x"), ValueError, "model: expected KronA adapters, got none"),
+        (
+            lambda: remove_krona_(nested(make_model())),
+            ValueError,
+            "merge: expected False, got True for blocks.1: KronABlock cannot be merged",
+        ),
+    ],
+)
+def test_bad_input_is_named(make, error, match):
+    with pytest.raises(error, match=match):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("config", "match"),
+    [
+        (KronConfig({"no": ShapeRule(b=(2, 2))}, patterns={"no": ("none",)}), "no module plays the role 'no'.*none"),
+        (
+            KronConfig({"all": ShapeRule(b=(2, 2))}, patterns={"all": (r"\.1$",)}),
+            r"model: expected blocks.0.1 \(all\) to be nn.Linear, got GELU",
+        ),
+        (
+            KronConfig({"all": ShapeRule(b=(2, 2))}, patterns={"all": (r"\.0\.0$", "head")}),
+            r"head \(all\): b: a factor of 2x2 does not divide a weight of 3x8",
+        ),
+        ("K9", "preset: expected one of K8"),
+    ],
+)
+def test_errors_leave_the_model_as_it_was(config, match):
+    model = make_model()
+    with pytest.raises(ValueError, match=match):
+        add_krona_(model, config)
+    assert_bare(model)
+
+
+def assert_bare(model: nn.Module) -> None:
+    assert list(model.state_dict()) == list(make_model().state_dict())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_skipped_layers_get_no_adapter():
+    model = make_model()
+    rules = {"in": ShapeRule(b=(4, 2))}
+    assert add_krona_(model, KronConfig(rules, patterns=CONFIG.patterns, skip=(r"blocks\.0",))) == ["blocks.1.0"]
+
+
+def test_adapters_are_put_on_once(tmp_path):
+    model = nested(make_model())
+    save_krona(model, tmp_path / "file")
+    for again in (lambda: add_krona_(model, CONFIG), lambda: load_krona_(model, tmp_path / "file")):
+        with pytest.raises(ValueError, match=r"model: expected one without KronA adapters, got one at blocks.0.0"):
+            again()
+
+
+def test_a_file_that_does_not_fit_leaves_the_model_as_it_was(tmp_path):
+    path = tmp_path / "file"
+    save_krona(nested(make_model()), path)
+    missing, other = make_model(), make_model()
+    missing["blocks"] = missing["blocks"][:1]
+    other["blocks"][1][2] = nn.Linear(16, 4)
+    names = list(missing.state_dict()), list(other.state_dict())
+    with pytest.raises(ValueError, match=r"model: expected a module blocks.1, got none"):
+        load_krona_(missing, path)
+    with pytest.raises(ValueError, match=r"blocks.1.base.2: shapes: expected .* \(4, 16\), got"):
+        load_krona_(other, path)
+    assert (list(missing.state_dict()), list(other.state_dict())) == names
+    assert all(parameter.requires_grad for parameter in (*missing.parameters(), *other.parameters()))
+    save_file({"x": torch.zeros(1)}, path)
+    model = make_model()
+    with pytest.raises(ValueError, match=r"path: expected a file of save_krona, format '1', got None in .*file"):
+        load_krona_(model, path)
+    assert_bare(model)

@@ -1,0 +1,462 @@
+"""BERT through the fused ops: the same values, gradients, files and recorded outputs as through the modules."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertForMaskedLM, BertModel
+from transformers.activations import ACT2FN
+
+from kron_kernels.convert.kronify import kronify_
+from kron_kernels.convert.presets import KronConfig, ShapeRule
+from kron_kernels.models import (
+    KronBertConfig,
+    KronBertForMaskedLM,
+    KronBertForPreTraining,
+    KronBertForQuestionAnswering,
+    KronBertForSequenceClassification,
+    KronBertModel,
+    bert_layers,
+    fuse_,
+)
+from kron_kernels.nn import KronLinear
+from kron_kernels.schemas import reference
+from kron_kernels.schemas.products import HUGGING_FACE_ACTIVATIONS
+from tests.cases import assert_accurate
+
+SIZES = {
+    "vocab_size": 50,
+    "hidden_size": 48,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 20,
+    "initializer_range": 0.2,
+}
+TERMS = KronConfig(
+    {
+        "attention": ShapeRule(b=(2, 2), terms=3),
+        "ffn_in": ShapeRule(a=(4, 2), terms=2),
+        "ffn_out": ShapeRule(a=(2, 8), terms=2),  # does not chain with the first half: 4x48 grids against 8x24
+        "embedding": ShapeRule(b=(1, 4), terms=2),
+    }
+)
+KRON = {"K8": "K8", "K21": "K21", "terms": TERMS}
+HEADS = (
+    KronBertModel,
+    KronBertForMaskedLM,
+    KronBertForPreTraining,
+    KronBertForSequenceClassification,
+    KronBertForQuestionAnswering,
+)
+IDS = torch.tensor([[5, 9, 2, 30, 7, 11], [8, 3, 40, 1, 0, 0], [4, 0, 0, 0, 0, 0]])
+INPUTS = {"input_ids": IDS, "attention_mask": (IDS != 0).long(), "token_type_ids": (IDS > 8).long()}
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+FUSED_OPS = ("kron_embedding", "kron_qkv", "kron_matmul_norm", "kron_ffn")
+
+
+def make(kron="K8", cls: type = KronBertModel, **options) -> nn.Module:
+    """A model whose biases and norms say something too, computed on the whole batch, padding included."""
+    kron = KRON[kron] if isinstance(kron, str) else kron
+    model = cls(KronBertConfig(kron=kron, **{**SIZES, "padding_free": False, **options})).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.1)
+            elif name.endswith("LayerNorm.weight"):
+                parameter.uniform_(0.5, 1.5)
+    return model
+
+
+def unfused(model: nn.Module) -> nn.Module:
+    """A copy that computes by transformers' own code on the Kronecker modules."""
+    plain = {fused: theirs for theirs, fused in bert_layers._FUSED.items()}
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        module.__class__ = plain.get(type(module), type(module))
+        module._forward_pre_hooks.clear()
+    return model
+
+
+def run(model: nn.Module, inputs=INPUTS, **options) -> list[torch.Tensor]:
+    """Every tensor of the outputs."""
+    with torch.no_grad():
+        result = model(**inputs, **options)
+    values = (value if isinstance(value, tuple) else (value,) for value in result.values())
+    return [tensor for value in values for tensor in value if isinstance(tensor, torch.Tensor)]
+
+
+def assert_same(model: nn.Module, inputs=INPUTS, **options) -> None:
+    """The error rule for every output, over transformers' own path in float64."""
+    plain = unfused(model)
+    actual, same = run(model, inputs, **options), run(plain, inputs, **options)
+    oracle = run(plain.double(), inputs, **options)
+    assert len(actual) == len(oracle) > 0
+    for values in zip(actual, same, oracle, strict=True):
+        assert_accurate(*values)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each fused function was called, and a Kronecker layer by itself."""
+    counts: Counter[str] = Counter()
+
+    def count(owner, name: str) -> None:
+        function = getattr(owner, name)
+
+        def counting(*args, **kwargs):
+            counts[name] += 1
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, counting)
+
+    for name in FUSED_OPS:
+        count(bert_layers, name)
+    count(KronLinear, "forward")
+    return counts
+
+
+ALL_FUSED = {"kron_embedding": 1, "kron_qkv": 2, "kron_matmul_norm": 2, "kron_ffn": 2}
+
+
+@pytest.mark.parametrize("kron", KRON)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_fused_computes_what_the_modules_do(kron, dtype, calls):
+    model = make(kron).to(dtype)
+    run(model)
+    assert calls == ALL_FUSED
+    assert_same(model)
+
+
+@pytest.mark.parametrize("cls", HEADS)
+@pytest.mark.parametrize("kron", ["K8", "K21"])
+def test_every_head_is_fused(cls, kron, calls):
+    model = make(kron, cls)
+    run(model)
+    assert calls == ALL_FUSED
+    assert_same(model)
+
+
+def test_intermediate_outputs_are_recorded():
+    model = make()
+    model.set_attn_implementation("eager")
+    assert_same(model, output_hidden_states=True, output_attentions=True)
+    result = model(**INPUTS, output_hidden_states=True, output_attentions=True)
+    assert [tuple(states.shape) for states in result.hidden_states] == [(3, 6, 48)] * 3
+    assert [tuple(weights.shape) for weights in result.attentions] == [(3, 4, 6, 6)] * 2
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        {"input_ids": IDS},
+        {"input_ids": IDS, "position_ids": torch.arange(6).flip(0)[None]},
+        {"input_ids": IDS, "position_ids": torch.arange(6).expand(3, 6), "attention_mask": torch.ones_like(IDS)},
+        {"input_ids": IDS, "attention_mask": torch.ones(3, 1, 6, 6).tril()},
+        {"inputs_embeds": torch.linspace(-1, 1, 3 * 6 * 48).view(3, 6, 48)},
+        {"input_ids": IDS[:1, :1]},
+    ],
+    ids=["ids", "positions", "whole", "square-mask", "embeddings", "one-token"],
+)
+def test_inputs_of_every_kind(inputs, attention):
+    model = make()
+    model.set_attn_implementation(attention)
+    if "attention_mask" in inputs and inputs["attention_mask"].dim() == 4:
+        inputs = {**inputs, "attention_mask": inputs["attention_mask"].bool() if attention == "sdpa" else None}
+    assert_same(model, inputs)
+
+
+def gradients(model: nn.Module, **options) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    result = model(**INPUTS, **options)
+    (result.last_hidden_state * INPUTS["attention_mask"].unsqueeze(-1)).square().mean().backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize("kron", KRON)
+def test_gradients_are_equal(kron, calls):
+    model = make(kron, **NO_DROPOUT).train()
+    plain = unfused(model)
+    actual = gradients(model)
+    assert calls["kron_ffn"] == calls["kron_qkv"] == calls["kron_matmul_norm"] == 2
+    same, oracle = gradients(plain), gradients(plain.double())
+    assert actual.keys() == oracle.keys()
+    for name, gradient in actual.items():
+        assert_accurate(gradient, same[name], oracle[name], name)
+
+
+def test_the_padding_row_gets_no_gradient():
+    model = make(**NO_DROPOUT).train()
+    model(IDS).last_hidden_state.square().sum().backward()
+    gradient = model.embeddings.word_embeddings.a.grad[0]
+    assert gradient[IDS[0]].any()
+    assert not gradient[0].any()
+
+
+def test_an_active_dropout_is_drawn_as_transformers_draws_it(calls):
+    model = make(hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.2).train()
+    plain = unfused(model)
+    results = []
+    for each in (model, plain):
+        torch.manual_seed(3)
+        results.append(each(**INPUTS).last_hidden_state)
+    assert calls["kron_ffn"] == 2
+    assert calls["kron_matmul_norm"] == 0
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(results[0], model.eval()(**INPUTS).last_hidden_state)
+
+
+def test_gradient_checkpointing_recomputes_the_fused_layers(calls):
+    model = make(**NO_DROPOUT).train()
+    expected = gradients(model)
+    calls.clear()
+    model.gradient_checkpointing_enable()
+    torch.testing.assert_close(gradients(model), expected)
+    assert calls["kron_ffn"] == 4
+
+
+def test_feed_forward_in_chunks(calls):
+    model = make(chunk_size_feed_forward=2)
+    run(model)
+    assert calls["kron_ffn"] == 2 * 3
+    assert_same(model)
+
+
+@pytest.mark.parametrize("name", HUGGING_FACE_ACTIVATIONS)
+def test_activations_map_to_the_same_function(name):
+    x = torch.linspace(-9, 9, 1001, dtype=torch.float64)
+    ours = reference.ACTIVATIONS[HUGGING_FACE_ACTIVATIONS[name]](x)
+    torch.testing.assert_close(ours, ACT2FN[name](x), rtol=1e-12, atol=1e-14)
+    assert_same(make(hidden_act=name))
+
+
+@pytest.mark.parametrize("name", ["quick_gelu", "gelu_fast", "tanh"])
+def test_other_activations_are_the_modules_own(name, calls):
+    model = make(hidden_act=name)
+    run(model)
+    assert calls == {"kron_embedding": 1, "kron_qkv": 2, "kron_matmul_norm": 4, "forward": 2}
+    assert_same(model)
+
+
+DENSE_FEED_FORWARD = {"kron_embedding": 1, "kron_qkv": 2, "kron_matmul_norm": 2}
+
+
+@pytest.mark.parametrize(
+    ("roles", "skip", "expected"),
+    [
+        (("attention", "embedding"), (), DENSE_FEED_FORWARD),
+        (("ffn_in", "ffn_out"), (), {"kron_ffn": 2}),
+        (("ffn_out",), (), {"kron_matmul_norm": 2}),
+        (("ffn_in",), (), {"forward": 2}),
+        (("attention",), ("encoder.layer.0.attention.self.key",), {"kron_qkv": 1, "kron_matmul_norm": 2, "forward": 2}),
+    ],
+    ids=["attention", "feed-forward", "second-half", "first-half", "skip"],
+)
+def test_dense_layers_fall_back_by_themselves(roles, skip, expected, calls):
+    config = KronConfig({role: TERMS.rules[role] for role in roles}, skip=skip)
+    model = make(config)
+    run(model)
+    assert calls == expected
+    assert_same(model)
+
+
+def test_layers_that_differ_in_shape_terms_and_bias(calls):
+    model = make()
+    first = model.encoder.layer[0]
+    first.attention.self.key = KronLinear(48, 48, ((6, 6), (8, 8)), terms=2)
+    first.attention.self.value.bias = None
+    first.intermediate.dense = KronLinear(48, 192, ((8, 4), (24, 12)))
+    second = model.encoder.layer[1].attention.self
+    second.query.bias = second.key.bias = second.value.bias = None
+    run(model)
+    assert calls == {**ALL_FUSED, "kron_qkv": 1, "forward": 3}
+    assert_same(model)
+
+
+def test_norms_kept_in_full_precision(calls):
+    model = make().to(torch.bfloat16)
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.float()
+    plain = unfused(model)
+    torch.testing.assert_close(run(model), run(plain), rtol=0.05, atol=0.05)
+    assert calls["kron_qkv"] == 2
+    assert calls["kron_embedding"] == calls["kron_ffn"] == calls["kron_matmul_norm"] == 0
+
+
+class Adapter(nn.Module):
+    """A wrapper as an adapter library puts one in a layer's place."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + x
+
+
+def test_replaced_layers_are_called(calls):
+    model = make()
+    attention = model.encoder.layer[0].attention
+    attention.self.query = Adapter(attention.self.query)
+    attention.output.LayerNorm = nn.Sequential(attention.output.LayerNorm, nn.Tanh())
+    model.encoder.layer[1].output.dense.activation = "relu"
+    model.embeddings.word_embeddings = nn.Embedding(50, 48)
+    run(model)
+    assert calls == {"kron_qkv": 1, "kron_matmul_norm": 1, "kron_ffn": 1, "forward": 3 + 1 + 2}
+    assert_same(model)
+
+
+def test_hooks_are_called():
+    model = make()
+    layer = model.encoder.layer[0]
+    hooked = [
+        model.embeddings.word_embeddings,
+        model.embeddings.position_embeddings,
+        model.embeddings.LayerNorm,
+        layer.attention,
+        layer.attention.self.key,
+        layer.attention.output.dense,
+        layer.attention.output.dropout,
+        layer.intermediate,
+        layer.intermediate.intermediate_act_fn,
+        layer.intermediate.dense,
+        layer.output,
+        layer.output.dense,
+        layer.output.LayerNorm,
+    ]
+    plain, expected = [], run(model)
+    for module in hooked:
+        handle = module.register_forward_hook(lambda module, args, output: plain.append(module))
+        for actual, want in zip(run(model), expected, strict=True):
+            torch.testing.assert_close(actual, want, rtol=1e-4, atol=1e-5)
+        assert plain == [module]
+        plain.clear()
+        handle.remove()
+
+
+def test_a_forward_of_an_instances_own_is_called():
+    model = make()
+    plain, seen = run(model), []
+    for module in (model.encoder.layer[1].output.dense, model.encoder.layer[0].attention.self.value):
+        forward = module.forward
+        module.forward = lambda x, forward=forward: seen.append(x.shape) or forward(x)  # as accelerate wraps modules
+    torch.testing.assert_close(run(model), plain, rtol=1e-4, atol=1e-5)
+    assert [shape[-1] for shape in seen] == [48, 192]
+
+
+def test_a_decoder_with_cross_attention_and_cache_is_transformers_own(calls):
+    model = make(is_decoder=True, add_cross_attention=True, use_cache=True)
+    context = torch.linspace(-1, 1, 3 * 4 * 48).view(3, 4, 48)
+    results = [run(each, encoder_hidden_states=context, use_cache=False) for each in (model, unfused(model))]
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    calls.clear()
+    with torch.no_grad():
+        first = model(IDS[:, :4], encoder_hidden_states=context)
+        step = model(IDS[:, 4:], encoder_hidden_states=context, past_key_values=first.past_key_values)
+        whole = model(IDS, encoder_hidden_states=context, use_cache=False)
+    torch.testing.assert_close(step.last_hidden_state, whole.last_hidden_state[:, 4:], rtol=1e-4, atol=1e-5)
+    assert calls["kron_qkv"] == 0
+    assert calls["kron_ffn"] == 6, "the feed-forward block of a decoder is no different"
+
+
+def test_state_dict_and_files_are_those_of_the_modules(tmp_path):
+    model = make()
+    plain = unfused(model)
+    assert list(model.state_dict()) == list(plain.state_dict())
+    for index, each in enumerate((model, plain)):
+        each.save_pretrained(tmp_path / str(index))
+        loaded = KronBertModel.from_pretrained(tmp_path / str(index))
+        for actual, expected in zip(run(loaded), run(model), strict=True):
+            assert torch.equal(actual, expected)
+        assert type(loaded.encoder.layer[0]) is bert_layers.FusedBertLayer
+
+
+def test_copies_and_pickles_stay_fused(calls):
+    model = make()
+    expected = run(model)
+    for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        calls.clear()
+        assert all(torch.equal(*pair) for pair in zip(run(clone), expected, strict=True))
+        assert calls == ALL_FUSED
+
+
+@pytest.mark.parametrize("cls", [BertModel, BertForMaskedLM])
+def test_fuse_serves_what_kronify_converted(cls, calls):
+    model = cls(BertConfig(**SIZES)).eval()
+    kronify_(model, "K8", fit=False)
+    names, expected = list(model.state_dict()), run(model)
+    calls.clear()
+    assert fuse_(model) is model
+    assert fuse_(fuse_(model)) is model
+    encoder = model if cls is BertModel else model.bert
+    assert len(encoder._forward_pre_hooks) == 1
+    assert type(model) is cls
+    assert list(model.state_dict()) == names
+    for actual, want in zip(run(model), expected, strict=True):
+        torch.testing.assert_close(actual, want, rtol=1e-4, atol=1e-4)
+    assert calls["kron_ffn"] == calls["kron_qkv"] == 2
+
+
+def test_fuse_wants_a_bert():
+    with pytest.raises(TypeError, match="model: expected a BertModel of transformers or one with a head, got Linear"):
+        fuse_(nn.Linear(3, 3))
+
+
+def test_autocast_and_inference_mode():
+    model = make("K21")
+    plain, oracle = unfused(model), run(unfused(model).double())
+    with torch.inference_mode():
+        for actual, want in zip(run(model), oracle, strict=True):
+            torch.testing.assert_close(actual.double(), want, rtol=1e-4, atol=1e-4)
+        with torch.autocast("cpu", torch.bfloat16):
+            for values in zip(run(model), run(plain), oracle, strict=True):
+                assert_accurate(*values)
+
+
+def test_parameters_made_in_inference_mode():
+    with torch.inference_mode():
+        model = make()
+        assert_same(model)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("training", [False, True])
+def test_compile_whole_and_once_for_all_batches(training):
+    torch._dynamo.reset()
+    model = make("K21", **NO_DROPOUT).train(training)
+    backend = "eager" if training else "aot_eager"
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
+    with torch.set_grad_enabled(training), torch._dynamo.config.patch(error_on_recompile=True):
+        for batch, length in ((2, 5), (3, 6), (5, 9)):
+            ids = torch.randint(1, 50, (batch, length))
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids).tril(length - 2)}
+            results = [each(**inputs).last_hidden_state for each in (compiled, model)]
+            torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+            if training:
+                parameters = [model.embeddings.word_embeddings.a, *model.encoder.parameters()]
+                grads = [torch.autograd.grad(result.square().mean(), parameters) for result in results]
+                torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.compile
+def test_export_for_all_batches():
+    model = make("K21", **NO_DROPOUT)
+    dims = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=20)}
+    inputs = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+    with torch.no_grad():
+        exported = torch.export.export(model, (), inputs, dynamic_shapes=dict.fromkeys(inputs, dims))
+    ops = Counter(node.target.name() for node in exported.graph.nodes if hasattr(node.target, "name"))
+    for name, expected in ALL_FUSED.items():
+        name = "kron_matmul_norm" if name == "kron_matmul_norm" else name
+        assert ops[f"kron_kernels::{name}"] == expected
+    ids = torch.randint(1, 50, (5, 11))
+    mask = (torch.arange(11) < torch.tensor([[11], [3], [7], [1], [9]])).long()
+    actual = exported.module()(input_ids=ids, attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(actual, run(model, {"input_ids": ids, "attention_mask": mask})[0])

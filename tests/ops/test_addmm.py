@@ -1,0 +1,276 @@
+"""Products added to a tensor: every level over the shared table, gradients, in place, low-rank factors, bad input."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+
+from kron_kernels import backends, kron_addmm, kron_addmm_
+from kron_kernels.ops import addmm
+from kron_kernels.schemas import products, reference
+from tests import cases
+
+HAS_CPU = backends.available()["cpu"]
+needs_extension = pytest.mark.skipif(not HAS_CPU.available, reason=HAS_CPU.reason)
+ALPHA = 0.7
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def added_oracle(o: cases.Operands, alpha: float) -> Tensor:
+    """``base + alpha * product`` in fp64 through the dense weight; the gradient serves as base."""
+    d = o.double()
+    return d.grad + alpha * d.x @ reference.kron_weight(d.a, d.b).T
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=short)
+@pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.id)
+def test_ops(case: cases.Case, dtype: torch.dtype, isa: str) -> None:
+    o = cases.make(case, dtype)
+    same_dtype, oracle = reference.kron_addmm(o.grad, o.x, o.a, o.b, ALPHA), added_oracle(o, ALPHA)
+    y = products.kron_addmm(o.grad, o.x, o.a, o.b, ALPHA)
+    assert y.dtype is dtype
+    assert y.is_contiguous()
+    cases.assert_accurate(y, same_dtype, oracle)
+    base = o.grad.clone(memory_format=torch.contiguous_format)
+    products.kron_addmm_(base, o.x, o.a, o.b, ALPHA)
+    assert torch.equal(base, y)
+
+
+@pytest.mark.parametrize("tokens", [0, 5])
+def test_opcheck(tokens: int) -> None:
+    o = cases.make(cases.Case("odd", tokens, 2))
+    torch.library.opcheck(products.kron_addmm, (o.grad, o.x, o.a, o.b, ALPHA))
+    torch.library.opcheck(products.kron_addmm_, (o.grad.clone(), o.x, o.a, o.b, ALPHA))
+
+
+@needs_extension
+@pytest.mark.parametrize("op", [products.kron_addmm, products.kron_addmm_], ids=["new", "in-place"])
+def test_op_refuses(op: Callable[..., Any]) -> None:
+    o = cases.make(cases.Case("odd", 4))
+    with pytest.raises(ValueError, match=r"base: expected the shape of x, .* m1 \* m2 = 21, got shape \(4, 20\)"):
+        op(o.grad[:, 1:].contiguous(), o.x, o.a, o.b, 1.0)
+    with pytest.raises(ValueError, match="base: expected the dtype of x"):
+        op(o.grad.double(), o.x, o.a, o.b, 1.0)
+    if op is products.kron_addmm_:
+        with pytest.raises(ValueError, match="base: expected a contiguous tensor"):
+            op(cases._columns(o.grad), o.x, o.a, o.b, 1.0)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("shape", ["odd", "k8-attention-small", "k21-w1-small"])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_gradients(shape: str, backend: str, in_place: bool) -> None:
+    o = cases.make(cases.Case(shape, 17, 2), torch.float64)
+    oracle_leaves = [t.clone().requires_grad_() for t in (o.grad, o.x, o.a, o.b)]
+    base, x, a, b = oracle_leaves
+    weigh = torch.randn_like(o.grad)
+    expected = torch.autograd.grad((weigh * (base + ALPHA * x @ reference.kron_weight(a, b).T)).sum(), oracle_leaves)
+    leaves = [t.clone().requires_grad_() for t in (o.grad, o.x, o.a, o.b)]
+    base, x, a, b = leaves
+    if in_place:
+        y = base.clone()
+        assert kron_addmm_(y, x, a, b, alpha=ALPHA, backend=backend) is y or backend == "auto"
+    else:
+        y = kron_addmm(base, x, a, b, alpha=ALPHA, backend=backend)
+    torch.testing.assert_close(torch.autograd.grad((weigh * y).sum(), leaves), expected)
+
+
+@pytest.mark.parametrize("low_rank", [False, True])
+def test_gradcheck(low_rank: bool) -> None:
+    o = cases.make(cases.Case("odd", 3, 1), torch.float64)
+    base, x, a, b = (t.clone().requires_grad_() for t in (o.grad, o.x, o.a[0], o.b[0]))
+    p, q = (torch.randn(7, 1).double().requires_grad_(), torch.randn(1, 2).double().requires_grad_())
+
+    def added(base: Tensor, x: Tensor, a: Tensor, *right: Tensor) -> Tensor:
+        return kron_addmm(base, x, a, right if low_rank else right[0], alpha=ALPHA)
+
+    right = (p, q) if low_rank else (b,)
+    assert torch.autograd.gradcheck(added, (base, x, a, *right))
+    assert torch.autograd.gradgradcheck(added, (base, x, a, *right))
+    assert torch.autograd.gradcheck(lambda base, *rest: kron_addmm_(base.clone(), *rest), (base, x, a, b))
+
+
+def test_only_what_is_needed_gets_a_gradient() -> None:
+    o = cases.make(cases.Case("odd", 5))
+    base = o.grad.clone().requires_grad_()
+    (d_base,) = torch.autograd.grad(kron_addmm(base, o.x, o.a, o.b).sum(), base)
+    assert torch.equal(d_base, torch.ones_like(base))
+    x = o.x.clone().requires_grad_()
+    y = kron_addmm_(o.grad.clone(), x, o.a, o.b)
+    assert y.requires_grad
+    torch.testing.assert_close(
+        torch.autograd.grad(y.sum(), x)[0], reference.kron_matmul_backward(torch.ones_like(y), o.x, o.a, o.b)[0]
+    )
+
+
+@pytest.mark.parametrize(
+    "make_base",
+    [lambda t: t.clone(), cases._columns, lambda t: t.T.contiguous().T],
+    ids=["contiguous", "strided-rows", "transposed"],
+)
+def test_in_place_writes_any_strides(make_base: Callable[[Tensor], Tensor]) -> None:
+    o = cases.make(cases.Case("odd", 6))
+    base = make_base(o.grad)
+    at = base.data_ptr()
+    y = kron_addmm_(base, o.x, o.a, o.b, alpha=ALPHA)
+    assert y.data_ptr() == at
+    torch.testing.assert_close(base, reference.kron_addmm(o.grad, o.x, o.a, o.b, ALPHA))
+
+
+@pytest.mark.parametrize("offset", [0, 9])
+def test_in_place_into_its_own_input(offset: int) -> None:
+    """x and base in one memory: the product is of x as it was."""
+    o = cases.make_operands(((3, 3), (3, 3)), 40)
+    memory = torch.cat([o.x.flatten(), o.x.flatten()[:offset]])
+    x, base = memory[: o.x.numel()].view(40, 9), memory[offset:].view(40, 9)
+    expected = reference.kron_addmm(base.clone(), x.clone(), o.a, o.b)
+    torch.testing.assert_close(kron_addmm_(base, x, o.a, o.b), expected)
+
+
+def test_a_backward_that_needs_what_was_overwritten_fails() -> None:
+    o = cases.make(cases.Case("odd", 6))
+    base = o.grad.clone()
+    needs_base = (torch.ones_like(base, requires_grad=True) * base).sum()
+    kron_addmm_(base, o.x, o.a, o.b)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        needs_base.backward()
+    with torch.inference_mode():
+        torch.testing.assert_close(kron_addmm_(o.grad.clone(), o.x, o.a, o.b), base)
+
+
+def test_fake_tensors() -> None:
+    with FakeTensorMode(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        base = torch.zeros(4, 21)
+        assert kron_addmm_(base, torch.zeros(4, 10), torch.zeros(3, 5), torch.zeros(7, 2)) is base
+
+
+def test_in_place_makes_nothing_of_the_results_size() -> None:
+    o = cases.make_operands(((8, 8), (12, 12)), 500)
+    base = o.grad.clone()
+    given = {tensor.untyped_storage().data_ptr() for tensor in (base, o.x)}
+    sizes: list[int] = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor) and out.untyped_storage().data_ptr() not in given:
+                sizes.append(out.numel())
+            return out
+
+    with Watch():
+        kron_addmm_(base, o.x, o.a, (o.b[0][:, :2].contiguous(), o.b[0][:2].contiguous()), alpha=2.0)
+    assert max(sizes, default=0) <= 500 * 8 * 2
+    assert sizes or not HAS_CPU.available
+
+
+@pytest.mark.parametrize(("rank", "folded"), [(2, True), (30, False)])
+@pytest.mark.parametrize("terms", [None, 1])
+def test_low_rank_factor(rank: int, folded: bool, terms: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folded into the input where that is cheaper; the result is that of the factor itself."""
+    o = cases.make_operands(((4, 4), (40, 40)), 11)
+    a = o.a if terms else o.a[0]
+    p, q = torch.randn(40, rank), torch.randn(rank, 40)
+    widths: list[int] = []
+    op = addmm.addmm_op
+    monkeypatch.setattr(addmm, "addmm_op", lambda base, x, *rest: widths.append(x.shape[-1]) or op(base, x, *rest))
+    y = kron_addmm(o.grad, o.x, a, (p, q), alpha=ALPHA, backend="auto")
+    oracle = reference.kron_addmm(o.grad.double(), o.x.double(), o.a.double(), (p.double() @ q.double())[None], ALPHA)
+    torch.testing.assert_close(y.double(), oracle, rtol=1e-4, atol=1e-4)
+    assert widths == ([4 * rank] if folded else [160]) or not HAS_CPU.available
+
+
+def test_compiles_once_for_all_batch_sizes() -> None:
+    o = cases.make(cases.Case("odd", 24))
+    compiles = 0
+
+    def count(graph: torch.fx.GraphModule, _: Any) -> Any:
+        nonlocal compiles
+        compiles += 1
+        return graph
+
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True, backend=count, dynamic=True)
+    def layer(base: Tensor, x: Tensor) -> Tensor:
+        return kron_addmm_(base * 2, x, o.a, o.b) + kron_addmm(base, x, o.a, (o.b[0][:, :1], o.b[0][:1]))
+
+    for tokens in (24, 7, 13):
+        base, x = o.grad[:tokens].clone(), o.x[:tokens].clone()
+        expected = reference.kron_addmm(base * 2, x, o.a, o.b) + reference.kron_addmm(
+            base, x, o.a, (o.b[0][:, :1] @ o.b[0][:1])[None]
+        )
+        torch.testing.assert_close(layer(base, x), expected)
+    assert compiles == 1
+
+
+def test_transforms() -> None:
+    o = cases.make_operands(((3, 5), (7, 2)), 6, bias=False)
+    batch = torch.randn(4, *o.x.shape)
+    expected = torch.stack([reference.kron_addmm(o.grad, x, o.a, o.b) for x in batch])
+    torch.testing.assert_close(torch.vmap(lambda x: kron_addmm(o.grad, x, o.a, o.b))(batch), expected)
+    factors = torch.randn(4, *o.a.shape)
+    expected = torch.stack([reference.kron_addmm(o.grad, o.x, a, o.b) for a in factors])
+    torch.testing.assert_close(torch.vmap(lambda a: kron_addmm(o.grad, o.x, a, o.b))(factors), expected)
+    by_func = torch.func.grad(lambda x: kron_addmm_(o.grad.clone(), x, o.a, o.b).square().sum())(o.x)
+    x = o.x.clone().requires_grad_()
+    (by_autograd,) = torch.autograd.grad(reference.kron_addmm(o.grad, x, o.a, o.b).square().sum(), x)
+    torch.testing.assert_close(by_func, by_autograd)
+
+
+def test_autocast() -> None:
+    o = cases.make(cases.Case("odd", 5))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = kron_addmm(o.grad, o.x, o.a, o.b)
+        base = o.grad.bfloat16()
+        kron_addmm_(base, o.x, o.a, (o.b[0][:, :1], o.b[0][:1]))
+        with pytest.raises(TypeError, match=r"base: expected the dtype of x, torch.bfloat16, got torch.float32"):
+            kron_addmm_(o.grad.clone(), o.x, o.a, o.b)
+    assert y.dtype is base.dtype is torch.bfloat16
+    torch.testing.assert_close(y.float(), reference.kron_addmm(o.grad, o.x, o.a, o.b), rtol=0.05, atol=0.1)
+
+
+P, Q = torch.zeros(7, 3), torch.zeros(3, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"base": None}, TypeError, r"base: expected a Tensor, got NoneType"),
+        ({"base": torch.zeros(4, 20)}, ValueError, r"base: expected the shape .*, \(4, 21\), got \(4, 20\)"),
+        ({"base": torch.zeros(4, 21).double()}, TypeError, r"base: expected the dtype of x, .*32, got .*64"),
+        ({"base": torch.zeros(4, 21, device="meta")}, ValueError, r"base: expected the device of x, cpu, got meta"),
+        ({"x": torch.zeros(4, 11)}, ValueError, r"x: expected last dimension .* 5 \* 2 = 10, got .*11"),
+        ({"x": torch.zeros(4, 11), "b": (P, Q)}, ValueError, r"x: expected last dimension n1 \* n2 = 5 \* 2 = 10"),
+        ({"b": 3}, TypeError, r"b: expected a Tensor, got int"),
+        ({"b": (P, Q, Q)}, TypeError, r"b: expected a Tensor or a pair .*, got \(Tensor, Tensor, Tensor\)"),
+        ({"b": (P, 1.0)}, TypeError, r"b: expected a Tensor or a pair \(p, q\) of Tensors, got \(Tensor, float\)"),
+        ({"b": (P, P)}, ValueError, r"b: expected matrices \(m2, r\) and \(r, n2\) .*got shapes \(7, 3\) and \(7, 3\)"),
+        ({"b": (P.expand(2, 7, 3), Q)}, ValueError, r"b: expected matrices .*got shapes \(2, 7, 3\) and \(3, 2\)"),
+        ({"b": (P, Q[None])}, ValueError, r"b: expected matrices .*got shapes \(7, 3\) and \(1, 3, 2\)"),
+        ({"b": (P[:, :0], Q[:0])}, ValueError, r"b: expected matrices .*got shapes \(7, 0\) and \(0, 2\)"),
+        ({"a": torch.zeros(2, 3, 5), "b": (P, Q)}, ValueError, r"a: expected one matrix .*got shape \(2, 3, 5\)"),
+        ({"b": (P.double(), Q)}, TypeError, r"b\[0\]: expected the dtype of b\[1\], torch.float32, got torch.float64"),
+        ({"b": (P.double(), Q.double())}, TypeError, r"b: expected the dtype of x, torch.float32, got torch.float64"),
+        ({"backend": "cuda9"}, ValueError, r"backend: expected one of"),
+        ({"alpha": torch.tensor(2.0)}, TypeError, r"alpha: expected a number, got Tensor"),
+        ({"alpha": None}, TypeError, r"alpha: expected a number, got NoneType"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("function", [kron_addmm, kron_addmm_])
+def test_bad_input(
+    function: Callable[..., Tensor], change: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    given = {"base": torch.zeros(4, 21), "x": torch.zeros(4, 10), "a": torch.zeros(3, 5), "b": torch.zeros(7, 2)}
+    with pytest.raises(error, match=message):
+        function(**{**given, **change})
