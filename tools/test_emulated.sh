@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The C++ tests of the core on processors this machine is not: 64-bit ARM (cross compiled), and x86-64 without AVX2 and
 # without AVX-512 (the native build, on older processors), all under qemu. Correctness only: it says nothing of speed.
-#   scripts/test_emulated.sh aarch64 | x86
+#   tools/test_emulated.sh aarch64 | x86
 # Exit code 0: passed, 1: failed, 3: a tool is missing (named on stderr).
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -23,7 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="folder of the environment")
     parser.add_argument("--torch", default="torch==2.13.0", help="what to install when no torch >= 2.11 is there")
-    parser.add_argument("--extras", default="dev,bench,plots", help="optional dependencies of the package, by comma")
+    parser.add_argument("--extras", default="", help="optional dependencies of the package, by comma")
     arguments = parser.parse_args()
 
     python = arguments.venv.absolute() / "bin" / "python"
@@ -39,7 +39,8 @@ def main() -> None:
     step("building and installing kron_kernels")
     # The build must find the environment's cmake and ninja first.
     path = f"{python.parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    pip(python, "install", "--no-build-isolation", "-e", f"{ROOT}[{arguments.extras}]", PATH=path)
+    package = f"{ROOT}[{arguments.extras}]" if arguments.extras else str(ROOT)
+    pip(python, "install", "--no-build-isolation", "-e", package, PATH=path)
 
 
 def has_torch(python: Path) -> bool:
