@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from kron_kernels import pack_factors
 from kron_kernels.factorize import order_cost
 from kron_kernels.models.gpt2 import KronGPT2Config, KronGPT2LMHeadModel, reconstruct_dense
 from kron_kernels.nn.linear import kron_linear
@@ -109,18 +108,12 @@ def einsum_a_first(x: Tensor, a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
 
 
 def layer_way(problem: TermsProblem, name: str) -> Candidate:
-    """The way of one of LAYER_WAYS; forward alone runs on factors packed ahead, as the modules do."""
+    """The way of one of LAYER_WAYS."""
     factors = ("a", "b", "bias")
     if name == DENSE:
         return Candidate(name, F.linear, lambda weights, _: (weights.weight, weights.bias), ("weight", "bias"))
-    if name == OURS and not problem.backward:
-        return Candidate(name, _packed, lambda w, _: (w.a, w.b, w.bias, pack_factors(w.a, w.b)), None)
     function: Callable[..., Tensor] = {B_FIRST: einsum_b_first, A_FIRST: einsum_a_first, OURS: kron_linear}[name]
     return Candidate(name, function, lambda weights, _: (weights.a, weights.b, weights.bias), factors)
-
-
-def _packed(x: Tensor, a: Tensor, b: Tensor, bias: Tensor, packed: Tensor) -> Tensor:
-    return kron_linear(x, a, b, bias, packed=packed)
 
 
 @dataclass(frozen=True)

@@ -190,10 +190,10 @@ class FusedBertSelfAttention(BertSelfAttention):
         modules: Any = self._modules
         layers = (modules["query"], modules["key"], modules["value"])
         if _factored(layers[0]) and _factored(layers[1]) and _factored(layers[2]):
-            lefts, rights, biases, packed = zip(*[layer.operands() for layer in layers], strict=True)
+            lefts, rights, biases = zip(*[layer.operands() for layer in layers], strict=True)
             missing = sum(bias is None for bias in biases)
             if missing in (0, 3):
-                return kron_qkv(hidden_states, lefts, rights, None if missing else biases, packed=packed)
+                return kron_qkv(hidden_states, lefts, rights, None if missing else biases)
         return tuple(layer(hidden_states) for layer in layers)
 
 
@@ -210,8 +210,7 @@ class _FusedOutput(nn.Module):
         norm = _norm_of(modules["LayerNorm"], dense) if _factored(dense) else None
         if norm is None or _drops(modules["dropout"]):
             return super().forward(hidden_states, input_tensor)
-        a, b, bias, packed = dense.operands()
-        return kron_matmul_norm(hidden_states, a, b, bias, AddNorm(input_tensor, *norm), packed=packed)
+        return kron_matmul_norm(hidden_states, *dense.operands(), AddNorm(input_tensor, *norm))
 
 
 class FusedBertSelfOutput(_FusedOutput, BertSelfOutput):
@@ -257,13 +256,11 @@ class FusedBertLayer(BertLayer):
         norm = _norm_of(layer_norm, dense) if _factored(dense) else None
         if norm is None:
             return super().feed_forward_chunk(attention_output)
-        a1, b1, bias1, packed1 = intermediate._modules["dense"].operands()
-        a2, b2, bias2, packed2 = dense.operands()
-        operands, packed = (attention_output, a1, b1, bias1, a2, b2, bias2), (packed1, packed2)
+        operands = (attention_output, *intermediate._modules["dense"].operands(), *dense.operands())
         if _drops(dropout):
-            y = kron_ffn(*operands, activation=activation, packed=packed)
+            y = kron_ffn(*operands, activation=activation)
             return layer_norm(dropout(y) + attention_output)
-        return kron_ffn(*operands, activation=activation, norm=AddNorm(attention_output, *norm), packed=packed)
+        return kron_ffn(*operands, activation=activation, norm=AddNorm(attention_output, *norm))
 
 
 def _activation_of(intermediate: Any) -> str | None:

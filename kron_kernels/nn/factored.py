@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from ..schemas.reference import kron_weight
-from .packing import FactorCache
 
 Shape = tuple[int, int]
 Shapes = tuple[Shape, Shape]
@@ -43,11 +42,6 @@ class KronFactored(nn.Module):
         super().__init__()
         self.a = a
         self.b = b
-        self._cache = FactorCache()
-
-    def packed(self) -> Tensor | None:
-        """The factors as the CPU kernels want them, made once and kept; None where that brings nothing."""
-        return self._cache.get(self.a, self.b)
 
     @property
     def terms(self) -> int:

@@ -8,17 +8,15 @@ magnitude of the row is 127, the integers rounded to nearest.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..ops.observers import is_transformed
 from ..schemas.reference import take_rows
 from .embedding import KronDecoder, KronEmbedding
 from .factored import KronFactored, Shapes
 from .linear import KronLinear
-from .packing import FactorCache
 
 # A factor with a smaller share of its layer's numbers stays as it is: there is nothing to save, and all of the layer's
 # outputs would carry its error.
@@ -39,35 +37,6 @@ def dequantize_rows(values: Tensor, scale: Tensor) -> Tensor:
     return values.to(scale.dtype) * scale.unsqueeze(-1)
 
 
-class _Entry(NamedTuple):
-    values: Tensor
-    scale: Tensor
-    versions: tuple[int, int]
-    factor: Tensor
-
-
-class DequantizedCache:
-    """A factor in floating point, kept as long as its int8 values and scales are the same tensors, unchanged."""
-
-    def __init__(self) -> None:
-        self._entry: _Entry | None = None
-
-    def get(self, values: Tensor, scale: Tensor) -> Tensor:
-        if is_transformed() or values.is_inference():
-            return dequantize_rows(values, scale)
-        versions, entry = (values._version, scale._version), self._entry
-        if entry is None or entry.values is not values or entry.scale is not scale or entry.versions != versions:
-            # Made in inference mode it would have no version counter, which the cache of packed factors goes by.
-            with torch.inference_mode(False):
-                entry = _Entry(values, scale, versions, dequantize_rows(values, scale))
-            self._entry = entry
-        return entry.factor
-
-    # A copy or a pickle of a module starts with nothing kept.
-    def __reduce__(self) -> tuple[type[DequantizedCache], tuple[()]]:
-        return DequantizedCache, ()
-
-
 def _factor(name: str) -> Any:
     return property(lambda self: self.float_factor(name), doc=f"The factor {name} in floating point.")
 
@@ -86,10 +55,7 @@ class Int8Factored(KronFactored):
         values = self._buffers.get(f"{name}_int8")
         if values is None:
             return nn.Module.__getattr__(self, name)  # type: ignore[return-value]
-        return self.dequantized(name, values, cast(Tensor, self._buffers[f"{name}_scale"]))
-
-    def dequantized(self, name: str, values: Tensor, scale: Tensor) -> Tensor:
-        return dequantize_rows(values, scale)
+        return dequantize_rows(values, cast(Tensor, self._buffers[f"{name}_scale"]))
 
     def stored_factor(self, name: str) -> Tensor:
         values = self._buffers.get(f"{name}_int8")
@@ -137,21 +103,7 @@ class Int8Factored(KronFactored):
 
 
 class Int8KronLinear(Int8Factored, KronLinear):
-    """KronLinear with its large factors in int8.
-
-    They are brought back to floating point once, kept so, and packed for the kernels from there: a call costs what it
-    costs without int8, and a layer that has run holds its int8 values on top of what it holds without.
-    """
-
-    _floats: dict[str, DequantizedCache]
-
-    def dequantized(self, name: str, values: Tensor, scale: Tensor) -> Tensor:
-        return self._floats[name].get(values, scale)
-
-    def operands(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """``a``, ``b``, ``bias`` and the packed factors."""
-        a, b = self.a, self.b
-        return a, b, self.bias, self._cache.get(a, b)
+    """KronLinear with its large factors in int8; each call converts them to floating point and drops the result."""
 
 
 class Int8KronEmbedding(Int8Factored, KronEmbedding):
@@ -174,7 +126,7 @@ class Int8KronEmbedding(Int8Factored, KronEmbedding):
 
 
 class Int8KronDecoder(Int8Factored, KronDecoder):
-    """KronDecoder of an Int8KronEmbedding. Each call makes A in floating point anew, and drops it.
+    """KronDecoder of an Int8KronEmbedding; each call converts A to floating point and drops the result.
 
     It reads the embedding's factors and has none of its own: its state dict holds the bias, if there is one.
     """
@@ -183,7 +135,6 @@ class Int8KronDecoder(Int8Factored, KronDecoder):
 
     def __init__(self, embedding: Int8KronEmbedding, bias: nn.Parameter | None) -> None:
         nn.Module.__init__(self)
-        self._cache = FactorCache()
         # Not as a submodule: the model has the embedding elsewhere.
         vars(self)["embedding"] = embedding
         self.bias = bias
@@ -217,8 +168,6 @@ def to_int8_(module: KronLinear | KronEmbedding) -> None:
         del module._parameters[name]
         module.register_buffer(f"{name}_int8", values)
         module.register_buffer(f"{name}_scale", scale)
-    if isinstance(module, KronLinear):
-        vars(module)["_floats"] = {name: DequantizedCache() for name in quantized}
     module.__class__ = _INT8[type(module)]  # type: ignore[assignment]
 
 

@@ -63,18 +63,16 @@ class KronLinear(KronFactored):
             bound = 1 / math.sqrt(self.in_features)
             nn.init.uniform_(self.bias, -bound, bound)
 
-    def operands(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """``a``, ``b``, ``bias`` and the packed factors: what a function wants of this layer besides its input."""
-        parameters = self._parameters
+    def operands(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return ``a``, ``b`` and ``bias`` as they are now."""
+        parameters = self._parameters  # nn.Module's attribute look-up costs as much as a small op
         a, b = parameters.get("a"), parameters.get("b")
-        if a is None or b is None:  # made by a parametrization, or set as plain tensors
-            return self.a, self.b, self.bias, None
-        # Straight from the dicts: nn.Module's own way to an attribute costs as much as a check of the cache.
-        return a, b, parameters.get("bias"), self._cache.get(a, b)
+        if a is None or b is None:  # int8-stored, made by a parametrization, or set as plain tensors
+            return self.a, self.b, self.bias
+        return a, b, parameters.get("bias")
 
     def forward(self, x: Tensor) -> Tensor:
-        a, b, bias, packed = self.operands()
-        return kron_linear(x, a, b, bias, activation=self.activation, packed=packed)
+        return kron_linear(x, *self.operands(), activation=self.activation)
 
     @classmethod
     def from_linear(
@@ -121,7 +119,6 @@ def kron_linear(
     bias: Tensor | None = None,
     *,
     activation: str | None = None,
-    packed: Tensor | None = None,
 ) -> Tensor:
     """``kron_matmul`` with factors ``(S, ...)``, or for many tokens the dense product where that takes no more work.
 
@@ -135,7 +132,7 @@ def kron_linear(
         fits = x.shape[-1] == n1 * n2 and x.dtype is a.dtype  # kron_matmul says what does not
         if fits and min(order_cost(m1, n1, m2, n2, terms)) >= _NO_SAVING * m1 * m2 * n1 * n2:
             return F.linear(x, kron_weight(a, b), bias)
-    return kron_matmul(x, a, b, bias, activation=activation, packed=packed)
+    return kron_matmul(x, a, b, bias, activation=activation)
 
 
 def _many_tokens(x: Tensor) -> bool:

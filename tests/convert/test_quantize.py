@@ -109,8 +109,7 @@ def test_gradients_pass_through_frozen_factors() -> None:
     to_int8_(layer)
     x = torch.randn(4, 48)
     with torch.inference_mode():
-        layer(x)  # what inference keeps must not get in the way
-        assert layer.packed() is not None
+        layer(x)  # a call in inference mode leaves nothing behind
     plain = KronLinear(48, 48, ((24, 24), (2, 2)))
     plain.load_factors(layer.a, layer.b)
     plain.bias.data.copy_(layer.bias)
@@ -132,8 +131,6 @@ def test_a_change_of_the_stored_factor_is_noticed() -> None:
     x = torch.randn(2, 48)
     with torch.no_grad():
         before = layer(x)
-        assert layer.a is layer.a  # kept, not made again
-        assert layer.packed() is layer.packed() is layer.operands()[3]
         layer.load_state_dict(other.state_dict())
         assert torch.equal(layer(x), other(x))
         assert not torch.allclose(layer(x), before)
