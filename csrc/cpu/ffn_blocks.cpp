@@ -149,8 +149,8 @@ void kron_ffn_backward(const FfnBackwardArgs& args, const Executor& executor) {
         product(shape1, x, args.x_stride, w1, hidden, Activation::none, NormArgs{}, executor);
         activation(args.activation, dtype, hidden, nullptr, active, tokens * middle, executor);
         kron_matmul_backward(BackwardArgs{shape2, at(args.grad, t * args.grad_stride, dtype), args.grad_stride, active,
-                                      middle, args.a2, args.b2, grad, sums[3].part, sums[4].part, sums[5].part},
-                         executor);
+                                          middle, args.a2, args.b2, grad, sums[3].part, sums[4].part, sums[5].part},
+                             executor);
         activation(args.activation, dtype, hidden, grad, grad, tokens * middle, executor);
         kron_matmul_backward(
             BackwardArgs{shape1, grad, middle, x, args.x_stride, args.a1, args.b1,

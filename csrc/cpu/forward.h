@@ -10,7 +10,6 @@
 // kernels read x and write y themselves. Several pairs share the load.
 #pragma once
 
-#include "int8_rows.h"
 #include "mix.h"
 #include "output.h"
 #include "right.h"
@@ -19,8 +18,7 @@
 namespace kron {
 namespace KRON_ISA {
 
-// O: in which type results leave the tile, E, or C where they only leave it as bytes.
-template <class C, class E, class G, class O>
+template <class C, class E, class G>
 struct Forward {
     typedef typename G::Row Row;
     static constexpr bool kSameRow = __is_same(C, Row);
@@ -29,14 +27,13 @@ struct Forward {
     int64_t x_stride;
     int64_t count;  // of projections
     RightFactor<C, E, G> right[kMostProjections];
-    Output<C, O> out[kMostProjections];
-    Norm<C, E> norm;   // of the first, when it is the only one
-    Int8Rows<C> int8;  // likewise
+    Output<C, E> out[kMostProjections];
+    Norm<C, E> norm;  // of the first, when it is the only one
 
     bool direct_x;                    // the GEMM reads x itself
     bool direct_y;                    // the last product writes y itself
     SplitMix<C, E, Row> split_mix_x;  // commuted, left first: load and left product in one pass
-    MixMerge<C, O> mix_merge_y;       // commuted, right first: left product and store in one pass
+    MixMerge<C, E> mix_merge_y;       // commuted, right first: left product and store in one pass
     const C* left_compact;            // (projections, S, n1, m1)
 
     static constexpr int W = Simd<C>::W;
@@ -53,7 +50,7 @@ struct Forward {
 
     // Scratch of one task, laid out by a Carver (which only counts when its base is null).
     struct Tile {
-        C *x, *mixed, *middle, *result, *norm_row, *y;
+        C *x, *mixed, *middle, *result, *norm_row;
         Row *rows, *panel;
     };
     Tile carve(Carver& c) const {
@@ -69,7 +66,6 @@ struct Forward {
         if (!direct_y && !mix_merge_y) tile.result = c.take<C>(row_blocks<G>(t * plan.m1) * result_step());
         if (plan.pack_in_task) tile.panel = c.take<Row>(right[0].panel_size());
         if (norm.residual) tile.norm_row = c.take<C>(padded<C>(out[0].size()));
-        if (int8.q) tile.y = c.take<C>(row_blocks<G>(t * plan.m1) * plan.m2);
         return tile;
     }
 
@@ -147,24 +143,16 @@ struct Forward {
         G::begin();
         const Rows rows = plan.right_first ? load_rows(first, tokens, tile) : mix_rows(first, tokens, tile);
         for (int64_t p = 0; p < count; ++p) {
-            // What becomes bytes has a y of this tile's tokens only.
-            Output<C, O> o = out[p];
-            if (int8.q) o.y = reinterpret_cast<O*>(tile.y);
-            const int64_t at = int8.q ? 0 : first;
             if (plan.right_first)
-                run_right_first(p, o, at, tokens, from, to, rows, tile);
+                run_right_first(p, out[p], first, tokens, from, to, rows, tile);
             else
-                run_left_first(p, o, at, first, tokens, from, to, rows, tile);
+                run_left_first(p, out[p], first, tokens, from, to, rows, tile);
         }
         G::end();
-        if (int8.q) int8.apply(tile.y, first, tokens, out[0].size());
-        if constexpr (__is_same(O, E))
-            if (norm.residual && plan.panel_groups == 1)
-                norm.apply(out[0].y, first, tokens, out[0].size(), tile.norm_row);
+        if (norm.residual && plan.panel_groups == 1) norm.apply(out[0].y, first, tokens, out[0].size(), tile.norm_row);
     }
 
-    // `first`: the token of o.y that the tile begins with.
-    void run_right_first(int64_t p, const Output<C, O>& o, int64_t first, int64_t tokens, int64_t from, int64_t to,
+    void run_right_first(int64_t p, const Output<C, E>& o, int64_t first, int64_t tokens, int64_t from, int64_t to,
                          const Rows& rows, const Tile& tile) const {
         Ahead ahead = fetch(o.y + first * o.size(), tokens * o.size(), tokens * plan.n1, to - from);
         const int64_t width = right[p].width();
@@ -188,10 +176,9 @@ struct Forward {
         finish(o, first, tokens, lane, lanes, result);
     }
 
-    // The same with `x_first`, the token of x.
-    void run_left_first(int64_t p, const Output<C, O>& o, int64_t first, int64_t x_first, int64_t tokens, int64_t from,
-                        int64_t to, const Rows& rows, const Tile& tile) const {
-        const int64_t next = x_first + tokens, left = plan.tokens - next < tokens ? plan.tokens - next : tokens;
+    void run_left_first(int64_t p, const Output<C, E>& o, int64_t first, int64_t tokens, int64_t from, int64_t to,
+                        const Rows& rows, const Tile& tile) const {
+        const int64_t next = first + tokens, left = plan.tokens - next < tokens ? plan.tokens - next : tokens;
         Ahead ahead = fetch(x + next * x_stride, left * x_stride, tokens * plan.m1, (to - from) * count);
         C* result = direct_y ? reinterpret_cast<C*>(o.y) + first * o.size() : tile.result;
         const int64_t width = right[p].width();
@@ -205,7 +192,7 @@ struct Forward {
     }
 
     // Term s adds to the ones before; the first starts from the bias or the base where it writes y itself.
-    Start<C> start_of(const Output<C, O>& o, int64_t s, int64_t first, int64_t lane) const {
+    Start<C> start_of(const Output<C, E>& o, int64_t s, int64_t first, int64_t lane) const {
         if (s > 0) return Start<C>{nullptr, 0, 1, true};
         if (direct_y && o.base)
             return Start<C>{reinterpret_cast<const C*>(o.base) + first * o.size() + lane, plan.m2,
@@ -214,7 +201,7 @@ struct Forward {
         return Start<C>{};
     }
 
-    void finish(const Output<C, O>& o, int64_t first, int64_t tokens, int64_t lane, int64_t lanes,
+    void finish(const Output<C, E>& o, int64_t first, int64_t tokens, int64_t lane, int64_t lanes,
                 const C* result) const {
         if (direct_y)
             o.activate_tile(first, tokens, lane, lanes);
@@ -227,7 +214,7 @@ struct Forward {
         C* row = static_cast<C*>(scratch(ScratchSlot::task, static_cast<size_t>(padded<C>(out[0].size())) * sizeof(C)));
         const int64_t from = plan.tokens * index / plan.panel_groups,
                       to = plan.tokens * (index + 1) / plan.panel_groups;
-        if constexpr (__is_same(O, E)) norm.apply(out[0].y, from, to - from, out[0].size(), row);
+        norm.apply(out[0].y, from, to - from, out[0].size(), row);
     }
 };
 
@@ -253,15 +240,15 @@ static const C* bias_of(const void* bias, int64_t size, C* own) {
     return own;
 }
 
-template <class C, class E, class G = VectorGemm<C>, class O = E>
+template <class C, class E, class G = VectorGemm<C>>
 static void forward(const ForwardArgs& args, const Executor& executor) {
-    typedef Forward<C, E, G, O> F;
+    typedef Forward<C, E, G> F;
     typedef typename G::Row Row;
     const Shape& shape = args.shape;
     F f{};
     f.count = args.count;
-    Machine machine{Simd<C>::W, kMaxRows[2], G::kRowBlock, G::kPanelVectors,      executor.threads, true,
-                    true,       args.count,  true,         args.int8.q != nullptr};
+    Machine machine{Simd<C>::W, kMaxRows[2], G::kRowBlock, G::kPanelVectors, executor.threads, true,
+                    true,       args.count,  true};
     // The layout of the panels depends on nothing but the shape: see whether the caller has them all.
     f.plan = plan_forward(shape, machine);
     const Row* prepacked[kMostProjections];
@@ -280,14 +267,13 @@ static void forward(const ForwardArgs& args, const Executor& executor) {
     f.x = static_cast<const E*>(args.x);
     f.x_stride = args.x_stride;
     f.norm = norm_of<C, E>(args.norm);
-    f.int8 = Int8Rows<C>{args.int8.q, args.int8.scale};
     constexpr bool same = __is_same(C, E);
-    if (p.commuted && p.right_first) f.mix_merge_y = pick_mix_merge<C, O>(p.m1);
+    if (p.commuted && p.right_first) f.mix_merge_y = pick_mix_merge<C, E>(p.m1);
     if (p.commuted && !p.right_first) f.split_mix_x = pick_split_mix<C, E, Row>(p.n1);
     const bool in_rows = !p.commuted && args.x_stride == shape.n1 * shape.n2;
     // The left product computes in C, the right one reads whole rows of its own type.
     f.direct_x = in_rows && (p.right_first ? __is_same(E, Row) && p.n2 == G::depth(p.n2) : same);
-    f.direct_y = __is_same(C, O) && !p.commuted && p.m2 % Simd<C>::W == 0;
+    f.direct_y = same && !p.commuted && p.m2 % Simd<C>::W == 0;
     // A GEMM of whole tiles writes whole panels, and does not start from a bias.
     if (G::kRowBlock > 1 && (p.m2 % f.right[0].width() != 0 || args.projections[0].bias)) f.direct_y = false;
 
@@ -317,8 +303,8 @@ static void forward(const ForwardArgs& args, const Executor& executor) {
             left_compact[i * f.left_size() + v] *= static_cast<C>(args.alpha);
         const C* bias = bias_of<C, E>(projection.bias, outputs, same ? nullptr : biases + i * padded<C>(outputs));
         f.out[i] =
-            Output<C, O>{static_cast<O*>(projection.y),         p.commuted, p.m1, p.m2, bias, act_for(args.activation),
-                         static_cast<const O*>(projection.base)};
+            Output<C, E>{static_cast<E*>(projection.y),         p.commuted, p.m1, p.m2, bias, act_for(args.activation),
+                         static_cast<const E*>(projection.base)};
         if (machine.prepacked)
             f.right[i].panels = prepacked[i];
         else if (pack_before)

@@ -10,10 +10,7 @@ namespace amx {
 
 // AMX multiplies bf16; every other dtype, and the backward, runs the AVX-512 kernels.
 static void forward_entry(const ForwardArgs& args, const Executor& executor) {
-    if (args.shape.dtype == DType::bf16) {
-        if (args.int8.q) return forward<float, bf16, AmxGemm, float>(args, executor);
-        return forward<float, bf16, AmxGemm>(args, executor);
-    }
+    if (args.shape.dtype == DType::bf16) return forward<float, bf16, AmxGemm>(args, executor);
     kAvx512Kernels.forward(args, executor);
 }
 

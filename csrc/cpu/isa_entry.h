@@ -36,9 +36,7 @@ static auto by_dtype(DType dtype, F f) {
 static void forward_entry(const ForwardArgs& args, const Executor& executor) {
     by_dtype(args.shape.dtype, [&](auto types) {
         typedef decltype(types) T;
-        typedef typename T::C C;
-        if (args.int8.q) return forward<C, typename T::E, VectorGemm<C>, C>(args, executor);
-        forward<C, typename T::E>(args, executor);
+        forward<typename T::C, typename T::E>(args, executor);
     });
 }
 

@@ -103,11 +103,11 @@ Plan plan_forward(const Shape& s, const Machine& machine) {
         std::max<int64_t>(std::min(kTileRows / s.terms, kTileBytes / token_bytes * rows_a_token), machine.max_rows);
     const int64_t rows = p.tokens * rows_a_token;
     const bool small_right = s.terms * p.m2 * p.n2 <= kSerialPack;
-    if (!p.packed || (!machine.whole_tokens && rows <= kTaskPackRows && p.panels >= threads && !small_right)) {
+    if (!p.packed || (rows <= kTaskPackRows && p.panels >= threads && !small_right)) {
         // Few rows: the threads share out the panels, and each packs its own while it is in L1.
         p.pack_in_task = p.packed && !machine.prepacked;
         p.token_tiles = 1;
-        p.panel_groups = machine.whole_tokens ? 1 : std::min(p.panels, threads);
+        p.panel_groups = std::min(p.panels, threads);
     } else {
         p.token_tiles = ceil_div(p.tokens, std::max<int64_t>(1, tile_rows / rows_a_token));
         // Equal shares: a whole number of tiles for every thread, as long as a tile still fills the register tile.

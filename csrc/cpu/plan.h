@@ -45,9 +45,8 @@ struct Machine {
     int threads;
     bool can_dot;  // the right factors' rows are contiguous in memory (natural, commuted)
     bool can_dot_commuted;
-    int64_t projections;        // products of one x
-    bool prepacked;             // the caller has the right factors' panels
-    bool whole_tokens = false;  // every task computes all results of its tokens: no panel groups
+    int64_t projections;  // products of one x
+    bool prepacked;       // the caller has the right factors' panels
 };
 
 Plan plan_forward(const Shape& shape, const Machine& machine);

@@ -76,7 +76,6 @@ const char* refuse_mm(const ForwardArgs& args, const Launch& launch) {
     if (!tiny_shape(args.shape, tiny)) return "no factor is tiny (at most 16 x 16)";
     if (args.shape.terms > kMostTerms) return "more than 16 terms";
     if (args.norm.residual || args.norm.weight) return "the CUDA product has no layer norm";
-    if (args.int8.q) return "the CUDA product has no int8 results";
     // Sizes times 16 stay in 32 bits, and grids within their limits.
     if (tiny.lo > int64_t(1) << 26 || tiny.li > 1 << 20 || args.shape.tokens > int64_t(1) << 26)
         return "more than 2^26 tokens or rows of the large factor, or 2^20 columns of it";

@@ -74,7 +74,6 @@ const char* refuse_kron_mm(const ForwardArgs& args, const Launch& launch) {
     if (tiles && 2 * tiles < launch.multiprocessors) return "fewer tiles of tokens than half the multiprocessors";
     if (args.count > kMostProducts) return "more than 4 products of one x";
     if (args.norm.weight || args.norm.residual) return "a layer norm";
-    if (args.int8.q) return "int8 results";
     const bool gelu = args.activation == Activation::gelu && !tiny.right && !contracts(tiny);
     if (args.activation != Activation::none && !gelu)
         return "an activation, except GELU after an expanding left factor";

@@ -10,7 +10,6 @@
 
 void amx_emulated_forward(const kron::ForwardArgs& args, const kron::Executor& executor) {
     using namespace kron::amx_emulated;
-    if (args.int8.q) return forward<float, bf16, AmxGemm, float>(args, executor);
     forward<float, bf16, AmxGemm>(args, executor);
 }
 

@@ -107,7 +107,6 @@ void test_refusals() {
            [](auto&, auto&, auto& launch) { launch.multiprocessors = 3; });
     expect("more than 4 products of one x", [](auto& a, auto&, auto&) { a.count = 5; });
     expect("a layer norm", [](auto& a, auto&, auto&) { a.norm.residual = a.x; });
-    expect("int8 results", [](auto& a, auto&, auto&) { a.int8.q = reinterpret_cast<int8_t*>(1); });
     expect("an activation, except GELU after an expanding left factor",
            [](auto& a, auto&, auto&) { a.activation = Activation::gelu; });
     expect("a tensor to add to", [](auto& a, auto& one, auto&) { one.base = a.x; });

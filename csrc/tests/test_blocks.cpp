@@ -232,7 +232,8 @@ void test_stale_packs() {
         const std::vector<char> foreign = other.pack(executor);
         const Buffer y(tokens * pair.m(), DType::f32);
         const kron::Projection projection = pair.projection(y.get(), &foreign);
-        kron::kron_matmul_forward({pair.shape(tokens), x.get(), pair.n(), 1, &projection, Activation::none, {}}, executor);
+        kron::kron_matmul_forward({pair.shape(tokens), x.get(), pair.n(), 1, &projection, Activation::none, {}},
+                                  executor);
         compare(expected, y, tolerance(DType::f32, pair.n()), "foreign pack", level);
     });
     kron::set_isa_cap(kron::Isa::portable);

@@ -10,7 +10,6 @@
 #include "support.h"
 
 void test_blocks(int rounds, bool only_random);  // test_blocks.cpp
-void test_int8(int rounds, bool only_random);    // test_int8.cpp
 
 namespace {
 
@@ -128,10 +127,11 @@ void test_backward(const Product& p, const Expected& expected, const kron::Execu
                    int wanted) {
     const Case& c = p.c;
     const Buffer dx(c.tokens * p.n, c.dtype), da(p.a.count, c.dtype), db(p.b.count, c.dtype), dbias(p.m, c.dtype);
-    kron::kron_matmul_backward({p.shape(), p.g.get(), p.m + c.gap, p.x.get(), p.n + c.gap, p.factor(p.a, c.m1, c.n1),
-                            p.factor(p.b, c.m2, c.n2), wanted & 1 ? dx.get() : nullptr, wanted & 2 ? da.get() : nullptr,
-                            wanted & 4 ? db.get() : nullptr, wanted & 8 ? dbias.get() : nullptr},
-                           executor);
+    kron::kron_matmul_backward(
+        {p.shape(), p.g.get(), p.m + c.gap, p.x.get(), p.n + c.gap, p.factor(p.a, c.m1, c.n1),
+         p.factor(p.b, c.m2, c.n2), wanted & 1 ? dx.get() : nullptr, wanted & 2 ? da.get() : nullptr,
+         wanted & 4 ? db.get() : nullptr, wanted & 8 ? dbias.get() : nullptr},
+        executor);
     if (wanted & 1) compare(expected.dx, dx, tolerance(c.dtype, c.terms * p.m), "dx", where);
     if (wanted & 2) compare(expected.da, da, tolerance(c.dtype, c.tokens * p.n), "da", where);
     if (wanted & 4) compare(expected.db, db, tolerance(c.dtype, c.tokens * p.m), "db", where);
@@ -248,7 +248,6 @@ int main(int argc, char** argv) {
                   pick(0, 2)},
                  int(pick(0, 15)));
     test_blocks(rounds, only_random);
-    test_int8(rounds, only_random);
     std::printf("%d checks at levels portable..%s\n", checks, kron::isa_name(kron::detected_isa()));
     std::printf("%d passed, %d failed\n", checks - failures, failures);
     return failures != 0;

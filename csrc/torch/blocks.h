@@ -37,8 +37,8 @@ class Norm {
 
 template <class Kernels>
 Tensor kron_matmul_norm(const Kernels& kernels, const Tensor& x_any, const Tensor& a, const Tensor& b,
-                    std::optional<Tensor> bias, const Tensor& residual, const Tensor& norm_weight,
-                    const Tensor& norm_bias, double eps, const std::optional<Tensor>& packed) {
+                        std::optional<Tensor> bias, const Tensor& residual, const Tensor& norm_weight,
+                        const Tensor& norm_bias, double eps, const std::optional<Tensor>& packed) {
     kron::ForwardArgs args{};
     args.shape = checked_shape(x_any, a, b, false);
     const int64_t m = args.shape.m1 * args.shape.m2;

@@ -27,9 +27,8 @@ void mm_add_(Tensor base, const Tensor& x, const Tensor& a, const Tensor& b, dou
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> mm_backward(const Tensor& grad, const Tensor& x, const Tensor& a,
-                                                       const Tensor& b, bool need_x, bool need_a, bool need_b,
-                                                       bool need_bias, bool tf32) {
-    return kron_matmul_backward(CudaKernels(x, tf32), grad, x, a, b, need_x, need_a, need_b, need_bias);
+                                                       const Tensor& b, int64_t needs, bool tf32) {
+    return kron_matmul_backward(CudaKernels(x, tf32), grad, x, a, b, needs);
 }
 
 Tensor ffn(const Tensor& x, const Tensor& a1, const Tensor& b1, std::optional<Tensor> bias1, const Tensor& a2,
@@ -84,13 +83,13 @@ std::tuple<Tensor, Tensor> embedding_backward(const Tensor& grad_any, const Tens
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY(KRON_KERNELS_OPS, m) {
+STABLE_TORCH_LIBRARY(KRON_CUDA_OPS, m) {
     m.def("kron_matmul(Tensor x, Tensor a, Tensor b, Tensor? bias, int activation, bool tf32) -> Tensor");
     m.def("kron_addmm(Tensor base, Tensor x, Tensor a, Tensor b, float alpha, bool tf32) -> Tensor");
     m.def("kron_addmm_(Tensor(a!) base, Tensor x, Tensor a, Tensor b, float alpha, bool tf32) -> ()");
     m.def(
-        "kron_matmul_backward(Tensor grad, Tensor x, Tensor a, Tensor b, bool need_x, bool need_a, bool need_b, "
-        "bool need_bias, bool tf32) -> (Tensor, Tensor, Tensor, Tensor)");
+        "kron_matmul_backward(Tensor grad, Tensor x, Tensor a, Tensor b, int needs, bool tf32) -> (Tensor, Tensor, "
+        "Tensor, Tensor)");
     m.def(
         "kron_ffn(Tensor x, Tensor a1, Tensor b1, Tensor? bias1, Tensor a2, Tensor b2, Tensor? bias2, int activation, "
         "Tensor? residual, Tensor? norm_weight, Tensor? norm_bias, float eps, bool tf32) -> Tensor");
@@ -104,7 +103,7 @@ STABLE_TORCH_LIBRARY(KRON_KERNELS_OPS, m) {
     m.def("kron_embedding_backward(Tensor grad, Tensor ids, Tensor a, Tensor b) -> (Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(KRON_KERNELS_OPS, KRON_CUDA_KEY, m) {
+STABLE_TORCH_LIBRARY_IMPL(KRON_CUDA_OPS, KRON_CUDA_KEY, m) {
     m.impl("kron_matmul", TORCH_BOX(&mm));
     m.impl("kron_addmm", TORCH_BOX(&mm_add));
     m.impl("kron_addmm_", TORCH_BOX(&mm_add_));

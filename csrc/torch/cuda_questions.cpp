@@ -109,12 +109,12 @@ std::string refusal(const std::string& op, int64_t dtype, int64_t tokens, const 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(KRON_KERNELS_OPS, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(KRON_CUDA_OPS, m) {
     m.def("device_status(int device) -> str");
     m.def("refusal(str op, int dtype, int tokens, int[] sizes, int sm, int shared_per_block, bool tf32) -> str");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(KRON_KERNELS_OPS, CompositeExplicitAutograd, m) {
+STABLE_TORCH_LIBRARY_IMPL(KRON_CUDA_OPS, CompositeExplicitAutograd, m) {
     m.impl("device_status", TORCH_BOX(&device_status));
     m.impl("refusal", TORCH_BOX(&refusal));
 }

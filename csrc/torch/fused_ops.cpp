@@ -55,7 +55,7 @@ Tensor embedding(const Tensor& ids, const Tensor& a, const Tensor& b, const std:
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(KRON_KERNELS_OPS, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(kron_kernels, CPU, m) {
     m.impl("kron_pack", TORCH_BOX(&kron_pack));
     m.impl("kron_matmul_norm", TORCH_BOX(&mm_norm));
     m.impl("kron_ffn", TORCH_BOX(&ffn));

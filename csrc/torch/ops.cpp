@@ -20,14 +20,13 @@ void mm_add_(Tensor base, const Tensor& x, const Tensor& a, const Tensor& b, dou
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> mm_backward(const Tensor& grad, const Tensor& x, const Tensor& a,
-                                                       const Tensor& b, bool need_x, bool need_a, bool need_b,
-                                                       bool need_bias) {
-    return kron_matmul_backward(CpuKernels{}, grad, x, a, b, need_x, need_a, need_b, need_bias);
+                                                       const Tensor& b, int64_t needs) {
+    return kron_matmul_backward(CpuKernels{}, grad, x, a, b, needs);
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(KRON_KERNELS_OPS, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(kron_kernels, CPU, m) {
     m.impl("kron_matmul", TORCH_BOX(&mm));
     m.impl("kron_addmm", TORCH_BOX(&mm_add));
     m.impl("kron_addmm_", TORCH_BOX(&mm_add_));

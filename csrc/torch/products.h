@@ -22,7 +22,7 @@ void run_product(const Kernels& kernels, kron::ForwardArgs& args, const kron::Pr
 
 template <class Kernels>
 Tensor kron_matmul(const Kernels& kernels, const Tensor& x_any, const Tensor& a, const Tensor& b,
-               std::optional<Tensor> bias, int64_t activation, const std::optional<Tensor>& packed) {
+                   std::optional<Tensor> bias, int64_t activation, const std::optional<Tensor>& packed) {
     kron::ForwardArgs args{};
     args.shape = checked_shape(x_any, a, b, true);
     args.activation = checked_activation(activation);
@@ -50,7 +50,7 @@ void add_product(const Kernels& kernels, const Tensor& base, const Tensor& x_any
 
 template <class Kernels>
 Tensor kron_addmm(const Kernels& kernels, const Tensor& base, const Tensor& x, const Tensor& a, const Tensor& b,
-                   double alpha) {
+                  double alpha) {
     const Tensor rows = torch::stable::contiguous(base);
     const Tensor y = empty_rows(base, base.dim() > 0 ? base.size(base.dim() - 1) : 1);
     add_product(kernels, rows, x, a, b, alpha, y);
@@ -58,16 +58,17 @@ Tensor kron_addmm(const Kernels& kernels, const Tensor& base, const Tensor& x, c
 }
 
 template <class Kernels>
-void kron_addmm_(const Kernels& kernels, Tensor base, const Tensor& x, const Tensor& a, const Tensor& b,
-                  double alpha) {
+void kron_addmm_(const Kernels& kernels, Tensor base, const Tensor& x, const Tensor& a, const Tensor& b, double alpha) {
     if (!base.is_contiguous()) fail("base", "a contiguous tensor", "strides that are not");
     add_product(kernels, base, x, a, b, alpha, base);
 }
 
+// Gradients of x, a, b, bias by the bits of `needs`, bit 0 that of x; one not asked for has shape (0,).
 template <class Kernels>
 std::tuple<Tensor, Tensor, Tensor, Tensor> kron_matmul_backward(const Kernels& kernels, const Tensor& grad_any,
-                                                            const Tensor& x_any, const Tensor& a, const Tensor& b,
-                                                            bool need_x, bool need_a, bool need_b, bool need_bias) {
+                                                                const Tensor& x_any, const Tensor& a, const Tensor& b,
+                                                                int64_t needs) {
+    const bool need_x = needs & 1, need_a = needs >> 1 & 1, need_b = needs >> 2 & 1, need_bias = needs >> 3 & 1;
     kron::BackwardArgs args{};
     args.shape = checked_shape(x_any, a, b, false);
     const kron::Shape& s = args.shape;

@@ -102,9 +102,9 @@ def kron_addmm_(base: Tensor, x: Tensor, a: Tensor, b: Tensor, alpha: float) -> 
 
 
 def kron_matmul_backward(
-    grad: Tensor, x: Tensor, a: Tensor, b: Tensor, need_x: bool, need_a: bool, need_b: bool, need_bias: bool
+    grad: Tensor, x: Tensor, a: Tensor, b: Tensor, needs: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _op("kron_matmul_backward")(grad, x, a, b, need_x, need_a, need_b, need_bias, allows_tf32())
+    return _op("kron_matmul_backward")(grad, x, a, b, needs, allows_tf32())
 
 
 def kron_ffn(

@@ -14,6 +14,7 @@ from ..schemas import reference
 from ..schemas.product import stacks
 from ..schemas.products import kron_addmm as addmm_op
 from ..schemas.products import kron_addmm_ as addmm_op_
+from ..schemas.products import needs_mask
 from ..schemas.reference import order_cost
 from .checks import (
     check_alpha,
@@ -123,7 +124,7 @@ class KronAddmm(torch.autograd.Function):
         if alpha != 1:
             factors[scaled] = factors[scaled] * alpha
         with select.force(ctx.backend):
-            found = list(only_needed(gradients(grad, *factors, *needs[1:], False), needs[1:]))
+            found = list(only_needed(gradients(grad, *factors, needs_mask(needs[1:])), needs[1:]))
         scaled_gradient = found[scaled]
         if alpha != 1 and scaled_gradient is not None:
             found[scaled] = scaled_gradient * alpha

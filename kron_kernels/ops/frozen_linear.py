@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
+from ..schemas.products import needs_mask
 from .addmm import (
     RightFactor,
     check_factors,
@@ -124,9 +125,9 @@ class FrozenLinearKron(torch.autograd.Function):
         if q is None:
             if dx is not None:  # dX = G W + alpha sum_s A_s^T G B_s: the same product by the transposed factors
                 dx = kron_addmm_(dx, grad, a.mT, p.mT, alpha=alpha)
-            _, da, dp, _ = gradients(grad, x, a, p, False, need_a, need_p, False)
+            _, da, dp, _ = gradients(grad, x, a, p, needs_mask((False, need_a, need_p)))
         else:
-            dh, da, dp, _ = gradients(grad, fold(x, a, q), a, p, need_x or need_q, need_a, need_p, False)
+            dh, da, dp, _ = gradients(grad, fold(x, a, q), a, p, needs_mask((need_x or need_q, need_a, need_p)))
             rows = alpha * dh.reshape(-1, q.shape[0])  # (T * n1, r)
             if need_q:
                 dq = rows.mT @ x.reshape(-1, q.shape[1])

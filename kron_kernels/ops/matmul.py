@@ -11,6 +11,7 @@ from .. import backends
 from ..backends import select
 from ..schemas import reference
 from ..schemas.product import stacks
+from ..schemas.products import MATMUL_GRADIENTS, needed, needs_mask
 from ..schemas.products import kron_matmul as matmul_op
 from ..schemas.products import kron_matmul_backward as matmul_backward_op
 from .checks import activation_code, check_operands, check_types
@@ -97,7 +98,7 @@ class KronMatmul(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad
         with select.force(ctx.backend):
-            return only_needed(gradients(grad, *ctx.saved_tensors, *needs), needs)
+            return only_needed(gradients(grad, *ctx.saved_tensors, needs_mask(needs)), needs)
 
 
 class KronMatmulBackward(torch.autograd.Function):
@@ -106,15 +107,13 @@ class KronMatmulBackward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        grad: Tensor, x: Tensor, a: Tensor, b: Tensor, need_x: bool, need_a: bool, need_b: bool, need_bias: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return matmul_backward_op(grad, x, a, b, need_x, need_a, need_b, need_bias)
+    def forward(grad: Tensor, x: Tensor, a: Tensor, b: Tensor, needs: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return matmul_backward_op(grad, x, a, b, needs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.save_for_backward(*inputs[:4])
-        ctx.needed = inputs[4:]
+        ctx.needed = needed(inputs[4], len(MATMUL_GRADIENTS))
         ctx.backend = select.forced()
 
     @staticmethod
@@ -133,8 +132,8 @@ class KronMatmulBackward(torch.autograd.Function):
         grad, x, a, b = ctx.saved_tensors
         need_grad, *needs = ctx.needs_input_grad[:4]
         total: list[Tensor | None] = [None] * 4
-        for position, (needed, tangent) in enumerate(zip(ctx.needed, tangents, strict=False)):
-            if not needed:
+        for position, (asked, tangent) in enumerate(zip(ctx.needed, tangents, strict=False)):
+            if not asked:
                 continue
             operands = [x, a, b]
             operands[position] = tangent
@@ -142,18 +141,18 @@ class KronMatmulBackward(torch.autograd.Function):
                 total[0] = _add(total[0], apply(KronMatmul, *operands, None))
             wanted = tuple(need and index != position for index, need in enumerate(needs))
             if any(wanted):
-                parts = only_needed(gradients(grad, *operands, *wanted, False), wanted)
+                parts = only_needed(gradients(grad, *operands, needs_mask(wanted)), wanted)
                 total[1:] = [_add(old, part) for old, part in zip(total[1:], parts, strict=True)]
         if need_grad and ctx.needed[3]:
             total[0] = _add(total[0], grad_dbias.expand_as(grad))
-        return (*total, None, None, None, None)
+        return (*total, None)
 
 
-def gradients(grad: Tensor, x: Tensor, a: Tensor, b: Tensor, *needs: bool) -> tuple[Tensor, ...]:
+def gradients(grad: Tensor, x: Tensor, a: Tensor, b: Tensor, needs: int) -> tuple[Tensor, ...]:
     """Of a product's x, a, b and bias, differentiable where that may be asked for; those not needed are empty."""
     if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
-        return apply(KronMatmulBackward, grad, x, a, b, *needs)
-    return matmul_backward_op(grad, x, a, b, *needs)
+        return apply(KronMatmulBackward, grad, x, a, b, needs)
+    return matmul_backward_op(grad, x, a, b, needs)
 
 
 def only_needed(found: tuple[Tensor, ...], needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:

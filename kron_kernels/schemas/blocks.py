@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import reference
 from .product import stacks
-from .products import _ACTIVATION_NAMES, _TAGS, _only_needed, _unbind
+from .products import _ACTIVATION_NAMES, _TAGS, _only_needed, _unbind, needed
 
 _FACTORS_1, _FACTORS_2 = (f"Tensor a{i}, Tensor b{i}, Tensor? bias{i}" for i in (1, 2))
 _SCHEMAS = {
@@ -228,8 +228,3 @@ def _kron_embedding_backward_fake(
     tables = (position_weight, type_weight, norm_weight, norm_weight)
     shapes = (a.shape, b.shape, *((0,) if table is None else table.shape for table in tables))
     return _only_needed(tuple(a.new_empty(shape) for shape in shapes), needed(needs, len(EMBEDDING_GRADIENTS)))
-
-
-def needed(needs: int, count: int) -> tuple[bool, ...]:
-    """Which of ``count`` gradients the bits of ``needs`` ask for."""
-    return tuple(bool(needs >> index & 1) for index in range(count))

@@ -10,7 +10,7 @@ pair of matrices as they are: making stacks of them costs as much as a small pro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -29,6 +29,8 @@ HUGGING_FACE_ACTIVATIONS = {
     "relu": "relu",
     "silu": "silu",
 }
+# Gradients of kron_matmul_backward, by the bit of `needs` that asks for each.
+MATMUL_GRADIENTS = ("x", "a", "b", "bias")
 _ACTIVATION_NAMES = {code: name for name, code in ACTIVATION_CODES.items()}
 
 # "flexible_layout": the kernels read any strides, so that a compiler need not copy its operands for them.
@@ -41,8 +43,7 @@ torch.library.define(
 )
 torch.library.define(
     "kron_kernels::kron_matmul_backward",
-    "(Tensor grad, Tensor x, Tensor a, Tensor b, bool need_x, bool need_a, bool need_b, bool need_bias)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor grad, Tensor x, Tensor a, Tensor b, int needs) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
 torch.library.define(
@@ -67,10 +68,10 @@ def _kron_matmul_reference(
 
 
 def _kron_matmul_backward_reference(
-    grad: Tensor, x: Tensor, a: Tensor, b: Tensor, *needs: bool
+    grad: Tensor, x: Tensor, a: Tensor, b: Tensor, needs: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with torch.autocast(x.device.type, enabled=False):
-        return _only_needed(reference.kron_matmul_backward(grad, x, a, b), needs)
+        return _only_needed(reference.kron_matmul_backward(grad, x, a, b), needed(needs, len(MATMUL_GRADIENTS)))
 
 
 def _kron_matmul_add_reference(base: Tensor, x: Tensor, a: Tensor, b: Tensor, alpha: float) -> Tensor:
@@ -101,10 +102,10 @@ def _kron_matmul_fake(
 
 @torch.library.register_fake("kron_kernels::kron_matmul_backward")
 def _kron_matmul_backward_fake(
-    grad: Tensor, x: Tensor, a: Tensor, b: Tensor, *needs: bool
+    grad: Tensor, x: Tensor, a: Tensor, b: Tensor, needs: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     outputs = (x.new_empty(x.shape), a.new_empty(a.shape), b.new_empty(b.shape), grad.new_empty(grad.shape[-1]))
-    return _only_needed(outputs, needs)
+    return _only_needed(outputs, needed(needs, len(MATMUL_GRADIENTS)))
 
 
 @torch.library.register_fake("kron_kernels::kron_addmm")
@@ -115,6 +116,16 @@ def _kron_matmul_add_fake(base: Tensor, x: Tensor, a: Tensor, b: Tensor, alpha: 
 @torch.library.register_fake("kron_kernels::kron_addmm_")
 def _kron_matmul_add_in_place_fake(base: Tensor, x: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
     return None
+
+
+def needed(needs: int, count: int) -> tuple[bool, ...]:
+    """Say which of ``count`` gradients the bits of ``needs`` ask for."""
+    return tuple(bool(needs >> index & 1) for index in range(count))
+
+
+def needs_mask(wanted: Iterable[bool]) -> int:
+    """Return the bit mask ``needs`` of a backward op, bit i for the i-th of ``wanted``."""
+    return sum(bool(want) << index for index, want in enumerate(wanted))
 
 
 def _only_needed(outputs: tuple[Tensor, ...], needs: tuple[bool, ...]) -> Any:
@@ -164,15 +175,16 @@ def _kron_matmul_add_vmap(
 
 @torch.library.register_vmap("kron_kernels::kron_matmul_backward")
 def _kron_matmul_backward_vmap(
-    info: Any, in_dims: tuple, grad: Tensor, x: Tensor, a: Tensor, b: Tensor, *needs: bool
+    info: Any, in_dims: tuple, grad: Tensor, x: Tensor, a: Tensor, b: Tensor, needs: int
 ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
-    out_dims = tuple(0 if need else None for need in needs)
-    if in_dims[2] is None and in_dims[3] is None and not any(needs[1:]):
+    asked = needed(needs, len(MATMUL_GRADIENTS))
+    out_dims = tuple(0 if need else None for need in asked)
+    if in_dims[2] is None and in_dims[3] is None and not any(asked[1:]):
         grad, x = (
             tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
             for tensor, dim in ((grad, in_dims[0]), (x, in_dims[1]))
         )
-        return kron_matmul_backward(grad, x, a, b, *needs), out_dims
-    samples = _unbind(info.batch_size, in_dims, (grad, x, a, b, *needs))
+        return kron_matmul_backward(grad, x, a, b, needs), out_dims
+    samples = _unbind(info.batch_size, in_dims, (grad, x, a, b, needs))
     columns = zip(*(kron_matmul_backward(*sample) for sample in samples), strict=True)
-    return tuple(torch.stack(out) if need else out[0] for out, need in zip(columns, needs, strict=True)), out_dims
+    return tuple(torch.stack(out) if need else out[0] for out, need in zip(columns, asked, strict=True)), out_dims

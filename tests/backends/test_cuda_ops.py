@@ -100,19 +100,19 @@ def test_kron_matmul_add(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("case", [case for case in MM_CASES if case.terms > 1 or case.tokens > 1], ids=lambda c: c.id)
 def test_kron_matmul_backward(case: cases.Case, dtype: torch.dtype) -> None:
     o, same_dtype, oracle = cases.backward_case(case, dtype)
-    got = cuda.kron_matmul_backward(o.grad, o.x, o.a, o.b, True, True, True, True)
+    got = cuda.kron_matmul_backward(o.grad, o.x, o.a, o.b, 0b1111)
     for name, *tensors in zip(("dx", "da", "db", "dbias"), got, same_dtype, oracle, strict=True):
         cases.assert_accurate(*tensors, name)
 
 
 def test_kron_matmul_backward_computes_what_is_needed() -> None:
     o = cases.make(cases.Case("odd", 6), torch.bfloat16)
-    everything = cuda.kron_matmul_backward(o.grad, o.x, o.a, o.b, True, True, True, True)
+    everything = cuda.kron_matmul_backward(o.grad, o.x, o.a, o.b, 0b1111)
     for index in range(4):
-        some = cuda.kron_matmul_backward(o.grad, o.x, o.a, o.b, *(i == index for i in range(4)))
+        some = cuda.kron_matmul_backward(o.grad, o.x, o.a, o.b, 1 << index)
         assert [tensor.numel() for i, tensor in enumerate(some) if i != index] == [0, 0, 0]
         assert torch.equal(some[index], everything[index])
-    dx, *sums = cuda.kron_matmul_backward(o.grad[:0], o.x[:0], o.a, o.b, True, True, True, True)
+    dx, *sums = cuda.kron_matmul_backward(o.grad[:0], o.x[:0], o.a, o.b, 0b1111)
     assert dx.shape == (0, 10)
     assert all(tensor.eq(0).all() for tensor in sums)
 

@@ -26,8 +26,8 @@ def test_opcheck(tokens: int, dtype: torch.dtype) -> None:
     o = cases.make(cases.Case("odd", tokens, 2), dtype)
     torch.library.opcheck(schemas.kron_matmul, (o.x, o.a, o.b, o.bias, 1))
     torch.library.opcheck(schemas.kron_matmul, (o.x, o.a.mT.contiguous().mT, o.b, None, 0))
-    torch.library.opcheck(schemas.kron_matmul_backward, (o.grad, o.x, o.a, o.b, True, True, True, True))
-    torch.library.opcheck(schemas.kron_matmul_backward, (o.grad, o.x, o.a, o.b, False, True, False, False))
+    torch.library.opcheck(schemas.kron_matmul_backward, (o.grad, o.x, o.a, o.b, 0b1111))
+    torch.library.opcheck(schemas.kron_matmul_backward, (o.grad, o.x, o.a, o.b, 0b0010))
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_leading_dimensions_of_any_strides(view: Callable[[Tensor], Tensor]) -> 
     x, grad = view(o.x.view(4, 6, -1)), view(o.grad.view(4, 6, -1))
     y = schemas.kron_matmul(x, o.a, o.b, o.bias, 0)
     torch.testing.assert_close(y, reference.kron_matmul(x, o.a, o.b, o.bias))
-    actual = schemas.kron_matmul_backward(grad, x, o.a, o.b, True, True, True, True)
+    actual = schemas.kron_matmul_backward(grad, x, o.a, o.b, 0b1111)
     torch.testing.assert_close(actual, reference.kron_matmul_backward(grad, x, o.a, o.b))
 
 
@@ -69,7 +69,7 @@ def test_activations_over_their_whole_range(activation: str) -> None:
 
 def test_no_tokens_give_zero_gradients() -> None:
     o = cases.make(cases.Case("odd", 0, 2))
-    dx, da, db, dbias = schemas.kron_matmul_backward(o.grad, o.x, o.a, o.b, True, True, True, True)
+    dx, da, db, dbias = schemas.kron_matmul_backward(o.grad, o.x, o.a, o.b, 0b1111)
     assert dx.shape == (0, 10)
     for gradient in (da, db, dbias):
         assert torch.equal(gradient, torch.zeros_like(gradient))
@@ -132,9 +132,9 @@ def test_backward_op_refuses_a_gradient_of_another_shape(bad: Callable[[Tensor],
     with pytest.raises(
         ValueError, match=r"grad: expected the shape of x, \(5, 10\), with last dimension m1 \* m2 = 21"
     ):
-        schemas.kron_matmul_backward(bad(o.grad), o.x, o.a, o.b, True, True, True, True)
+        schemas.kron_matmul_backward(bad(o.grad), o.x, o.a, o.b, 0b1111)
     with pytest.raises(ValueError, match="grad: expected the dtype of x"):
-        schemas.kron_matmul_backward(o.grad.half(), o.x, o.a, o.b, True, True, True, True)
+        schemas.kron_matmul_backward(o.grad.half(), o.x, o.a, o.b, 0b1111)
 
 
 @pytest.mark.parametrize("shape", ["k8-attention-small", "k21-attention", "k8-w1-small", "k8-w2-small", "balanced"])
@@ -143,7 +143,7 @@ def test_two_runs_give_the_same_bits(shape: str) -> None:
     runs = [
         (
             schemas.kron_matmul(o.x, o.a, o.b, o.bias, 1),
-            *schemas.kron_matmul_backward(o.grad, o.x, o.a, o.b, True, True, True, True),
+            *schemas.kron_matmul_backward(o.grad, o.x, o.a, o.b, 0b1111),
         )
         for _ in range(2)
     ]
@@ -158,7 +158,7 @@ def test_threads_change_nothing_but_rounding(shape: str) -> None:
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            gradients = schemas.kron_matmul_backward(o.grad, o.x, o.a, o.b, True, True, True, True)
+            gradients = schemas.kron_matmul_backward(o.grad, o.x, o.a, o.b, 0b1111)
             results.append((schemas.kron_matmul(o.x, o.a, o.b, o.bias, 0), *gradients))
     finally:
         torch.set_num_threads(before)
@@ -202,7 +202,7 @@ def test_transpose_identity(operands: tuple[Tensor, ...]) -> None:
     x, a, b, y = operands
     transposed = product(y, a.mT, b.mT)
     torch.testing.assert_close((y * product(x, a, b)).sum(), (transposed * x).sum())
-    dx = schemas.kron_matmul_backward(y, x, a, b, True, False, False, False)[0]
+    dx = schemas.kron_matmul_backward(y, x, a, b, 0b0001)[0]
     torch.testing.assert_close(dx, transposed)
 
 
@@ -224,7 +224,7 @@ def test_terms_add_up(operands: tuple[Tensor, ...]) -> None:
     x, a, b, y = operands
     terms = range(a.shape[0])
     torch.testing.assert_close(product(x, a, b), sum(product(x, a[s : s + 1], b[s : s + 1]) for s in terms))
-    _, da, db, _ = schemas.kron_matmul_backward(y, x, a, b, False, True, True, False)
+    _, da, db, _ = schemas.kron_matmul_backward(y, x, a, b, 0b0110)
     for s in terms:
-        one = schemas.kron_matmul_backward(y, x, a[s : s + 1], b[s : s + 1], False, True, True, False)
+        one = schemas.kron_matmul_backward(y, x, a[s : s + 1], b[s : s + 1], 0b0110)
         torch.testing.assert_close((da[s : s + 1], db[s : s + 1]), one[1:3])

@@ -34,7 +34,7 @@ def test_forward(case: cases.Case, dtype: torch.dtype, isa: str) -> None:
 @pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.id)
 def test_backward(case: cases.Case, dtype: torch.dtype, isa: str) -> None:
     o, same_dtype, oracles = cases.backward_case(case, dtype)
-    actual = products.kron_matmul_backward(o.grad, o.x, o.a, o.b, True, True, True, True)
+    actual = products.kron_matmul_backward(o.grad, o.x, o.a, o.b, 0b1111)
     for name, gradient, torch_gradient, oracle in zip(GRADIENTS, actual, same_dtype, oracles, strict=True):
         cases.assert_accurate(gradient, torch_gradient, oracle, name)
 
@@ -64,9 +64,9 @@ def test_activation_of_large_values(activation: str, isa: str) -> None:
 @pytest.mark.parametrize("shape", ["odd", "k8-w2-small", "k21-attention-small", "balanced"])
 def test_backward_computes_what_is_asked(shape: str, needs: tuple[bool, ...], isa: str) -> None:
     o = cases.make(cases.Case(shape, 17, 2))
-    everything = products.kron_matmul_backward(o.grad, o.x, o.a, o.b, True, True, True, True)
+    everything = products.kron_matmul_backward(o.grad, o.x, o.a, o.b, 0b1111)
     for need, result, full in zip(
-        needs, products.kron_matmul_backward(o.grad, o.x, o.a, o.b, *needs), everything, strict=True
+        needs, products.kron_matmul_backward(o.grad, o.x, o.a, o.b, products.needs_mask(needs)), everything, strict=True
     ):
         if need:
             torch.testing.assert_close(result, full)

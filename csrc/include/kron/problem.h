@@ -53,14 +53,6 @@ struct NormArgs {
     double eps;
 };
 
-// Results as bytes instead of in y: q = y / scale rounded to nearest even, scale = max |y| / 127 of each token. Tokens
-// of zeros have scale 0 and bytes 0; where max |y| is no number or float32 cannot hold the scale, it is what it is
-// (NaN, infinity, 0) and the bytes are 0.
-struct Int8Args {
-    int8_t* q;     // (T, m1*m2) contiguous; null: results go to y
-    float* scale;  // (T,)
-};
-
 // One pair of factors applied to x, and where the result goes.
 struct Projection {
     Factor a, b;
@@ -83,8 +75,7 @@ struct ForwardArgs {
     const Projection* projections;
     Activation activation;
     NormArgs norm;
-    double alpha = 1;                    // of the products
-    Int8Args int8 = {nullptr, nullptr};  // with one projection, without base and norm
+    double alpha = 1;  // of the products
 };
 
 // y = W2 activation(W1 x + bias1) + bias2, then the norm. The first pair's m1*m2 is the second's n1*n2.

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ...schemas import reference
-from ...schemas.blocks import FFN_GRADIENTS, needed
+from ...schemas.blocks import FFN_GRADIENTS
 from ...schemas.product import Product
-from ...schemas.products import _ACTIVATION_NAMES
+from ...schemas.products import _ACTIVATION_NAMES, needed, needs_mask
 from . import mm
 from .ffn_plan import Ffn, chained, middle_tiles
 from .kernels.ffn_backward import ffn_backward_kernel
@@ -140,10 +140,10 @@ def _as_two_products(
     with torch.enable_grad():
         active = hidden if name is None else reference.ACTIVATIONS[name](hidden)
     through, da2, db2, dbias2 = mm.kron_matmul_backward(
-        grad, active.detach(), a2, b2, any(first), need_a2, need_b2, need_bias2
+        grad, active.detach(), a2, b2, needs_mask((any(first), need_a2, need_b2, need_bias2))
     )
     found: tuple[Tensor | None, ...] = (None,) * 4
     if any(first):
         (grad_hidden,) = torch.autograd.grad(active, hidden, through.view(active.shape))
-        found = mm.kron_matmul_backward(grad_hidden, x, a1, b1, *first)
+        found = mm.kron_matmul_backward(grad_hidden, x, a1, b1, needs_mask(first))
     return [*found, da2, db2, dbias2]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ...schemas.product import Product, stacks
+from ...schemas.products import MATMUL_GRADIENTS, needed
 from . import chain
 from .kernels import mm as kernels
 from .launch import Options, device_of, launch
@@ -102,9 +103,10 @@ def run_mixed(
 
 
 def kron_matmul_backward(
-    grad: Tensor, x: Tensor, a: Tensor, b: Tensor, need_x: bool, need_a: bool, need_b: bool, need_bias: bool
+    grad: Tensor, x: Tensor, a: Tensor, b: Tensor, needs: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The op ``kron_matmul_backward``."""
+    need_x, need_a, need_b, need_bias = needed(needs, len(MATMUL_GRADIENTS))
     dx, da, db = (
         torch.empty_like(tensor, memory_format=torch.contiguous_format) if need else None
         for need, tensor in ((need_x, x), (need_a, a), (need_b, b))

@@ -139,7 +139,7 @@ def _mm(problem: Problem, normal: Callable[..., Tensor]) -> tuple[Any, ...]:
 def _mm_backward(problem: Problem, normal: Callable[..., Tensor]) -> tuple[Any, ...]:
     layer = LAYERS[problem.name]
     m, n = layer.shape
-    return normal(problem.tokens, m), normal(problem.tokens, n), *layer.factors(normal), True, True, True, True
+    return normal(problem.tokens, m), normal(problem.tokens, n), *layer.factors(normal), 0b1111
 
 
 def _mm_add(problem: Problem, normal: Callable[..., Tensor]) -> tuple[Any, ...]:

@@ -28,7 +28,7 @@ def test_forward(case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("case", _CASES, ids=lambda case: case.id)
 def test_backward(case: Case, dtype: torch.dtype) -> None:
     o, same_dtype, oracles = backward_case(case, dtype)
-    found = mm.kron_matmul_backward(o.grad, o.x, o.a, o.b, True, True, True, True)
+    found = mm.kron_matmul_backward(o.grad, o.x, o.a, o.b, 0b1111)
     for actual, same, oracle, name in zip(found, same_dtype, oracles, ("dx", "da", "db", "dbias"), strict=True):
         assert actual.shape == oracle.shape
         assert_accurate(actual, same, oracle, name)
@@ -47,7 +47,7 @@ def test_activations(shape: str, activation: str) -> None:
 @pytest.mark.parametrize("shape", ["k8-w1-small", "k8-w2-small", "odd", "balanced"])
 def test_only_the_gradients_asked_for(shape: str, needs: tuple[bool, ...]) -> None:
     o, _, oracles = backward_case(Case(shape, 17), torch.float32)
-    found = mm.kron_matmul_backward(o.grad, o.x, o.a, o.b, *needs)
+    found = mm.kron_matmul_backward(o.grad, o.x, o.a, o.b, products.needs_mask(needs))
     for actual, oracle, need in zip(found, oracles, needs, strict=True):
         assert actual.shape == (oracle.shape if need else (0,))
         if need:
@@ -93,7 +93,7 @@ def test_no_tokens_start_nothing(shape: str) -> None:
     o = make(Case(shape, 0))
     with recording(Device(90, 132, 227 * 1024)) as launches:
         assert mm.kron_matmul(o.x, o.a, o.b, o.bias, 0).shape == o.grad.shape
-        mm.kron_matmul_backward(o.grad, o.x, o.a, o.b, True, True, True, True)
+        mm.kron_matmul_backward(o.grad, o.x, o.a, o.b, 0b1111)
     assert launches == []
 
 
