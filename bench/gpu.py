@@ -33,6 +33,7 @@ from bench.gpu_steps import PROOFS, STEPS, Outcome, Run, profiler
 from bench.harness import KEEP_MEMORY, RESULTS, ResultFile, Row, read_rows, stamp
 from bench.points import measure
 from kron_kernels.backends import select
+from kron_kernels.backends.devices import arch
 from kron_kernels.backends.triton.problems import DTYPES
 from kron_kernels.compress.files import write_text
 from kron_kernels.testing.problem import TOLERANCE
@@ -96,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         record.step("profiler", profiler)
     rows = read_rows(record.results.path)
     if not arguments.rehearse and not wrong:
-        write_choices(select.CHOICES, choices(rows, select.arch(0)))
+        write_choices(select.CHOICES, choices(rows, arch(0)))
     plot(rows, run.out / f"gpu-{run.name}.png")
     print(f"results: {record.results.path}")
     statuses = {name: record.status(name) for name in (*STEPS, "measure") if name not in arguments.skip}

@@ -15,6 +15,7 @@ from bench.candidates import Missing, module
 from bench.gpu_problems import EPS, EmbeddingProblem, FfnProblem, GpuProblem, LayerProblem, QkvProblem, Weights
 from kron_kernels import kron_embedding, kron_ffn, kron_matmul, kron_qkv
 from kron_kernels.backends import select
+from kron_kernels.backends.devices import arch
 from kron_kernels.testing.problem import Candidate
 
 Maker = Callable[[Any], Candidate]
@@ -137,10 +138,10 @@ def _ours(name: str, function: Callable[..., Any], prepare: Any, differentiates:
         backend = BACKENDS[name]
         if backend is not None:
             ops = (problem.op, f"{problem.op}_backward") if problem.backward else (problem.op,)
-            arch = select.arch(0) if problem.device == "cuda" else None
+            chip = arch(0) if problem.device == "cuda" else None
             try:
                 for op in ops:
-                    select.choose(op, problem.products(), problem.dtype, problem.tokens, arch, backend)
+                    select.choose(op, problem.products(), problem.dtype, problem.tokens, chip, backend)
             except RuntimeError as refusal:
                 raise Missing(str(refusal)) from None
         return Candidate(name, functools.partial(function, backend=backend), prepare, differentiates)

@@ -9,6 +9,7 @@ from typing import Any
 
 from bench.harness import Row
 from kron_kernels.backends import select
+from kron_kernels.backends.base import Call
 from kron_kernels.backends.triton.problems import DTYPES, EMBEDDINGS, FFNS, LAYERS, QKVS
 from kron_kernels.compress.files import write_text
 from kron_kernels.schemas.product import Product
@@ -51,7 +52,7 @@ def choices(rows: Iterable[Row], arch: int | str) -> Choices:
         if len(each) < 2:
             continue
         fastest, second = sorted(each, key=lambda name: each[name])[:2]
-        call = select.describe(op_of(case, direction), products_of(case), DTYPES[dtype])
+        call = Call(op_of(case, direction), products_of(case), DTYPES[dtype], int(tokens))
         entry = {"backend": fastest, "over": second, "ratio": each[second] / each[fastest]}
         found.setdefault(f"{call} on {arch}", {})[str(select.token_class(int(tokens)))] = entry
     return found

@@ -70,7 +70,7 @@ def _memory_points(job: dict[str, Any], say: Say) -> None:
                 growth = peak_memory_growth(problem.runner(candidate))
                 scratch = None
                 if name == "kron_kernels" and backends.available()["cpu"].available:
-                    scratch = backends._introspect().last_scratch_bytes()
+                    scratch = backends.introspect().last_scratch_bytes()
                 output = problem.tokens * problem.case.shape[0] * problem.x.element_size()
                 row = {"variant": name, "peak": growth, "output": output, "scratch": scratch}
                 say({"point": point["index"], "result": row})

@@ -6,31 +6,27 @@ Nothing is loaded before it is asked for: importing this costs nothing, with a G
 from __future__ import annotations
 
 import functools
-import json
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..schemas import blocks, products, reference
+from ..schemas.product import Product
+from .base import PACKAGE, Backend, Call, Device, Products, Status, build_info
 from .devices import allows_tf32, arch, shared_memory
 
-_PACKAGE = Path(__file__).parent.parent
-_LIBRARY = _PACKAGE / "_C_cuda.so"
+_LIBRARY = PACKAGE / "_C_cuda.so"
 # The codes of kron::DType in csrc/include/kron/problem.h.
 _DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-# A product, and torch on its rows.
-_AROUND_THE_PRODUCT = ("kron_matmul_norm", "kron_mm_int8")
 
 
 @functools.cache
 def _load() -> str:
     """Loads the ops; why that cannot be done, or ""."""
     if not _LIBRARY.is_file():
-        path = _PACKAGE / "_build_info.json"
-        info = json.loads(path.read_text()) if path.is_file() else {}
+        info = build_info()
         return "the CUDA kernels are absent: " + (
             info.get("missing") or info.get("cuda") or "the package was not built"
         )
@@ -57,34 +53,45 @@ def device_status(device: int = 0) -> tuple[bool, str]:
 
 
 @functools.cache
-def status() -> tuple[bool, str]:
+def status() -> Status:
     """Whether the kernels can run on some device of this process, and the reason in words."""
     reason = _load()
     if reason:
-        return False, reason
+        return Status("cuda", False, reason)
     if torch.version.cuda is None:
-        return False, "this torch was built without CUDA"
+        return Status("cuda", False, "this torch was built without CUDA")
     first = device_status(0)
-    answers = (device_status(device) for device in range(1, torch.cuda.device_count()))
-    return first if first[0] else next((answer for answer in answers if answer[0]), first)
+    others = (device_status(device) for device in range(1, torch.cuda.device_count()))
+    return Status("cuda", *(first if first[0] else next((other for other in others if other[0]), first)))
 
 
-def refusal(op: str, dtype: torch.dtype, tokens: int, products: Iterable[Sequence[int]], sm: int) -> str | None:
-    """Why the kernels do not take a problem, or None where they do. Needs no GPU.
+def unsupported_reason(call: Call) -> str | None:
+    """Why the kernels do not take a call, or None where they do. Needs no GPU; without one that of an sm_80.
 
-    ``products`` are the op's products as ``(terms, m1, n1, m2, n2)``, of an embedding ``(S, V, p, 1, k)``; ``sm`` is
-    the compute capability, 80 for 8.0. Operands of any layout are taken.
+    An embedding is a product ``(S, V, p, 1, k)``. Operands of any layout are taken.
     """
+    op, products, dtype, tokens, sm = call
+    if op not in IMPLEMENTATIONS:
+        return f"it has no kernel of {op}"
+    if op == "kron_matmul_norm":  # a product, and torch on its rows
+        op = "kron_matmul"
+    return _kernel_reason(op, products, dtype, tokens, sm if isinstance(sm, int) else 80)
+
+
+def _kernel_reason(op: str, products: Products, dtype: torch.dtype, tokens: int, sm: int) -> str | None:
+    """The same of a kernel, which need not be an op: "kron_ffn_norm" is the feed-forward block with its norm."""
     if dtype not in _DTYPE_CODES:
         return f"the CUDA kernels have no {str(dtype).removeprefix('torch.')}"
     reason = _load()
     if reason:
         return reason
-    if op in _AROUND_THE_PRODUCT:
-        op = "kron_matmul"
     sizes = [size for product in products for size in product]
-    code, shared = _DTYPE_CODES[dtype], shared_memory(sm)
-    return _op("refusal")(op, code, tokens, sizes, sm, shared, allows_tf32()) or None
+    return _op("refusal")(op, _DTYPE_CODES[dtype], tokens, sizes, sm, shared_memory(sm), allows_tf32()) or None
+
+
+def form(call: Call, device: Device) -> str:
+    """Whether the kernels take a call on a device, or why not."""
+    return unsupported_reason(call._replace(arch=device.arch)) or "takes it"
 
 
 def kron_matmul(
@@ -126,8 +133,7 @@ def kron_ffn(
     operands = (x, a1, b1, bias1, a2, b2, bias2, activation)
     if residual is None or norm_weight is None:
         return _op("kron_ffn")(*operands, None, None, None, 0.0, allows_tf32())
-    products = ((*a1.shape, *b1.shape[1:]), (*a2.shape, *b2.shape[1:]))
-    if _fuses_norm(x.dtype, products, _capability(x)):
+    if _fuses_norm((Product.of(a1, b1), Product.of(a2, b2)), x.dtype, _capability(x)):
         return _op("kron_ffn")(*operands, residual, norm_weight, norm_bias, eps, allows_tf32())
     y = _op("kron_ffn")(*operands, None, None, None, 0.0, allows_tf32())
     return torch.nn.functional.layer_norm(residual + y, norm_weight.shape, norm_weight, norm_bias, eps)
@@ -148,9 +154,9 @@ def kron_ffn_backward(
 
 
 @functools.lru_cache(maxsize=1024)
-def _fuses_norm(dtype: torch.dtype, products: tuple[tuple[int, ...], ...], sm: int) -> bool:
+def _fuses_norm(products: Products, dtype: torch.dtype, sm: int) -> bool:
     """Whether the block's kernel takes the norm along."""
-    return refusal("kron_ffn_norm", dtype, 1, products, sm) is None
+    return _kernel_reason("kron_ffn_norm", products, dtype, 1, sm) is None
 
 
 def _capability(x: Tensor) -> int:
@@ -170,10 +176,6 @@ def kron_matmul_norm(
 ) -> Tensor:
     y = kron_matmul(x, a, b, bias, 0)
     return torch.nn.functional.layer_norm(residual + y, norm_weight.shape, norm_weight, norm_bias, eps)
-
-
-def kron_mm_int8(x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    return reference.quantize_tokens(kron_matmul(x, a, b, None, 0))
 
 
 def kron_qkv(
@@ -220,7 +222,6 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "kron_addmm": kron_addmm,
     "kron_addmm_": kron_addmm_,
     "kron_matmul_backward": kron_matmul_backward,
-    "kron_mm_int8": kron_mm_int8,
     "kron_matmul_norm": kron_matmul_norm,
     "kron_ffn": kron_ffn,
     "kron_ffn_backward": kron_ffn_backward,
@@ -228,3 +229,5 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "kron_embedding": kron_embedding,
     "kron_embedding_backward": kron_embedding_backward,
 }
+
+BACKEND = Backend("cuda", status, lambda: "cuda", unsupported_reason, form, lambda: IMPLEMENTATIONS)

@@ -7,13 +7,11 @@ from typing import Any
 
 import torch
 
-from .. import backends
 from ..schemas.product import Product
-from ..schemas.reference import order_cost
-from . import select
-from .devices import shared_memory
-from .triton import describe
-from .triton.plan import Device
+from . import resolve, select
+from .base import Call, Device
+from .devices import arch, shared_memory
+from .table import BACKENDS
 
 # The chip whose tiles are shown where there is none: an H100.
 _TYPICAL = Device(90, 132, shared_memory(90))
@@ -53,30 +51,27 @@ def explain(
 
     Raises:
         ValueError: an op, number of products or sizes that do not fit.
-        RuntimeError: a backend asked for by name that cannot run here or does not take the call.
+        RuntimeError: a backend requested by name that cannot run here or does not take the call.
     """
     sizes = _checked(op, products)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device: expected 'cpu' or 'cuda', got {device!r}")
-    name = backends.resolve(backend, device)
-    reason = "asked for by name" if backend not in (None, "auto") else backends.available()[name].reason
-    arch, chip = None, _TYPICAL
+    requested = backend not in (None, "auto")
+    name = resolve(backend, device)
+    reason = select.REQUESTED if requested else BACKENDS[name].status().reason
+    chip, here = _TYPICAL, None
     if device == "cuda" and torch.cuda.is_available():
         properties: Any = torch.cuda.get_device_properties()
-        arch = select.arch(torch.cuda.current_device())
-        chip = Device(arch, properties.multi_processor_count, properties.shared_memory_per_block_optin)
+        here = arch(torch.cuda.current_device())
+        chip = Device(here, properties.multi_processor_count, properties.shared_memory_per_block_optin)
     if device == "cuda" or name in select.NAMES:
-        asked = name if backend not in (None, "auto") else "auto"
-        name, reason = select.choose(op, sizes, dtype, tokens, arch, asked)
-    forms = {
-        "cpu": _cpu_form(sizes),
-        "triton": describe.form(op, sizes, dtype, tokens, chip),
-        "cuda": select.refusal("cuda", op, sizes, dtype, tokens, chip.arch) or "takes it",
-    }
-    call = f"{op} of {', '.join(map(str, sizes))}, {tokens} tokens in {str(dtype).removeprefix('torch.')} on {device}"
-    return Explanation(call, name, reason, forms)
+        name, reason = select.choose(op, sizes, dtype, tokens, here, name if requested else "auto")
+    call = Call(op, sizes, dtype, tokens, here)
+    forms = {row.name: row.form(call, chip) for row in BACKENDS.values() if row.name != "reference"}
+    where = f"{tokens} tokens in {str(dtype).removeprefix('torch.')} on {device}"
+    return Explanation(f"{op} of {', '.join(map(str, sizes))}, {where}", name, reason, forms)
 
 
 def _checked(op: str, products: tuple[Product | tuple[int, ...], ...]) -> tuple[Product, ...]:
@@ -91,13 +86,3 @@ def _checked(op: str, products: tuple[Product | tuple[int, ...], ...]) -> tuple[
             raise ValueError(f"products: expected (S, m1, n1, m2, n2) or (m1, n1, m2, n2), all positive, got {sizes}")
         found.append(Product(*sizes) if len(sizes) == 5 else Product(1, *sizes))
     return tuple(found)
-
-
-def _cpu_form(products: tuple[Product, ...]) -> str:
-    orders = []
-    for _, m1, n1, m2, n2 in products:
-        right, left = order_cost(m1, n1, m2, n2)
-        order = "left" if left <= right else "right"
-        best, other = sorted((left, right))
-        orders.append(f"the {order} factor first, {best:,} multiply-adds a token and term (else {other:,})")
-    return "; then ".join(orders)

@@ -74,7 +74,7 @@ def check_backends() -> list[dict[str, Any]]:
             continue
         for dtype, tolerance in TOLERANCE.items():
             if name in select.NAMES and any(
-                select.refusal(name, "kron_matmul", (_product(case),), dtype) for case in _CHECKS
+                select.unsupported_reason(name, "kron_matmul", (_product(case),), dtype) for case in _CHECKS
             ):
                 continue
             error = max(_error(name, dtype, *case) for case in _CHECKS)
@@ -96,7 +96,7 @@ def _error(
     generator = torch.Generator().manual_seed(0)
     m, n = a_shape[0] * b_shape[0], a_shape[1] * b_shape[1]
     shapes = ((tokens, n), (terms, *a_shape), (terms, *b_shape), (m,))
-    device = "cuda" if backend in select.NAMES and not select.interpreted() else "cpu"
+    device = backends.BACKENDS[backend].device() or "cpu"
     x, a, b, bias = (torch.randn(*shape, generator=generator).to(device, dtype) for shape in shapes)
     got = kron_matmul(x, a, b, bias, backend=backend)
     error = relative_error(got, reference.kron_matmul(x.double(), a.double(), b.double(), bias.double()))

@@ -80,7 +80,7 @@ def test_damaged_extension_is_no_import_error(bare: Path, tmp_path: Path) -> Non
 
 def test_environment_chooses_the_backend() -> None:
     code = """
-from kron_kernels import _backends
+from kron_kernels import backends
 try:
     print(backends.resolve(None, "cpu"))
 except ValueError as error:
@@ -105,7 +105,7 @@ def test_resolve() -> None:
 @needs_extension
 def test_isa_cap() -> None:
     top = backends.set_cpu_isa("amx")
-    compiled = backends._introspect().compiled_isas()
+    compiled = backends.introspect().compiled_isas()
     for level in backends.CPU_ISA_LEVELS[: backends.CPU_ISA_LEVELS.index(top) + 1]:
         expected = level if level in compiled else "portable"  # of another processor family
         assert backends.set_cpu_isa(level) == expected == backends.cpu_isa()
@@ -116,7 +116,7 @@ def test_isa_cap() -> None:
 
 @needs_extension
 def test_isa_cap_from_the_environment() -> None:
-    code = "from kron_kernels import _backends; print(backends.cpu_isa())"
+    code = "from kron_kernels import backends; print(backends.cpu_isa())"
     assert run(code, KRON_KERNELS_CPU_ISA="portable") == "portable"
 
 

@@ -15,12 +15,12 @@ import kron_kernels
 from kron_kernels import backends
 
 PACKAGE = Path(kron_kernels.__file__).parent
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BUILT = (PACKAGE / "_C_cuda.so").is_file()
 needs_kernels = pytest.mark.skipif(not BUILT, reason=f"CUDA kernels: {backends.build_info().get('cuda', 'not built')}")
 needs_no_driver = pytest.mark.skipif(Path("/proc/driver/nvidia").exists(), reason="an NVIDIA driver is installed")
-STATUS = "from kron_kernels import _cuda; print(*_cuda.status(), sep='|')"
-DEVICE = "from kron_kernels import _cuda; print(*_cuda.device_status(), sep='|')"
+STATUS = "from kron_kernels.backends import cuda; s = cuda.status(); print(s.available, s.reason, sep='|')"
+DEVICE = "from kron_kernels.backends import cuda; print(*cuda.device_status(), sep='|')"
 
 # A driver that serves a version of CUDA and answers the first call: all that the CUDA runtime asks before it gives up.
 DRIVER = """
@@ -71,9 +71,10 @@ def test_kernels_that_were_not_built(record: str | None, reason: str, tmp_path: 
     if record:
         (tmp_path / "kron_kernels" / "_build_info.json").write_text(record)
     assert run(STATUS, tmp_path) == f"False|the CUDA kernels are absent: {reason}"
-    call = "import torch; from kron_kernels import _cuda\ntry: _cuda.kron_matmul(*[torch.ones(1, 1)] * 3, None, 0)\n"
+    call = "import torch; from kron_kernels.backends import cuda\n"
+    call += "try: cuda.kron_matmul(*[torch.ones(1, 1)] * 3, None, 0)\n"
     call += "except RuntimeError as error: print(error)\n"
-    call += "print(_cuda.refusal('kron_matmul', torch.float32, 1, [(1,) * 5], 80))"
+    call += "print(cuda._kernel_reason('kron_matmul', [(1,) * 5], torch.float32, 1, 80))"
     absent = f"the CUDA kernels are absent: {reason}"
     assert run(call, tmp_path).splitlines() == [f"backend 'cuda' is not available: {absent}", absent]
 
@@ -135,8 +136,10 @@ def test_driver_without_a_device(tmp_path: Path) -> None:
 @needs_kernels
 def test_architectures() -> None:
     """Machine code serves later minor versions of its architecture, PTX all later ones, and nothing earlier ones."""
-    code = "import torch; from kron_kernels import _cuda\nfor sm in range(75, 131): print(sm, _cuda.refusal("
-    code += "'kron_matmul', torch.bfloat16, 1, [(1, 384, 384, 2, 2)], sm))"
+    code = (
+        "import torch; from kron_kernels.backends import cuda\nfor sm in range(75, 131): print(sm, cuda._kernel_reason("
+    )
+    code += "'kron_matmul', [(1, 384, 384, 2, 2)], torch.bfloat16, 1, sm))"
     built = backends.build_info()["cuda_archs"]
     for line in run(code).splitlines():
         sm, answer = int(line.split()[0]), line.split(maxsplit=1)[1]
@@ -147,10 +150,8 @@ def test_architectures() -> None:
 
 @needs_kernels
 def test_kernels_are_loaded_when_first_needed() -> None:
-    code = (
-        "import kron_kernels\nfrom kron_kernels import _cuda\nbefore = 'libkron_cuda' in open('/proc/self/maps').read()"
-    )
-    code += "\n_cuda.device_status()\nprint(before, 'libkron_cuda' in open('/proc/self/maps').read())"
+    code = "from kron_kernels.backends import cuda\nbefore = 'libkron_cuda' in open('/proc/self/maps').read()"
+    code += "\ncuda.device_status()\nprint(before, 'libkron_cuda' in open('/proc/self/maps').read())"
     assert run(code) == "False True"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 
@@ -23,7 +24,7 @@ def test_cpu() -> None:
     assert str(explanation).startswith(f"kron_matmul of 8x2 (x) 384x384, 128 tokens in float32 on cpu: {expected} (")
     assert explain(W2, device="cpu").forms["cpu"].startswith("the left factor first, 301,056")
     named = explain(W1, device="cpu", backend="reference")
-    assert (named.backend, named.reason) == ("reference", "asked for by name")
+    assert (named.backend, named.reason) == ("reference", "requested by name")
 
 
 def test_forms_of_the_triton_kernels() -> None:
@@ -61,8 +62,9 @@ def test_forms_of_the_embedding() -> None:
 
 
 def test_the_choice_on_a_cuda_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    statuses = {"triton": (True, "Triton 3"), "cuda": (False, "not built")}
-    monkeypatch.setattr(select, "status", statuses.__getitem__)
+    status = backends.Status("triton", True, "Triton 3")
+    row = dataclasses.replace(backends.BACKENDS["triton"], status=lambda: status)
+    monkeypatch.setitem(backends.BACKENDS, "triton", row)
     select._choose.cache_clear()
     try:
         explanation = explain(W1, W2, op="kron_ffn_backward", device="cuda", dtype=torch.float64)

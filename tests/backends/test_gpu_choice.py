@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -16,7 +17,7 @@ from torch import Tensor
 
 import kron_kernels
 from kron_kernels import backends, kron_addmm, kron_ffn, kron_matmul
-from kron_kernels.backends import select
+from kron_kernels.backends import select, triton
 from kron_kernels.ops import blocks, matmul
 from kron_kernels.schemas.product import Product
 
@@ -25,12 +26,19 @@ LARGE = (Product(1, 300, 300, 40, 20),)
 triton_installed = pytest.importorskip("triton", reason="Triton is not installed")
 
 
+def with_statuses(monkeypatch: pytest.MonkeyPatch, **reasons: str) -> None:
+    """Makes backends available (a reason of "") or not."""
+    for name, reason in reasons.items():
+        status = backends.Status(name, not reason, reason)
+        row = dataclasses.replace(backends.BACKENDS[name], status=lambda status=status: status)
+        monkeypatch.setitem(backends.BACKENDS, name, row)
+
+
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """As on a machine with a CUDA device and Triton, without CUDA C++ kernels."""
-    statuses = {"triton": (True, "Triton 3"), "cuda": (False, "not built")}
-    monkeypatch.setattr(select, "status", statuses.__getitem__)
-    monkeypatch.setattr(select, "interpreted", lambda: False)
+    with_statuses(monkeypatch, triton="", cuda="not built")
+    monkeypatch.setattr(triton, "interpreted", lambda: False)
     select._choose.cache_clear()
     yield monkeypatch
     select._choose.cache_clear()
@@ -57,10 +65,10 @@ def test_embeddings_have_conditions_of_their_own(device: pytest.MonkeyPatch) -> 
 
 
 def test_backend_asked_for_by_name_is_not_exchanged(device: pytest.MonkeyPatch) -> None:
-    assert select.choose("kron_matmul", PAIR, torch.bfloat16, 128, 90, "triton") == ("triton", "asked for by name")
+    assert select.choose("kron_matmul", PAIR, torch.bfloat16, 128, 90, "triton") == ("triton", "requested by name")
     assert select.choose("kron_matmul", PAIR, torch.bfloat16, 128, 90, "reference").backend == "reference"
     message = (
-        r"backend 'triton', asked for by name, does not take kron_matmul of 384x384 \(x\) 2x2 in float64: the kernels"
+        r"backend 'triton', requested by name, does not take kron_matmul of 384x384 \(x\) 2x2 in float64: the kernels"
     )
     with pytest.raises(RuntimeError, match=message):
         select.choose("kron_matmul", PAIR, torch.float64, 128, 90, "triton")
@@ -69,8 +77,9 @@ def test_backend_asked_for_by_name_is_not_exchanged(device: pytest.MonkeyPatch) 
 
 
 def test_what_was_measured_decides(device: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    device.setattr(select, "status", lambda name: (True, "there"))
-    device.setattr(select, "refusal", lambda *_: None)
+    with_statuses(device, cuda="")
+    row = dataclasses.replace(backends.BACKENDS["cuda"], unsupported_reason=lambda _: None)
+    device.setitem(backends.BACKENDS, "cuda", row)
     call = "kron_matmul of 384x384 (x) 2x2 in bfloat16 on 90"
     choices = {call: {"4096": {"backend": "cuda", "over": "triton", "ratio": 1.25}}}
     (tmp_path / "choices.json").write_text(json.dumps(choices))
@@ -88,7 +97,9 @@ def test_autocast_does_not_reach_the_implementations(device: pytest.MonkeyPatch)
     def implementation(*_: object) -> None:
         seen.append(torch.is_autocast_enabled("cpu"))
 
-    device.setattr(select, "_implementations", lambda _: {"kron_matmul": implementation})
+    for name in ("triton", "reference"):
+        row = dataclasses.replace(backends.BACKENDS[name], implementations=lambda: {"kron_matmul": implementation})
+        device.setitem(backends.BACKENDS, name, row)
     with torch.autocast("cpu", torch.bfloat16):
         select._dispatched("kron_matmul")(torch.ones(3, 4), torch.ones(2, 2), torch.ones(2, 2), None, 0)
     assert seen == [False]
@@ -136,7 +147,7 @@ def test_name_asked_for_holds_for_backward(
 
 
 def test_interpreter_is_not_trusted_in_bfloat16(device: pytest.MonkeyPatch) -> None:
-    device.setattr(select, "interpreted", lambda: True)
+    device.setattr(triton, "interpreted", lambda: True)
     backend, reason = select.choose("kron_matmul", PAIR, torch.bfloat16, 128, None)
     assert (backend, reason) == ("reference", "triton: Triton's interpreter is wrong in bfloat16; cuda: not built")
     assert select.choose("kron_matmul", PAIR, torch.float16, 128, None).backend == "triton"
@@ -156,7 +167,9 @@ def test_reason_of_a_missing_device() -> None:
 
 _INTERPRETED = """
 import torch
-from kron_kernels import backends, select, kron_matmul, reference
+from kron_kernels import backends, kron_matmul
+from kron_kernels.backends import select
+from kron_kernels.schemas import reference
 from kron_kernels.backends.triton import mm
 assert backends.available()["triton"].available
 calls = []
@@ -191,4 +204,4 @@ def test_the_whole_library_under_the_interpreter() -> None:
     }
     result = subprocess.run([sys.executable, "-c", _INTERPRETED], env=variables, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("backend 'triton', asked for by name, does not take kron_matmul of 24x48 (x) 2x2")
+    assert result.stdout.startswith("backend 'triton', requested by name, does not take kron_matmul of 24x48 (x) 2x2")

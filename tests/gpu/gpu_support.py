@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kron_kernels.backends import select
+from kron_kernels.backends.devices import arch
 from kron_kernels.schemas.product import Product
 
 T = TypeVar("T")
@@ -46,13 +47,13 @@ def moved(tensor: Tensor, device: str) -> Tensor:
 def refused(backend: str, op: str, factors: tuple[Tensor, ...], dtype: torch.dtype, tokens: int) -> Iterator[None]:
     """Inside, a call; where the backend says that it does not take it, it has to raise, and the test is skipped."""
     products = tuple(Product.of(a, b) for a, b in zip(factors[::2], factors[1::2], strict=True))
-    arch = select.arch(0) if torch.cuda.is_available() else None
+    chip = arch(0) if torch.cuda.is_available() else None
     ops = (op.removesuffix("_backward"), op) if op.endswith("_backward") else (op,)
-    reasons = [select.refusal(backend, each, products, dtype, tokens, arch) for each in ops]
+    reasons = [select.unsupported_reason(backend, each, products, dtype, tokens, chip) for each in ops]
     reason = next((reason for reason in reasons if reason is not None), None)
     if reason is None:
         yield
         return
-    with pytest.raises(RuntimeError, match=f"backend '{backend}', asked for by name, does not take"):
+    with pytest.raises(RuntimeError, match=f"backend '{backend}', requested by name, does not take"):
         yield
     pytest.skip(f"{backend}: {reason}")

@@ -130,7 +130,7 @@ def test_errors(gpu: str, backend: str) -> None:
     with pytest.raises(ValueError, match=r"bias: expected .*cuda.*, got .*cpu"):
         kron_matmul(x, a, b, bias.cpu(), backend=backend)
     doubles = [tensor.double() for tensor in (x, a, b, bias)]
-    with pytest.raises(RuntimeError, match=f"backend '{backend}', asked for by name, does not take .* in float64"):
+    with pytest.raises(RuntimeError, match=f"backend '{backend}', requested by name, does not take .* in float64"):
         kron_matmul(*doubles, backend=backend)
     torch.testing.assert_close(kron_matmul(*doubles).cpu(), kron_matmul(*(tensor.cpu() for tensor in doubles)))
 

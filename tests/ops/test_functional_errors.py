@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -99,8 +100,8 @@ def test_bad_input_inside_autocast() -> None:
 
 def test_missing_backend_asked_for_by_name_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     status = backends.Status("cpu", False, "the compiled extension is absent: no compiler")
-    monkeypatch.setitem(backends._STATUS, "cpu", status)
-    monkeypatch.setattr(backends, "_CPU_READY", False)
+    missing = dataclasses.replace(backends.BACKENDS["cpu"], status=lambda: status)
+    monkeypatch.setitem(backends.BACKENDS, "cpu", missing)
     o = cases.make(cases.Case("odd", 4))
     with pytest.raises(
         RuntimeError, match="backend 'cpu' is not available: the compiled extension is absent: no compiler"

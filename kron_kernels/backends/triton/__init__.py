@@ -1,4 +1,69 @@
-"""Kernels in Triton: the portable GPU path. One file a kernel with its launcher, each with the signature of its op.
+"""Kernels in Triton: the portable GPU path. One file an op with its kernels and their launchers.
 
-``plan.py`` (which kernel, tiles) is plain Python; every other file imports Triton, and ``ops.py`` all of them.
+Which kernel runs and with which tiles is plain Python (``plan.py``); the ops' files alone import Triton.
 """
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from ..base import DEFAULT, Backend, Call, Device, Status
+from . import describe
+
+
+def interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, on the cpu."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0") and importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def status() -> Status:
+    """Whether the kernels can run here, and the reason in words."""
+    if importlib.util.find_spec("triton") is None:
+        return Status("triton", False, "Triton is not installed: pip install 'kron_kernels[triton]'")
+    version = importlib.metadata.version("triton")
+    if interpreted():
+        interpreter = "with KRON_KERNELS_BACKEND=triton the kernels are interpreted on the cpu"
+        if DEFAULT == "triton":
+            return Status("triton", True, f"Triton {version}, interpreted on the cpu")
+        return Status("triton", False, f"TRITON_INTERPRET is set: {interpreter}")
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or torch.version.hip
+        missing = "torch finds no CUDA device" if built else f"torch {torch.__version__} is built without CUDA"
+        return Status("triton", False, missing)
+    return Status("triton", True, f"Triton {version}")
+
+
+def unsupported_reason(call: Call) -> str | None:
+    """Why no kernel takes a call; None where one does. Imports no Triton."""
+    if interpreted() and call.dtype is torch.bfloat16:
+        return "Triton's interpreter is wrong in bfloat16"
+    return describe.unsupported_reason(call.op, call.products, call.dtype)
+
+
+def form(call: Call, device: Device) -> str:
+    """How the kernels run a call on a device, or why they do not. Imports no Triton."""
+    return describe.form(call.op, call.products, call.dtype, call.tokens, device)
+
+
+@functools.cache
+def implementations() -> Mapping[str, Callable[..., Any]]:
+    """The ops' functions, each with the signature of its op. Imports Triton."""
+    from .ops import IMPLEMENTATIONS
+
+    return IMPLEMENTATIONS
+
+
+def device() -> str:
+    """The device type the kernels compute on."""
+    return "cpu" if interpreted() else "cuda"
+
+
+BACKEND = Backend("triton", status, device, unsupported_reason, form, implementations)

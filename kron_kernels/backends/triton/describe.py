@@ -10,18 +10,18 @@ from . import ffn_plan, plan, row_plan
 from .plan import Device
 
 
-def refusal(op: str, products: tuple[Product, ...], dtype: torch.dtype) -> str | None:
+def unsupported_reason(op: str, products: tuple[Product, ...], dtype: torch.dtype) -> str | None:
     """Why no kernel takes an op on operands of a dtype; None where one does."""
     if op.startswith("kron_embedding"):
-        return row_plan.embedding_refusal(products[0], dtype, gradient=op.endswith("backward"))
-    return next((reason for product in products if (reason := plan.refusal(product, dtype))), None)
+        return row_plan.embedding_unsupported_reason(products[0], dtype, gradient=op.endswith("backward"))
+    return next((reason for product in products if (reason := plan.unsupported_reason(product, dtype))), None)
 
 
 def form(op: str, products: tuple[Product, ...], dtype: torch.dtype, tokens: int, device: Device) -> str:
     """How an op runs, of a gradient the op it is of; or why it does not."""
-    refused = refusal(op, products, dtype)
-    if refused:
-        return refused
+    reason = unsupported_reason(op, products, dtype)
+    if reason:
+        return reason
     if op.startswith("kron_embedding"):
         rows, _ = row_plan.row_tiles(row_plan.embedding_row(products[0]))
         return f"rows gathered, expanded and normed in one pass, {rows} token{'s' * (rows > 1)} a program"

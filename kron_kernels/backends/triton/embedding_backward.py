@@ -46,7 +46,7 @@ def kron_embedding_backward(
     few = types if types <= FEW_ROWS else 0
     product = Product.of(a, b)
     tiles = embedding_gradient_tiles(product, few)
-    assert tiles is not None  # embedding_refusal
+    assert tiles is not None  # embedding_unsupported_reason
     row = row_of(product, tiles[0])
     programs = min(ceil_div(tokens, row.tokens), 2 * device_of(a).multiprocessors)
 

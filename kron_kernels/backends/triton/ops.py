@@ -24,7 +24,6 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "kron_addmm": mm.kron_addmm,
     "kron_addmm_": mm.kron_addmm_,
     "kron_matmul_backward": mm.kron_matmul_backward,
-    "kron_mm_int8": rows.kron_mm_int8,
     "kron_matmul_norm": rows.kron_matmul_norm,
     "kron_qkv": projections.kron_qkv,
 }

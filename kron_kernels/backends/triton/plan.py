@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from ...schemas.product import TINY, Product
+from ..base import Device as Device
 from .configs import tunable
 
 # 32-bit registers of a thread that tiles may take: of its 255, what addresses and temporaries leave; and where
@@ -17,14 +18,6 @@ from .configs import tunable
 _REGISTERS, _EXACT_REGISTERS = 100, 48
 # Bytes of shared memory on the smallest device that the default tiles are for, an Ampere of compute capability 8.6.
 _SHARED_BYTES = 99 * 1024
-
-
-class Device(NamedTuple):
-    """What plans depend on: arch 80, 90, ... of CUDA or a name such as "gfx942"; bytes of shared memory a program."""
-
-    arch: int | str
-    multiprocessors: int
-    shared: int
 
 
 class Tiles(NamedTuple):
@@ -75,7 +68,7 @@ def mixed(product: Product) -> MixedProduct | None:
     return None if min(apart.tiny_out, apart.tiny_in) > 4 and chain_fits(product) else apart
 
 
-def refusal(product: Product, dtype: torch.dtype) -> str | None:
+def unsupported_reason(product: Product, dtype: torch.dtype) -> str | None:
     """Why no kernel takes a product of operands of a dtype; None where one does."""
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the kernels compute float32, bfloat16 and float16, not {dtype}"

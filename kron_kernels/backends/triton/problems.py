@@ -148,10 +148,6 @@ def _mm_add(problem: Problem, normal: Callable[..., Tensor]) -> tuple[Any, ...]:
     return normal(problem.tokens, m), normal(problem.tokens, n), *layer.factors(normal), 0.5
 
 
-def _mm_int8(problem: Problem, normal: Callable[..., Tensor]) -> tuple[Any, ...]:
-    return _mm(problem, normal)[:3]
-
-
 def _mm_norm(problem: Problem, normal: Callable[..., Tensor]) -> tuple[Any, ...]:
     x, a, b, bias, _ = _mm(problem, normal)
     m = bias.shape[0]
@@ -197,7 +193,6 @@ _OPERANDS: dict[str, Callable[[Problem, Callable[..., Tensor]], tuple[Any, ...]]
     "kron_matmul_backward": _mm_backward,
     "kron_addmm": _mm_add,
     "kron_matmul_norm": _mm_norm,
-    "kron_mm_int8": _mm_int8,
     "kron_ffn": _ffn,
     "kron_ffn_backward": _ffn_backward,
     "kron_qkv": _qkv,
@@ -208,7 +203,6 @@ _TABLES: dict[str, Mapping[str, Any]] = {
     "kron_matmul": LAYERS,
     "kron_matmul_backward": LAYERS,
     "kron_addmm": {"k8-attention": None, "balanced": None},
-    "kron_mm_int8": {"k8-attention": None},
     "kron_matmul_norm": {"k8-attention": None, "k21-attention": None, "balanced": None},
     "kron_ffn": FFNS,
     "kron_ffn_backward": FFNS,

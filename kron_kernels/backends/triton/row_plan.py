@@ -42,7 +42,7 @@ def embedding_gradient_tiles(product: Product, types: int) -> tuple[int, int] | 
     return None
 
 
-def embedding_refusal(product: Product, dtype: torch.dtype, gradient: bool) -> str | None:
+def embedding_unsupported_reason(product: Product, dtype: torch.dtype, gradient: bool) -> str | None:
     """Why no kernel takes an embedding of factors ``(S, V, p)`` and ``(S, 1, k)``, or its gradient."""
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the kernels compute float32, bfloat16 and float16, not {dtype}"

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...schemas import reference
-from .kernels.rows import add_norm_kernel, quantise_kernel
+from .kernels.rows import add_norm_kernel
 from .launch import Options, launch
 from .mm import run_product
 from .operands import rows
@@ -43,20 +41,6 @@ def add_norm(y: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: flo
         arguments = (y, residual, weight.contiguous(), bias.contiguous(), y.numel() // size, residual.stride(0), eps)
         _launch_rows(add_norm_kernel, y, arguments)
     return y
-
-
-def kron_mm_int8(x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """The op ``kron_mm_int8``. The product is rounded to the dtype of x before it is rounded to bytes."""
-    size = a.shape[-2] * b.shape[-2]
-    y = x.new_empty(*x.shape[:-1], size)
-    run_product(x, a, b, y)
-    if size > LONGEST_ROW:
-        return reference.quantize_tokens(y)
-    q = torch.empty_like(y, dtype=torch.int8)
-    scale = y.new_empty(*y.shape[:-1], 1, dtype=torch.float32)
-    if y.numel() > 0:
-        _launch_rows(quantise_kernel, y, (y, q, scale, scale.numel()))
-    return q, scale
 
 
 def _launch_rows(kernel: object, y: Tensor, arguments: tuple[object, ...]) -> None:

@@ -54,7 +54,6 @@ PROBLEM = Problem("k8-attention", "kron_matmul", "bf16", 4096)
         ("k8-embedding", "kron_embedding", "sm_90"),
         ("k8-embedding", "kron_embedding_backward", "sm_90"),
         ("k21-embedding", "kron_embedding_backward", "sm_80"),
-        ("k8-attention", "kron_mm_int8", "sm_90"),
         ("k8-attention", "kron_matmul_norm", "sm_90"),
     ],
 )

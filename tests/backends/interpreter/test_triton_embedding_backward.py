@@ -154,15 +154,15 @@ def test_no_tokens_and_one() -> None:
 
 def test_what_no_kernel_takes() -> None:
     bert, half = Product(1, 30522, 96, 1, 8), torch.bfloat16
-    assert row_plan.embedding_refusal(bert, half, True) is None
-    assert row_plan.embedding_refusal(bert, torch.float64, False) == (
+    assert row_plan.embedding_unsupported_reason(bert, half, True) is None
+    assert row_plan.embedding_unsupported_reason(bert, torch.float64, False) == (
         "the kernels compute float32, bfloat16 and float16, not torch.float64"
     )
     long = Product(1, 9, 300, 1, 20)
-    assert row_plan.embedding_refusal(long, half, False) is None
-    assert row_plan.embedding_refusal(long, half, True) == (
+    assert row_plan.embedding_unsupported_reason(long, half, False) is None
+    assert row_plan.embedding_unsupported_reason(long, half, True) == (
         "a program cannot hold the sums of 1 terms for rows of 300 * 20 values"
     )
-    assert row_plan.embedding_refusal(Product(1, 9, 300, 1, 70), half, False) == (
+    assert row_plan.embedding_unsupported_reason(Product(1, 9, 300, 1, 70), half, False) == (
         "a program cannot hold rows of 300 * 70 values"
     )

@@ -77,15 +77,15 @@ def test_a_row_that_is_not_finite_stays_alone() -> None:
 
 
 def test_what_no_kernel_takes() -> None:
-    assert "float64" in str(plan.refusal(Product(1, 24, 24, 2, 2), torch.float64))
-    reason = plan.refusal(Product(3, 300, 300, 40, 20), torch.float16)
+    assert "float64" in str(plan.unsupported_reason(Product(1, 24, 24, 2, 2), torch.float64))
+    reason = plan.unsupported_reason(Product(3, 300, 300, 40, 20), torch.float16)
     assert reason == (
         "of 3 terms of 300x300 (x) 40x20 neither factor is tiny (at most 16 rows and columns), "
         "and a program cannot hold a token's grids"
     )
-    assert plan.refusal(Product(1, 300, 300, 4, 2), torch.float16) is None
+    assert plan.unsupported_reason(Product(1, 300, 300, 4, 2), torch.float16) is None
     # Factors of which each fits, and a token's grid does not.
-    assert plan.refusal(Product(1, 128, 128, 128, 128), torch.float16) is not None
+    assert plan.unsupported_reason(Product(1, 128, 128, 128, 128), torch.float16) is not None
 
 
 @pytest.mark.parametrize("shape", ["k8-attention-small", "k8-w1-small", "balanced"])
@@ -100,4 +100,4 @@ def test_no_tokens_start_nothing(shape: str) -> None:
 def test_every_shape_of_the_table_has_a_kernel() -> None:
     for case in CASES:
         o = make(case)
-        assert plan.refusal(Product.of(o.a, o.b), torch.bfloat16) is None, case.id
+        assert plan.unsupported_reason(Product.of(o.a, o.b), torch.bfloat16) is None, case.id
