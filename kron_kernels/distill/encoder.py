@@ -1,0 +1,179 @@
+"""Label-free distillation of a sentence encoder: the student learns the teacher's sentence vectors and how they relate.
+
+Nothing but plain sentences is needed. The teacher's vectors are computed once, before the training. For a batch of B
+sentences with unit vectors t (teacher) and z (student), the loss is the mean of ``1 - t_i . z_i`` plus a weight times
+the mean squared difference of the similarity matrices ``t t^T`` and ``z z^T`` (B, B).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+RELATION_WEIGHT = 20.0
+_TIMED_STEPS = 6  # steps that estimate how many fit into a number of minutes
+
+
+@dataclass(frozen=True)
+class EncoderResult:
+    """What a distillation came to: steps, seconds, and the mean loss of its last tenth of steps."""
+
+    steps: int
+    seconds: float
+    loss: float
+
+
+def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Average hidden states (B, L, d) over the tokens of a mask (B, L) and scale them to length one: (B, d)."""
+    weights = mask.unsqueeze(-1).to(hidden.dtype)
+    return F.normalize((hidden * weights).sum(1) / weights.sum(1).clamp(min=1), dim=-1)
+
+
+def sentence_loss(student: Tensor, teacher: Tensor, relation_weight: float = RELATION_WEIGHT) -> Tensor:
+    """Return the loss of unit vectors (B, d) of both models: one minus cosine, plus the error of the similarities."""
+    cosine = 1 - (student * teacher).sum(-1).mean()
+    relation = (student @ student.T - teacher @ teacher.T).square().mean()
+    return cosine + relation_weight * relation
+
+
+@torch.inference_mode()
+def encode(model: nn.Module, rows: Sequence[Sequence[int]], pad: int = 0, batch_size: int = 64) -> Tensor:
+    """Compute the pooled vectors (N, d), float32, of token ids; sentences of like length share a batch."""
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+    vectors: list[Tensor] = [torch.empty(0)] * len(rows)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        batch = _padded([rows[index] for index in chosen], pad)
+        pooled = mean_pool(model(**batch).last_hidden_state, batch["attention_mask"]).float()
+        for index, vector in zip(chosen, pooled, strict=True):
+            vectors[index] = vector
+    return torch.stack(vectors)
+
+
+def distill_encoder(
+    teacher: Any,
+    student: Any,
+    tokenizer: Any,
+    sentences: Sequence[str],
+    out: str | os.PathLike[str],
+    *,
+    minutes: float | None = 5.0,
+    max_steps: int | None = None,
+    batch_size: int = 64,
+    learning_rate: float = 1e-3,
+    max_length: int = 64,
+    seed: int = 0,
+) -> EncoderResult:
+    """Train ``student`` in place to give the sentence vectors of ``teacher``, by transformers' Trainer.
+
+    Args:
+        teacher, student: encoders whose call returns ``last_hidden_state``, of equal width; mean pooling is applied.
+        sentences: at least two batches of text; duplicates and blank lines are dropped.
+        out: folder of the checkpoints. A run that finds some there resumes from the last one.
+        minutes: training time; the number of steps that fits is estimated from a few steps. Ignored with ``max_steps``.
+        batch_size, learning_rate, max_length, seed: sentences a step, peak of the cosine schedule, tokens a sentence.
+
+    Raises:
+        ValueError: too little text, widths that differ.
+        FloatingPointError: a loss that is not finite.
+    """
+    texts = list(dict.fromkeys(text.strip() for text in sentences if text.strip()))
+    if len(texts) < 2 * batch_size:
+        raise ValueError(f"sentences: expected at least {2 * batch_size} different ones, got {len(texts)}")
+    widths = teacher.config.hidden_size, student.config.hidden_size
+    if widths[0] != widths[1]:
+        raise ValueError(f"student: expected the teacher's hidden size {widths[0]}, got {widths[1]}")
+    rows = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+    pad = tokenizer.pad_token_id or 0
+    vectors = encode(teacher.eval(), rows, pad)
+    data = [{"input_ids": row, "teacher": vector} for row, vector in zip(rows, vectors, strict=True)]
+    checkpoint = get_last_checkpoint(str(out)) if os.path.isdir(out) else None
+    if max_steps is None:
+        max_steps = _steps_within(60.0 * (minutes or 5.0), student, data, batch_size, pad)
+    arguments = TrainingArguments(
+        output_dir=str(out),
+        max_steps=max_steps,
+        per_device_train_batch_size=batch_size,
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, max_steps // 25),
+        weight_decay=0.0,
+        adam_beta2=0.98,
+        max_grad_norm=1.0,
+        seed=seed,
+        train_sampling_strategy="group_by_length",
+        remove_unused_columns=False,
+        save_steps=max(50, max_steps // 5),
+        save_total_limit=2,
+        logging_steps=max(1, max_steps // 10),
+        report_to="none",
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    trainer = EncoderTrainer(
+        model=student, args=arguments, train_dataset=data, data_collator=lambda batch: _collate(batch, pad)
+    )
+    began = time.perf_counter()
+    found = trainer.train(resume_from_checkpoint=checkpoint)
+    student.eval()
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    return EncoderResult(found.global_step, time.perf_counter() - began, losses[-1] if losses else found.training_loss)
+
+
+class EncoderTrainer(Trainer):
+    """transformers' Trainer with ``sentence_loss``; batches hold the teacher's vectors as ``teacher`` (B, d)."""
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the loss of a batch; FloatingPointError where it is not finite."""
+        teacher = inputs.pop("teacher")
+        outputs = model(**inputs)
+        loss = sentence_loss(mean_pool(outputs.last_hidden_state, inputs["attention_mask"]), teacher)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"loss: expected a finite number, got {loss.item()}; lower the learning rate")
+        return (loss, outputs) if return_outputs else loss
+
+
+def _steps_within(seconds: float, student: nn.Module, data: Sequence[dict[str, Any]], size: int, pad: int) -> int:
+    """Estimate how many steps take ``seconds``, by forward and backward passes that change no weight."""
+    stride = max(1, len(data) // (size * _TIMED_STEPS))
+    student.train()
+    times = []
+    for step in range(_TIMED_STEPS):
+        # Batches of like lengths, as in training: short ones to long ones.
+        ordered = sorted(data[:: max(1, stride)], key=lambda row: len(row["input_ids"]))
+        start = (len(ordered) - size) * step // max(1, _TIMED_STEPS - 1)
+        batch = _collate(ordered[max(0, start) : max(0, start) + size], pad)
+        began = time.perf_counter()
+        target = batch.pop("teacher")
+        sentence_loss(mean_pool(student(**batch).last_hidden_state, batch["attention_mask"]), target).backward()
+        times.append(time.perf_counter() - began)
+        student.zero_grad(set_to_none=True)
+    # The first step warms up; the optimizer's own work is some tenth of a step.
+    return max(1, int(seconds / (1.1 * sum(times[1:]) / (len(times) - 1))))
+
+
+def _collate(batch: Sequence[dict[str, Any]], pad: int) -> dict[str, Tensor]:
+    padded = _padded([row["input_ids"] for row in batch], pad)
+    return {**padded, "teacher": torch.stack([row["teacher"] for row in batch])}
+
+
+def _padded(rows: Sequence[Sequence[int]], pad: int) -> dict[str, Tensor]:
+    """Token ids (B, longest) and their attention mask."""
+    length = max(map(len, rows))
+    ids = torch.full((len(rows), length), pad)
+    mask = torch.zeros(len(rows), length, dtype=torch.long)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = torch.tensor(row)
+        mask[index, : len(row)] = 1
+    return {"input_ids": ids, "attention_mask": mask}

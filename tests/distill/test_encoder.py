@@ -1,0 +1,104 @@
+"""Label-free distillation of sentence encoders: the loss, the vectors, a run that learns, resumes and refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel
+
+pytest.importorskip("accelerate")
+
+from kron_kernels.distill import encoder
+from kron_kernels.models import KronBertModel
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 96}
+
+
+class Tokenizer:
+    """Words are numbers."""
+
+    pad_token_id = 0
+
+    def __call__(self, texts: list[str], truncation: bool, max_length: int) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[int(word) for word in text.split()][:max_length] for text in texts]}
+
+
+def sentences(count: int) -> list[str]:
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(3, 12, (count,), generator=generator).tolist()
+    return [" ".join(map(str, torch.randint(1, 96, (n,), generator=generator).tolist())) for n in lengths]
+
+
+@pytest.fixture
+def teacher() -> Any:
+    return BertModel(
+        BertConfig(**SIZES, max_position_embeddings=16, hidden_dropout_prob=0.0), add_pooling_layer=False
+    ).eval()
+
+
+def test_loss_is_zero_for_the_teacher_and_counts_both_parts() -> None:
+    teacher = torch.nn.functional.normalize(torch.randn(6, 8), dim=-1)
+    rotated = teacher @ torch.linalg.qr(torch.randn(8, 8)).Q  # other vectors, the same similarities
+    assert encoder.sentence_loss(teacher, teacher) == pytest.approx(0, abs=1e-6)
+    cosine = 1 - (rotated * teacher).sum(-1).mean()
+    torch.testing.assert_close(encoder.sentence_loss(rotated, teacher), cosine)
+    flipped = teacher.clone()
+    flipped[0] = -flipped[0]
+    similarities = (flipped @ flipped.T - teacher @ teacher.T).square().mean()
+    torch.testing.assert_close(encoder.sentence_loss(flipped, teacher), 2 / 6 + 20 * similarities)
+
+
+def test_vectors_do_not_depend_on_the_batch(teacher: Any) -> None:
+    rows = Tokenizer()(sentences(20), True, 16)["input_ids"]
+    together = encoder.encode(teacher, rows, batch_size=7)
+    alone = torch.cat([encoder.encode(teacher, [row]) for row in rows])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(together.norm(dim=1), torch.ones(20))
+
+
+def test_student_learns_and_an_interrupted_run_resumes_to_the_same_weights(teacher: Any, tmp_path: Path) -> None:
+    texts = sentences(80)
+    rows = Tokenizer()(texts, True, 16)["input_ids"]
+    wanted = encoder.encode(teacher, rows)
+
+    def distill(folder: str, steps: int) -> Any:
+        student = KronBertModel.from_dense(teacher, "K8")
+        result = encoder.distill_encoder(
+            teacher, student, Tokenizer(), texts, tmp_path / folder, max_steps=steps, batch_size=16, learning_rate=5e-3
+        )
+        return student, result
+
+    before = encoder.encode(KronBertModel.from_dense(teacher, "K8").eval(), rows)
+    student, result = distill("whole", 100)
+    after = encoder.encode(student, rows)
+    assert result.steps == 100
+    assert encoder.sentence_loss(after, wanted) < 0.5 * encoder.sentence_loss(before, wanted)
+    assert not student.training
+    # The folder holds a checkpoint of step 100 and one before: without the last, the run repeats its last steps.
+    last = max((tmp_path / "whole").glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
+    for file in last.iterdir():
+        file.unlink()
+    last.rmdir()
+    again, _ = distill("whole", 100)
+    for one, other in zip(student.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_bad_input(teacher: Any, tmp_path: Path) -> None:
+    student = KronBertModel.from_dense(teacher, "K8")
+    with pytest.raises(ValueError, match="sentences: expected at least 128 different ones, got 3"):
+        encoder.distill_encoder(teacher, student, Tokenizer(), ["1 2", "3", "", "4", "3 "], tmp_path)
+    other = BertModel(BertConfig(**{**SIZES, "hidden_size": 64}))
+    with pytest.raises(ValueError, match="student: expected the teacher's hidden size 64, got 32"):
+        encoder.distill_encoder(other, student, Tokenizer(), sentences(40), tmp_path, batch_size=8)
+
+
+def test_loss_that_is_not_finite_ends_the_run(teacher: Any, tmp_path: Path) -> None:
+    student = KronBertModel.from_dense(teacher, "K8")
+    with torch.no_grad():
+        student.encoder.layer[0].attention.self.query.a.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="loss: expected a finite number, got nan"):
+        encoder.distill_encoder(teacher, student, Tokenizer(), sentences(40), tmp_path, max_steps=3, batch_size=8)
