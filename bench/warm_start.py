@@ -25,9 +25,9 @@ from transformers import AutoTokenizer
 
 from bench.harness import Budget, ResultFile, add_run_options, stamp
 from kron_kernels.cli.output import Progress
-from kron_kernels.compress import linear_names, warm_start
-from kron_kernels.compress.pipeline import ARCHITECTURES, load_dense, output_errors, read_lines, tokenize
-from kron_kernels.convert.calibrate import Calibration, calibrate, count_tokens
+from kron_kernels.compress import ARCHITECTURES, linear_names, load_dense, read_lines, tokenize, warm_start
+from kron_kernels.convert.agreement import output_errors
+from kron_kernels.convert.calibrate import Calibration, calibrate
 from kron_kernels.convert.presets import KronConfig, preset
 
 KEY = ("model", "preset", "start", "quantity")
@@ -75,7 +75,6 @@ class Judge:
         if len(lines) < arguments.lines + arguments.held_out:
             raise SystemExit(f"text: expected {arguments.lines} + {arguments.held_out} lines, got {len(lines)}")
         self.batches = tokenize(self._tokenizer, lines[: arguments.lines])
-        self.counts = count_tokens(self.batches, self.dense.config.vocab_size)
         self._held_out = lines[-arguments.held_out :]
         self._embedded = self._embed(self.dense, self._held_out)
         self._pairs = None if arguments.pairs is None else read_pairs(arguments.pairs, arguments.most_pairs)
@@ -160,9 +159,8 @@ def read_pairs(path: Path, most: int) -> tuple[list[str], list[str], list[float]
     return [row["sentence1"] for row in rows], [row["sentence2"] for row in rows], [float(row["score"]) for row in rows]
 
 
-def _fitted(judge: Judge, config: KronConfig, counted: bool = False) -> Any:
-    counts = judge.counts if counted else None
-    return judge.kind.from_dense(judge.dense, config, calibration=judge.calibration, token_counts=counts)
+def _fitted(judge: Judge, config: KronConfig) -> Any:
+    return judge.kind.from_dense(judge.dense, config, calibration=judge.calibration)
 
 
 def _trained(judge: Judge, model: Any, steps: int) -> Any:
@@ -180,12 +178,8 @@ def _two_terms(config: KronConfig) -> KronConfig:
 STARTS: dict[str, Callable[[Judge, KronConfig, int], Any]] = {
     "plain": lambda judge, config, _: judge.kind.from_dense(judge.dense, config),
     "data-aware": lambda judge, config, _: _fitted(judge, config),
-    "data-aware, token frequencies": lambda judge, config, _: _fitted(judge, config, counted=True),
     "data-aware, 2 terms": lambda judge, config, _: _fitted(judge, _two_terms(config)),
     "blockwise": lambda judge, config, steps: _trained(judge, _fitted(judge, config), steps),
-    "blockwise, token frequencies": lambda judge, config, steps: _trained(
-        judge, _fitted(judge, config, counted=True), steps
-    ),
     "blockwise from plain": lambda judge, config, steps: _trained(
         judge, judge.kind.from_dense(judge.dense, config), steps
     ),

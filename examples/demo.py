@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kron_kernels.cli.output import Progress, format_table
-from kron_kernels.compress.pipeline import compress, output_errors, tokenize
+from kron_kernels.compress import compress, tokenize
+from kron_kernels.convert.agreement import output_errors
 from kron_kernels.convert.calibrate import calibrate
 from kron_kernels.convert.counting import count_parameters
 from kron_kernels.nn import KronLinear

@@ -20,7 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from bench.harness import Budget, ResultFile, add_run_options, stamp
 from kron_kernels.cli.output import Progress
-from kron_kernels.compress.pipeline import load_dense
+from kron_kernels.compress import load_dense
 from kron_kernels.factorize.permutations import OrderedWeight, PermutationSearch, search_permutations
 from kron_kernels.models.gpt2_permute import search_gpt2_permutations
 

@@ -20,13 +20,11 @@ from torch import Tensor, nn
 from transformers import BertModel
 from transformers.masking_utils import create_bidirectional_mask
 
-from ..convert.calibrate import evaluating
+from ..convert.calibrate import Progress, evaluating
 from ..nn import Int8Factored, KronEmbedding, KronLinear
 
-Progress = Callable[[int, int, str], None]
 Batch = Mapping[str, Tensor]
 
-# Sequences a step: few, so that a few hundred steps stay quick.
 SEQUENCES = 16
 LEARNING_RATE = 3e-3
 # For the embeddings by themselves: rows of a table see few tokens a step.
@@ -94,8 +92,6 @@ def warm_start(
     batches: Iterable[Batch],
     *,
     steps: int = 300,
-    learning_rate: float = LEARNING_RATE,
-    embedding_learning_rate: float = EMBEDDING_LEARNING_RATE,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> WarmStartReport:
@@ -105,18 +101,18 @@ def warm_start(
     batch holds ``input_ids`` (B, L) and, where it has them, ``attention_mask`` (B, L) and ``token_type_ids`` (B, L);
     anything else in it is passed over. Sequences of like length in a batch save work. The embeddings, and then each
     layer together with the block below it, take ``steps`` steps of Adam on up to 16 sequences each, with a short
-    warm-up and a cosine decay from ``learning_rate`` (``embedding_learning_rate`` for the embeddings by themselves);
-    zero steps change nothing. No labels are used, and poolers and heads stay as they are.
+    warm-up and a cosine decay; zero steps change nothing. No labels are used, and poolers and heads stay as they are.
 
     The result depends on ``seed`` alone; the global random state is left alone, as are ``dense``, its training mode and
     ``model``'s, gradients and ``requires_grad``. Half-precision models are trained in float32 and rounded at the end.
     Needs memory for four copies of the text's hidden states, (tokens, d) each. ``progress(done, total, what)`` is
     called after every step.
 
-    Raises ValueError for steps below 0, a learning rate that is not positive, models that are no encoders of one
-    architecture and size, int8 factors, a model without Kronecker layers, no batches or batches without tokens.
+    Raises ValueError for steps below 0, models that are no encoders of one architecture and size, int8 factors, a model
+    without Kronecker layers, no batches or batches without tokens; RuntimeError where the training diverges.
     """
-    _check_numbers(steps, learning_rate=learning_rate, embedding_learning_rate=embedding_learning_rate)
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
+        raise ValueError(f"steps: expected an int of at least 0, got {steps!r}")
     teacher, student = _encoder("dense", dense), _encoder("model", model)
     _check_pair(teacher, student)
     generator = torch.Generator().manual_seed(seed)
@@ -139,7 +135,7 @@ def warm_start(
             _advance([text.dense for text in texts], wanted)
             pair = [block] if lower is None else [lower, block]
             before = _error(texts, pair)
-            rate = embedding_learning_rate if lower is None else learning_rate
+            rate = EMBEDDING_LEARNING_RATE if lower is None else LEARNING_RATE
             _train(pair, texts, steps, rate, generator, report)
             after = _error(texts, pair)
             if not math.isfinite(after):
@@ -161,7 +157,7 @@ def _train(
     generator: torch.Generator,
     report: Callable[[int], None],
 ) -> None:
-    """Adam on the mean squared errors of the blocks' outputs at real tokens, relative to the dense outputs' spread."""
+    """Run Adam on the mean squared errors of the blocks' outputs at real tokens, relative to the dense ones' spread."""
     parameters = [parameter for block in blocks for parameter in block.parameters()]
     optimizer = torch.optim.Adam(parameters, learning_rate, _BETAS)
     warm_up = max(1, round(_WARM_UP * steps))
@@ -210,7 +206,7 @@ def _error(texts: list[_Text], blocks: list[nn.Module]) -> float:
 
 
 def _spread(texts: list[_Text], values: list[Any]) -> float:
-    """Mean over features of the variance over all real tokens of ``values``, (B, L, d) for each text."""
+    """Return the mean over features of the variance over all real tokens of ``values``, (B, L, d) for each text."""
     rows = [each[text.tokens].double() for text, each in zip(texts, values, strict=True)]
     count = sum(map(len, rows))
     mean = sum(each.sum(0) for each in rows) / count
@@ -219,7 +215,7 @@ def _spread(texts: list[_Text], values: list[Any]) -> float:
 
 
 def _texts(teacher: Any, student: Any, batches: Iterable[Batch]) -> list[_Text]:
-    """The batches in parts of up to ``SEQUENCES`` sequences, cut after their last real token."""
+    """Split the batches into parts of up to ``SEQUENCES`` sequences, cut after their last real token."""
     texts = []
     for batch in batches:
         for ids, types, real in _parts(batch, student.device):
@@ -231,7 +227,7 @@ def _texts(teacher: Any, student: Any, batches: Iterable[Batch]) -> list[_Text]:
 
 
 def _parts(batch: Batch, device: torch.device) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
-    """Token ids, token types if the batch has them, and which tokens are no padding (bool), each (B, L)."""
+    """Yield token ids, token types if the batch has them, and which tokens are no padding (bool), each (B, L)."""
     if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
         raise ValueError("batches: expected mappings that hold input_ids (B, L), got one without")
     ids = batch["input_ids"]
@@ -280,17 +276,9 @@ def _check_pair(teacher: Any, student: Any) -> None:
         raise ValueError(f"model: expected (layers, width, vocabulary) of dense, {sizes[0]}, got {sizes[1]}")
 
 
-def _check_numbers(steps: int, **rates: float) -> None:
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
-        raise ValueError(f"steps: expected an int of at least 0, got {steps!r}")
-    for name, rate in rates.items():
-        if not 0 < rate < math.inf:
-            raise ValueError(f"{name}: expected a positive number, got {rate!r}")
-
-
 @contextmanager
 def _trainable(model: nn.Module) -> Iterator[None]:
-    """Every parameter in float32 at least, with a gradient, within; dtypes, flags and gradients as before after."""
+    """Make every parameter at least float32 and trainable within the block; restore dtypes, flags, gradients after."""
     before = [(each, each.dtype, each.requires_grad, each.grad) for each in model.parameters()]
     for parameter, dtype, _, _ in before:
         parameter.grad = None

@@ -1,4 +1,4 @@
-"""The ways to start a compressed encoder, by name."""
+"""The methods to start a compressed encoder, by name."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from ..convert.calibrate import Calibration, calibrate
+from ..convert.calibrate import Calibration, Progress, calibrate
 from ..convert.presets import KronConfig
 from ..models import KronBertPreTrainedModel
-from .blockwise import Batch, Progress, WarmStartReport, warm_start
+from .blockwise import Batch, WarmStartReport, warm_start
 
 # Factors nearest to the weights; nearest to what the layers put out on text; trained on it block by block from there.
 WARM_STARTS = ("plain", "data-aware", "blockwise")
@@ -27,11 +27,10 @@ def start_model(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> tuple[Any, Calibration | None, WarmStartReport | None]:
-    """A ``kind`` made from ``dense`` by a method of ``WARM_STARTS``, the moments of its fit and its training's report.
+    """Make a ``kind`` from ``dense`` by a method of ``WARM_STARTS``, the moments of its fit and its training's report.
 
     "plain" is ``kind.from_dense``; "data-aware" gives it the moments of the layers' inputs on ``batches`` (those of
-    ``warm_start``), on which "blockwise" then trains it, ``steps`` steps a block. ``dense`` stays as it is. Token
-    frequencies are left out of the embedding's fit: on one encoder of two the whole model came out worse with them.
+    ``warm_start``), on which "blockwise" then trains it, ``steps`` steps a block. ``dense`` stays as it is.
     Raises ValueError for another method, and what ``from_dense``, ``calibrate`` and ``warm_start`` raise.
     """
     if method not in WARM_STARTS:
@@ -46,7 +45,7 @@ def start_model(
 
 
 def linear_names(model: nn.Module, config: KronConfig) -> list[str]:
-    """The linear layers of a dense ``model`` that ``config`` replaces: those to calibrate."""
+    """List the linear layers of a dense ``model`` that ``config`` replaces: those to calibrate."""
     return [
         name
         for name, module in model.named_modules()

@@ -1,9 +1,10 @@
 """Replace a model's layers by Kronecker-factored ones: presets, calibration, conversion, int8 storage, counting."""
 
+from .agreement import hidden_agreement
 from .calibrate import Calibration, calibrate
 from .kronify import ConversionReport, LayerReport, kronified_copy, kronify_
 from .presets import KronConfig, ShapeRule, as_kron_config, preset
-from .quantize import QuantizationReport, hidden_agreement, quantize_
+from .quantize import QuantizationReport, quantize_
 
 __all__ = [
     "Calibration",

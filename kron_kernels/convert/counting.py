@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..factorize import order_cost
+from ..factorize import factor_shape
 from ..nn import KronLinear
 from .presets import KronConfig, preset
 
@@ -13,7 +13,7 @@ _LINEAR_ROLES = ("attention", "ffn_in", "ffn_out")
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Parameters of ``model``, shared ones once; works on the meta device.
+    """Count the parameters of ``model``, shared ones once; works on the meta device.
 
     The values of int8 factors count, though torch knows them as buffers; their scales do not.
     """
@@ -22,23 +22,20 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def layer_flops(layer: nn.Linear | KronLinear) -> int:
-    """Multiplications and additions a token of a layer's product, without the bias.
+    """Count the multiplications and additions a token of a layer's product, without the bias.
 
     An inner product of length n is n multiplications and n - 1 additions. A Kronecker layer counts the cheaper
     contraction order; its S terms are summed within the second product.
     """
     if isinstance(layer, KronLinear):
-        (m1, n1), (m2, n2) = layer.shapes
-        b_first, a_first = order_cost(m1, n1, m2, n2, layer.terms)
-        inner_products = m1 * m2 + layer.terms * (n1 * m2 if b_first <= a_first else m1 * n2)
-        return 2 * min(b_first, a_first) - inner_products
+        return factor_shape(layer.out_features, layer.in_features, layer.shapes[0], layer.terms).flops
     return 2 * layer.weight.numel() - layer.out_features
 
 
 def linear_flops(model: nn.Module, tokens: int, config: KronConfig | None = None) -> int:
-    """Operations of the encoder's attention and feed-forward linear layers on ``tokens`` tokens, dense or factored.
+    """Count the operations of an encoder's attention and feed-forward linear layers on ``tokens`` tokens.
 
-    ``config`` tells the layers' roles by its patterns (the default: those of BERT and its kin); embeddings, attention
+    ``config`` tells the layers' roles by its patterns (default: those of BERT-like encoders); embeddings, attention
     scores, pooler and heads do not count. Raises ValueError where no module plays such a role.
     """
     config = config or preset("K8")

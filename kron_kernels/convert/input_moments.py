@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Rows of an input cast to the moment's dtype at a time.
+# Rows of an input cast to float32 at a time.
 _CHUNK_ROWS = 16384
 
 
@@ -32,15 +32,15 @@ class _Sums:
         self.tokens = 0
         self._outer = self._total = torch.empty(0)
 
-    def add(self, rows: Tensor, dtype: torch.dtype) -> None:
+    def add(self, rows: Tensor) -> None:
         n = rows.shape[1]
         if self.tokens == 0:
-            self._outer = torch.zeros(n, n, dtype=dtype, device=rows.device)
+            self._outer = torch.zeros(n, n, dtype=torch.float32, device=rows.device)
             self._total = torch.zeros(n, dtype=torch.float64, device=rows.device)
         elif n != self._total.shape[0]:
             raise ValueError(f"modules: {self.names[0]} takes inputs {self._total.shape[0]} wide and {n} wide")
         for chunk in rows.split(_CHUNK_ROWS):
-            chunk = chunk.to(dtype)
+            chunk = chunk.float()
             # In place: autocast, where the caller has it on, leaves that in full precision.
             self._outer.addmm_(chunk.T, chunk)
             self._total += chunk.sum(0, dtype=torch.float64)
@@ -58,9 +58,8 @@ class _Sums:
 class InputRecorder:
     """Finds, in its first pass, which modules are fed the same tensors, and sums inputs in the passes after it."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self) -> None:
         self.groups: dict[str, _Sums] = {}
-        self._dtype = dtype
         self._probing = True
         self._mask: Tensor | None = None
         # Tensors seen in this pass, by id: the weak reference tells each from a later one at its address.
@@ -82,7 +81,7 @@ class InputRecorder:
             # Each member of a group comes with the same tensor: the first one adds it for all.
             if serial not in group.added:
                 group.added.add(serial)
-                group.add(self._tokens(x), self._dtype)
+                group.add(self._tokens(x))
 
         return record
 

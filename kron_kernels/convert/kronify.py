@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -11,27 +11,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from ..nn import (
-    KronDecoder,
-    KronEmbedding,
-    KronLinear,
-    Shape,
-    Shapes,
-    fit_embedding,
-    fit_linear,
-)
+from ..nn import KronDecoder, KronEmbedding, KronLinear, Shape, Shapes, fit_embedding, fit_linear
 from ..nn.int8 import to_int8_
-from .calibrate import Calibration
+from .calibrate import Calibration, Progress
 from .conv1d import Conv1DLike, as_linear, is_conv1d, weight_shape
 from .counting import count_parameters
 from .presets import KronConfig, as_kron_config
-
-Progress = Callable[[int, int, str], None]
+from .ties import tie_decoders_, tied_decoders
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What became of one layer. Errors are relative, None where nothing was fitted; see ``nearest_kronecker``."""
+    """One replaced layer. Errors are relative, None where nothing was fitted; see ``nearest_kronecker``."""
 
     name: str
     role: str
@@ -84,27 +75,24 @@ def kronify_(
     config: KronConfig | Mapping[str, Any] | str,
     *,
     calibration: Calibration | None = None,
-    token_counts: Tensor | None = None,
     fit: bool = True,
     weight_dtype: str | None = None,
     progress: Progress | None = None,
 ) -> ConversionReport:
     """Replace the layers that ``config`` names by their nearest Kronecker products, in place.
 
-    Works on models whose module names match the config's patterns: BERT and its kin with any head, MPNet, and GPT-2,
+    Works on models whose module names match the config's patterns: BERT-like encoders with any head, MPNet, and GPT-2,
     whose Conv1D layers (weights of (in, out)) become what an nn.Linear of the transposed weight does. Poolers, heads,
     LayerNorms, position and type embeddings stay as they are. An output layer tied to the word embedding becomes one
     on the embedding's factors and stays tied. The conversion is recorded in the ``kron`` field of a transformers
     configuration. The files of a model converted in place load into one given the same structure with ``fit=False``;
-    those of ``KronBertModel.from_dense`` and its kin load by themselves.
+    those of ``KronBertModel.from_dense`` and the like load by themselves.
 
     Args:
         model: changed only once every layer has been fitted; after an error it is as it was.
         config: a KronConfig, its dict, or a preset's name.
         calibration: the second moments and means of the layers' inputs (see ``calibrate``). The fit then minimises
             the error of each layer's output, its mean error taken up by the bias (see ``fit_linear``).
-        token_counts: (vocabulary,), how often the text has each token (``calibrate.count_tokens``): the fit of the word
-            embedding then weighs each row's error by it (see ``fit_embedding``).
         fit: False leaves the new factors freshly drawn: the structure only, for a state dict to be loaded into.
         weight_dtype: "int8" stores large factors as int8, as ``quantize_`` does after the conversion; None leaves that
             to the config. The errors reported are those of the fit.
@@ -122,9 +110,7 @@ def kronify_(
     replacements: list[nn.Module] = []
     layers = []
     for done, target in enumerate(targets, 1):
-        module, relative_error, weighted_error = (
-            _fitted(target, calibration, token_counts) if fit else (_fresh(target), None, None)
-        )
+        module, relative_error, weighted_error = _fitted(target, calibration) if fit else (_fresh(target), None, None)
         if config.weight_dtype is not None:
             to_int8_(module)
         replacements.append(module)
@@ -156,7 +142,7 @@ def kronify_(
 def kronified_copy(
     dense: nn.Module, config: KronConfig | Mapping[str, Any] | str, **options: Any
 ) -> tuple[nn.Module, ConversionReport]:
-    """A converted copy of a model, and its report; ``options`` are those of ``kronify_``, and so are the errors.
+    """Return a converted copy of a model, and its report; ``options`` are those of ``kronify_``, and so are the errors.
 
     The copy shares every parameter that is not converted; the original stays as it is.
     """
@@ -164,51 +150,8 @@ def kronified_copy(
     return shadow, kronify_(shadow, config, **options)
 
 
-def tied_decoders(model: nn.Module, embedding: nn.Module) -> list[str]:
-    """Names of the linear layers whose weight is the embedding's."""
-    if not isinstance(embedding, nn.Embedding):
-        return []
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module.weight is embedding.weight
-    ]
-
-
-def tie_decoders_(model: nn.Module, decoders: list[str], embedding: KronEmbedding) -> None:
-    """Replace the named output layers by decoders on the embedding's factors, and tell transformers of the ties."""
-    factors: tuple[str, ...] = ()
-    for name in decoders:
-        dense: Any = model.get_submodule(name)
-        decoder = embedding.tied_decoder(dense.bias)
-        factors = decoder.factor_names()
-        model.set_submodule(name, decoder)
-    for prefix, module in model.named_modules():
-        tied = getattr(module, "_tied_weights_keys", None)
-        if not isinstance(tied, Mapping):
-            continue
-        # transformers reads these keys as regular expressions: without its end, "b" would match "bias" too.
-        module._tied_weights_keys = _factor_ties(tied, prefix, decoders, factors, end="$")
-        module.all_tied_weights_keys = _factor_ties(module.all_tied_weights_keys, prefix, decoders, factors, end="")
-
-
-def _factor_ties(
-    tied: Mapping[str, str], prefix: str, decoders: list[str], factors: tuple[str, ...], end: str
-) -> dict[str, str]:
-    """Ties of a decoder's weight, or of factors it had, to an embedding's become ties of these factors."""
-    ties = {}
-    for target, source in tied.items():
-        layer, _, tied_tensor = target.removesuffix("$").rpartition(".")
-        if tied_tensor in ("weight", "a", "b") and (f"{prefix}.{layer}" if prefix else layer) in decoders:
-            for factor in factors:
-                ties[f"{layer}.{factor}{end}"] = f"{source.rpartition('.')[0]}.{factor}"
-        else:
-            ties[target] = source
-    return ties
-
-
 def plan_layers(model: nn.Module, config: KronConfig, calibration: Calibration | None, fit: bool) -> list[Target]:
-    """Every layer to replace, in the order of the model, after all checks that need no fit."""
+    """List every layer to replace, in the order of the model, after all checks that need no fit."""
     if any(isinstance(module, (KronLinear, KronEmbedding, KronDecoder)) for module in model.modules()):
         raise ValueError("model: expected a dense model, got one that has Kronecker layers already")
     owners: dict[int, list[str]] = {}
@@ -227,7 +170,7 @@ def plan_layers(model: nn.Module, config: KronConfig, calibration: Calibration |
 
 
 def named_roles(model: nn.Module, config: KronConfig) -> Iterator[tuple[str, str, nn.Module]]:
-    """Name, role and module of all that ``config`` names and does not skip; at last ValueError for a role without."""
+    """Yield name, role and module of all that ``config`` names and does not skip; ValueError for a role without any."""
     roles = set()
     for name, module in model.named_modules():
         role = config.role_of(name)
@@ -290,12 +233,10 @@ def _fresh(target: Target) -> KronLinear | KronEmbedding:
     return KronLinear(cols, rows, (a_shape, b_shape), target.terms, bias, **factory)
 
 
-def _fitted(
-    target: Target, calibration: Calibration | None, token_counts: Tensor | None
-) -> tuple[KronLinear | KronEmbedding, float, float | None]:
+def _fitted(target: Target, calibration: Calibration | None) -> tuple[KronLinear | KronEmbedding, float, float | None]:
     module: KronLinear | KronEmbedding
     if isinstance(target.module, nn.Embedding):
-        module, factors = fit_embedding(target.module, target.shapes[1][1], target.terms, token_counts)
+        module, factors = fit_embedding(target.module, target.shapes[1][1], target.terms)
     else:
         moment: Tensor | None = None if calibration is None else calibration[target.name]
         mean: Tensor | None = None if calibration is None else calibration.input_mean[target.name]

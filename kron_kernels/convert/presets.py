@@ -14,7 +14,7 @@ from ..nn import Shape, Shapes
 VERSIONS = (1, 2)
 WEIGHT_DTYPES = (None, "int8")
 
-# Module names of BERT and its kin (RoBERTa, ELECTRA, ...), of MPNet and of GPT-2. Poolers and heads match none of them.
+# Module names of BERT-like encoders (RoBERTa, ELECTRA, ...), MPNet and GPT-2. Poolers and heads match none of them.
 DEFAULT_PATTERNS: dict[str, tuple[str, ...]] = {
     "attention": (
         r"(^|\.)layer\.\d+\.(cross)?attention\.self\.(query|key|value)$",
@@ -47,7 +47,7 @@ def _check_keys(where: str, data: Mapping[str, Any], known: set[str]) -> None:
 class ShapeRule:
     """The shape of one factor, ``a`` (m1, n1) or ``b`` (m2, n2), and the number of terms; the other factor follows.
 
-    Giving the tiny factor makes one rule fit every model size. For embeddings ``b`` must be a row vector (1, k).
+    Giving the small factor makes one rule fit every model size. For embeddings ``b`` must be a row vector (1, k).
     """
 
     a: Shape | None = None
@@ -113,7 +113,7 @@ class KronConfig:
                 raise ValueError(f"patterns: {regex!r} is not a regular expression: {error}") from None
 
     def role_of(self, module_name: str) -> str | None:
-        """The role of a module, None where it has none; ValueError where it has several."""
+        """Return the role of a module, None where it has none; ValueError where it has several."""
         roles = [role for role, regexes in self.patterns.items() if _matches(regexes, module_name)]
         if len(roles) > 1:
             raise ValueError(f"patterns: {module_name} matches several roles: {', '.join(roles)}")
@@ -123,7 +123,7 @@ class KronConfig:
         return _matches(self.skip, module_name)
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-able dict, with the version of its format."""
+        """Return a JSON-able dict, with the version of its format."""
         stored = {} if self.weight_dtype is None else {"weight_dtype": self.weight_dtype}
         return {
             "version": VERSIONS[len(stored)],
@@ -136,7 +136,7 @@ class KronConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> KronConfig:
-        """The inverse of ``to_dict``; ValueError for another version, for missing and for unknown keys."""
+        """Read what ``to_dict`` wrote; ValueError for another version, for missing and for unknown keys."""
         if data.get("version") not in VERSIONS:
             raise ValueError(f"version: expected 1 or 2, got {data.get('version')!r}")
         optional = {"weight_dtype"} if data["version"] == 2 else set()
@@ -204,7 +204,7 @@ _SKIPS: dict[str, tuple[str, ...]] = {
 
 
 def preset(name: str, hidden_size: int | None = None, intermediate_size: int | None = None) -> KronConfig:
-    """A named configuration; its tiny factors are the same at every model size.
+    """Return a named configuration; its small factors are the same at every model size.
 
     "K8" and "K21": the shapes of KroneckerBERT (Tahaei et al., NAACL 2022, table 1): 7.7 and 21 times fewer
     parameters on BERT-base.
@@ -245,7 +245,7 @@ def preset(name: str, hidden_size: int | None = None, intermediate_size: int | N
 
 
 def as_kron_config(config: KronConfig | Mapping[str, Any] | str) -> KronConfig:
-    """A KronConfig from one, from its dict, or from a preset's name."""
+    """Return a KronConfig from one, from its dict, or from a preset's name."""
     if isinstance(config, KronConfig):
         return config
     if isinstance(config, str):

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..nn import Int8Factored, KronDecoder, KronEmbedding, KronLinear
 from ..nn.factored import KronFactored
 from ..nn.int8 import to_int8_
-from .kronify import tie_decoders_
+from .agreement import hidden_agreement
 from .presets import as_kron_config
+from .ties import tie_decoders_
 
 
 @dataclass(frozen=True)
@@ -81,30 +81,9 @@ def quantize_(model: nn.Module, batches: Iterable[Mapping[str, Tensor]] | None =
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of a model's state dict, tensors that share their memory once."""
+    """Count the bytes of a model's state dict, tensors that share their memory once."""
     tensors = {tensor.data_ptr(): tensor for tensor in model.state_dict().values()}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-
-
-@torch.inference_mode()
-def hidden_agreement(model: nn.Module, other: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> float:
-    """Mean cosine of the last hidden states of two encoders, over all tokens that are not padding.
-
-    ``batches`` holds the keyword arguments of calls: ``input_ids (batch, length)`` and, for padded ones,
-    ``attention_mask``. A model with a head is compared by its encoder. Raises ValueError where there is no token.
-    """
-    total, tokens = 0.0, 0
-    for batch in batches:
-        wanted, got = (
-            getattr(each, "base_model", each)(**batch).last_hidden_state.to(torch.float64) for each in (model, other)
-        )
-        cosines = F.cosine_similarity(wanted, got, dim=-1)
-        if "attention_mask" in batch:
-            cosines = cosines[batch["attention_mask"].bool()]
-        total, tokens = total + float(cosines.sum()), tokens + cosines.numel()
-    if not tokens:
-        raise ValueError("batches: expected at least one token, got none")
-    return total / tokens
 
 
 def _check(layers: Mapping[str, KronFactored]) -> None:

@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 
 from .. import models
-from ..compress.pipeline import ARCHITECTURES, load_dense
+from ..compress import ARCHITECTURES, load_dense
 from ..models import KronBertConfig, KronBertPreTrainedModel
 from ..nn import Int8Factored
 from .data.tasks import Task

@@ -13,9 +13,9 @@ from accelerate import PartialState
 from torch import nn
 from transformers import AutoTokenizer, BertForPreTraining
 
-from ..compress import WARM_STARTS, start_model
+from ..compress import ARCHITECTURES, WARM_STARTS, start_model
 from ..compress.files import new_folder
-from ..compress.pipeline import ARCHITECTURES, BATCH
+from ..compress.text import BATCH
 from ..convert.presets import preset
 from ..models import KronBertPreTrainedModel
 from .config import DistillConfig

@@ -12,7 +12,7 @@ MOMENT_TOLERANCE = 1e-5
 
 
 def check_positive(name: str, value: int) -> None:
-    """``value`` must be an int of at least 1."""
+    """Check that ``value`` is an int of at least 1."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name}: expected a positive int, got {value!r}")
     if value < 1:
@@ -20,7 +20,7 @@ def check_positive(name: str, value: int) -> None:
 
 
 def check_weight(weight: Tensor, shape: tuple[int, int] | None = None) -> None:
-    """``weight`` must be a finite floating-point matrix, of ``shape`` where one is given."""
+    """Check that ``weight`` is a finite floating-point matrix, of ``shape`` where one is given."""
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight: expected a torch.Tensor, got {type(weight).__name__}")
     if weight.ndim != 2 or 0 in weight.shape:
@@ -34,7 +34,7 @@ def check_weight(weight: Tensor, shape: tuple[int, int] | None = None) -> None:
 
 
 def check_a_shape(a_shape: Sequence[int], m: int, n: int) -> tuple[int, int]:
-    """``a_shape`` must be a pair (m1, n1) that divides (m, n); returns it as a tuple."""
+    """Check that ``a_shape`` is a pair (m1, n1) that divides (m, n), and return it as a tuple."""
     pair = tuple(a_shape)
     if len(pair) != 2 or not all(isinstance(size, int) and not isinstance(size, bool) for size in pair):
         raise TypeError(f"a_shape: expected two ints (m1, n1), got {a_shape!r}")
@@ -44,25 +44,14 @@ def check_a_shape(a_shape: Sequence[int], m: int, n: int) -> tuple[int, int]:
 
 
 def check_terms(terms: int, most: int) -> None:
-    """``terms`` must be an int between 1 and ``most``."""
+    """Check that ``terms`` is an int between 1 and ``most``."""
     check_positive("terms", terms)
     if terms > most:
         raise ValueError(f"terms: expected at most min(m1*n1, m2*n2) = {most}, got {terms}")
 
 
-def check_row_weights(row_weights: Tensor, rows: int) -> None:
-    """``row_weights`` must be a finite (rows,) tensor without negative values, not all zero."""
-    if not isinstance(row_weights, Tensor) or row_weights.is_complex() or row_weights.dtype == torch.bool:
-        got = row_weights.dtype if isinstance(row_weights, Tensor) else type(row_weights).__name__
-        raise TypeError(f"row_weights: expected a torch.Tensor of numbers, got {got}")
-    if tuple(row_weights.shape) != (rows,):
-        raise ValueError(f"row_weights: expected shape ({rows},), got {tuple(row_weights.shape)}")
-    if not torch.isfinite(row_weights).all() or (row_weights < 0).any() or not (row_weights > 0).any():
-        raise ValueError("row_weights: expected finite values of at least 0, not all of them 0")
-
-
 def check_moment(moment: Tensor, n: int) -> None:
-    """``moment`` must be a finite, symmetric, positive semi-definite, non-zero (n, n) floating-point matrix."""
+    """Check that ``moment`` is a finite, symmetric, positive semi-definite, non-zero floating-point (n, n) matrix."""
     if not isinstance(moment, Tensor) or not moment.is_floating_point():
         got = moment.dtype if isinstance(moment, Tensor) else type(moment).__name__
         raise TypeError(f"input_moment: expected a floating-point torch.Tensor, got {got}")

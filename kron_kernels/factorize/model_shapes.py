@@ -25,12 +25,12 @@ class BertSize:
             check_positive(name, getattr(self, name))
 
     def dense_params(self) -> int:
-        """Parameters of the dense encoder."""
+        """Count the parameters of the dense encoder."""
         h, i = self.hidden, self.intermediate
         return self.kept_params() + self.vocab * h + self.layers * (4 * h * h + 2 * h * i)
 
     def kept_params(self) -> int:
-        """Parameters that no factorisation touches: biases, norms, position and type embeddings, the pooler."""
+        """Count the parameters that stay dense: biases, norms, position and type embeddings, the pooler."""
         h = self.hidden
         biases_and_norms = self.layers * (4 * h + self.intermediate + h + 4 * h)
         pooler = h * h + h if self.pooler else 0
@@ -63,7 +63,7 @@ def model_shapes(
     ffn_out: tuple[int, int],
     embedding: tuple[int, int],
 ) -> ModelShapes:
-    """The cost of an encoder whose first factors A have the shapes given, one pair for each matrix.
+    """Count the cost of an encoder whose first factors A have the shapes given, one pair for each matrix.
 
     ``attention`` (Q, K, V and O), ``ffn_in`` (intermediate x hidden), ``ffn_out`` (hidden x intermediate) and
     ``embedding`` (vocab x hidden). Raises ValueError for a shape that does not divide.
@@ -90,12 +90,13 @@ def search_model_shapes(
     tiny: tuple[int, int] = (2, 16),
     limit: int | None = 20,
 ) -> list[ModelShapes]:
-    """One-term shapes that compress an encoder of ``size`` (BERT-base unless given) about ``target_compression`` times.
+    """Search one-term shapes that compress an encoder (default BERT-base) about ``target_compression`` times.
 
-    Searches pairs of one large and one tiny factor, with the tiny one's sides within ``tiny``, where a product is one
-    matrix multiplication with a small mix. As in KroneckerBERT the tiny factor is on the right in attention and on
-    the left in the FFN, the two FFN matrices mirror each other, and the embedding's tiny factor is a row. Keeps those
-    whose compression is within the share ``tolerance`` of the target, fewest multiply-adds first, then nearest first.
+    Searches pairs of one large and one small factor, with the small one's sides within ``tiny``, where a product is one
+    matrix multiplication with a small-factor contraction. As in KroneckerBERT the small factor is on the right in
+    attention and on the left in the FFN, the two FFN matrices mirror each other, and the embedding's small factor is a
+    row. Keeps those whose compression is within the share ``tolerance`` of the target, fewest multiply-adds first, then
+    nearest first.
     """
     if not target_compression > 1:
         raise ValueError(f"target_compression: expected a number above 1, got {target_compression}")

@@ -9,15 +9,8 @@ import torch
 from torch import Tensor
 
 from ..schemas.reference import kron_matmul
-from .checks import (
-    check_a_shape,
-    check_moment,
-    check_positive,
-    check_row_weights,
-    check_terms,
-    check_weight,
-)
-from .vanloan import rearranged_blocks, van_loan, with_fixed_signs
+from .checks import check_a_shape, check_moment, check_terms, check_weight
+from .vanloan import van_loan
 from .weighted import fit_kronecker
 
 # fp64 entries of the residual in memory at a time (32 MiB).
@@ -31,9 +24,8 @@ class KronFactors:
     ``a`` is (S, m1, n1), ``b`` is (S, m2, n2), in the weight's dtype and on its device. ``relative_error`` is
     ||W - What|| / ||W|| in the Frobenius norm, of the factors as they are, rounding to the weight's dtype included.
     A data-aware fit also has ``weighted_error``: the root mean square error of the layer's output on the calibration
-    data relative to that output, the same with W C^(1/2) for W, or for an embedding with diag(p)^(1/2) W where row i is
-    read with frequency p_i. ``history`` holds the weighted error (under the slightly regularised C) of an alternating
-    fit at its start and after each round.
+    data relative to that output, the same with W C^(1/2) for W. ``history`` holds the weighted error (under the
+    regularised C) of an alternating fit at its start and after each round.
     """
 
     a: Tensor
@@ -52,7 +44,7 @@ def nearest_kronecker(
     input_moment: Tensor | None = None,
     rounds: int = 15,
 ) -> KronFactors:
-    """Kronecker factors nearest to ``weight`` (m, n): a (S, m1, n1) and b (S, m/m1, n/n1) with S = ``terms``.
+    """Find the Kronecker factors nearest to ``weight`` (m, n): a (S, m1, n1), b (S, m/m1, n/n1) with S = ``terms``.
 
     Without ``input_moment`` this is the nearest sum of Kronecker products in the Frobenius norm (Van Loan and
     Pitsianis, "Approximation with Kronecker products", 1993), with each singular value split evenly between a and b;
@@ -86,47 +78,10 @@ def nearest_kronecker(
     return KronFactors(a, b, *approximation_errors(weight, a, b, input_moment), history)
 
 
-@torch.no_grad()
-def nearest_rows(weight: Tensor, factor: int, terms: int, row_weights: Tensor) -> KronFactors:
-    """Factors a (S, V, d/factor) and b (S, 1, factor) of a table (V, d) whose rows count as often as they are read.
-
-    Minimises sum_i p_i ||w_i - sum_s a_s[i] (x) b_s||^2 with p = ``row_weights`` (V,), none negative, some positive.
-    Given b, the best a_s[i] are products of row i with the b_s, orthonormal here, whatever its weight: a row that is
-    never read gets its own least-squares fit. What is left is an eigenproblem in the ``factor`` values of b, the
-    nearest Kronecker product of diag(p)^(1/2) W (Van Loan and Pitsianis, 1993). Exact at ``terms`` = ``factor``.
-
-    Returns the weight's dtype. Raises as ``nearest_kronecker``, and ValueError for ``row_weights`` of another shape,
-    or that are negative, not finite or all zero.
-    """
-    check_weight(weight)
-    rows, dim = weight.shape
-    check_positive("factor", factor)
-    parts = dim // check_a_shape((1, factor), 1, dim)[1]
-    check_terms(terms, min(rows * parts, factor))
-    check_row_weights(row_weights, rows)
-    weight, row_weights = weight.detach(), row_weights.to(weight.device, torch.float64)
-    wide = weight.float() if weight.element_size() < 4 else weight
-    scale = (row_weights / row_weights.sum()).sqrt().to(wide.dtype).unsqueeze(1)
-    scaled = wide * scale
-    _, b = van_loan(scaled, (rows, parts), terms)
-    basis = torch.linalg.qr(b.flatten(1).T).Q  # (factor, S)
-    a = torch.cat([block @ basis for block in rearranged_blocks(weight, (rows, parts), False)]).T  # (S, V*parts)
-    root = a.norm(dim=1, keepdim=True).sqrt()
-    b = basis.T * root
-    a = a / root.clamp(min=torch.finfo(torch.float64).tiny)
-    a, b = with_fixed_signs(a, b)
-    a, b = (each.to(weight.dtype).contiguous() for each in (a.view(terms, rows, parts), b.view(terms, 1, factor)))
-    relative_error, weighted_error = (
-        approximation_errors(weight, a, b)[0],
-        approximation_errors(scaled, a * scale, b)[0],
-    )
-    return KronFactors(a, b, relative_error, weighted_error)
-
-
 def approximation_errors(
     weight: Tensor, a: Tensor, b: Tensor, input_moment: Tensor | None = None
 ) -> tuple[float, float | None]:
-    """(||W - What|| / ||W||, the same weighted with C^(1/2) or None without C), summed in fp64 in blocks of rows."""
+    """Return (||W - What|| / ||W||, the same weighted with C^(1/2) or None without C), summed in fp64 by row blocks."""
     (_, m1, n1), (_, m2, n2) = a.shape, b.shape
     c = None if input_moment is None else input_moment.to(torch.float64)
     a, b = a.to(torch.float64), b.to(torch.float64)
@@ -150,7 +105,7 @@ def _relative(lost: float, energy: float) -> float:
 
 @torch.no_grad()
 def mean_corrected_bias(weight: Tensor, factors: KronFactors, bias: Tensor | None, input_mean: Tensor) -> Tensor:
-    """The bias (m,) with which factored and dense layer have the same mean output: bias + (W - What) mean.
+    """Return the bias (m,) that gives the factored layer the dense layer's mean output: bias + (W - What) mean.
 
     ``weight`` is the dense (m, n) weight, ``bias`` (m,) or None (zeros), ``input_mean`` (n,) the mean of the layer's
     inputs. Computed in fp64, without building What, and returned in the weight's dtype. Raises ValueError for a mean

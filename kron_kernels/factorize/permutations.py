@@ -67,11 +67,11 @@ def search_permutations(
     rounds: int = 10,
     seed: int = 0,
 ) -> PermutationSearch:
-    """Orders of rows and columns under which the weights' nearest Kronecker products capture more of them.
+    """Search orders of rows and columns under which the weights' nearest Kronecker products capture more of them.
 
     Maximises the sum, over the weights, of the share of the squared norm that ``terms`` products capture, by exchanges
-    of two positions at a time, ``rounds`` sweeps over all orders; the sum never falls. A local search from the order
-    that is there: other seeds find other orders.
+    of two positions at a time, ``rounds`` sweeps over all orders; the sum never falls. A local search from the present
+    order: other seeds find other orders.
 
     Args:
         weights: what is to be factored. The right factor must be the tiny one, of at most 256 entries.

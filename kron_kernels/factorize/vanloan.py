@@ -21,7 +21,7 @@ _DENSE_EIGH_LIMIT = 1024
 
 
 def rearranged_blocks(weight: Tensor, a_shape: tuple[int, int], transposed: bool) -> Iterator[Tensor]:
-    """Row blocks, in order and in fp64, of R (m1*n1, m2*n2), or of R^T where ``transposed``."""
+    """Yield the row blocks, in order and in fp64, of R (m1*n1, m2*n2), or of R^T where ``transposed``."""
     m1, n1 = a_shape
     grid = weight.unflatten(0, (m1, -1)).unflatten(2, (n1, -1))
     # (m1, n1, m2, n2) or (m2, n2, m1, n1)
@@ -32,7 +32,7 @@ def rearranged_blocks(weight: Tensor, a_shape: tuple[int, int], transposed: bool
 
 
 def van_loan(weight: Tensor, a_shape: tuple[int, int], terms: int) -> tuple[Tensor, Tensor]:
-    """The ``terms`` leading pairs, fp64: a (S, m1, n1) and b (S, m2, n2), each pair's singular value split evenly."""
+    """Return the ``terms`` leading pairs, fp64: a (S, m1, n1), b (S, m2, n2), each singular value split evenly."""
     (m1, n1), (m2, n2) = a_shape, (weight.shape[0] // a_shape[0], weight.shape[1] // a_shape[1])
     a_is_small = m1 * n1 < m2 * n2
     gram = gram_matrix(weight, a_shape, a_is_small)
@@ -47,7 +47,7 @@ def van_loan(weight: Tensor, a_shape: tuple[int, int], terms: int) -> tuple[Tens
 
 
 def with_fixed_signs(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Flips the signs of pairs of rows a (S, p), b (S, q) so that each b's largest entry is positive.
+    """Flip the signs of pairs of rows a (S, p), b (S, q) so that each b's largest entry is positive.
 
     A singular vector's sign is arbitrary; this makes every machine return the same factors.
     """
@@ -56,18 +56,8 @@ def with_fixed_signs(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a * sign, b * sign
 
 
-def van_loan_error(weight: Tensor, a_shape: tuple[int, int], terms: int) -> float:
-    """Relative Frobenius error of the nearest sum of ``terms`` Kronecker products, without building the factors."""
-    a_is_small = a_shape[0] * a_shape[1] * a_shape[0] * a_shape[1] < weight.numel()
-    gram = gram_matrix(weight, a_shape, a_is_small)
-    total = float(gram.trace())
-    vectors = leading_eigenvectors(gram, terms)
-    captured = float(((gram @ vectors) * vectors).sum())
-    return max(0.0, 1.0 - captured / total) ** 0.5 if total > 0 else 0.0
-
-
 def leading_eigenvectors(gram: Tensor, count: int) -> Tensor:
-    """Orthonormal eigenvectors (k, count) of the largest eigenvalues of symmetric ``gram`` (k, k), largest first."""
+    """Find orthonormal eigenvectors (k, count) of the largest eigenvalues of ``gram`` (k, k), largest first."""
     size = gram.shape[0]
     if size <= _DENSE_EIGH_LIMIT or count * 8 > size:
         return torch.linalg.eigh(gram).eigenvectors[:, -count:].flip(1)
@@ -75,7 +65,7 @@ def leading_eigenvectors(gram: Tensor, count: int) -> Tensor:
 
 
 def gram_matrix(weight: Tensor, a_shape: tuple[int, int], a_is_small: bool) -> Tensor:
-    """The Gram matrix of R's smaller side, fp64."""
+    """Return the Gram matrix of R's smaller side, fp64."""
     blocks = rearranged_blocks(weight, a_shape, a_is_small)
     first = next(blocks)
     gram = first.T @ first
@@ -85,7 +75,7 @@ def gram_matrix(weight: Tensor, a_shape: tuple[int, int], a_is_small: bool) -> T
 
 
 def _block_lanczos(gram: Tensor, count: int, tolerance: float = 1e-9, restarts: int = 40) -> Tensor:
-    """Leading eigenvectors by block Lanczos with full reorthogonalisation, restarted from the best vectors so far.
+    """Find leading eigenvectors by block Lanczos with full reorthogonalisation, restarted from the best vectors so far.
 
     The residual tolerance is relative to the largest eigenvalue; the eigenvalues are then right to its square. Falls
     back on the whole decomposition where that is not reached. Deterministic, with a random generator of its own.

@@ -31,7 +31,7 @@ _SETTLED = 1e-9
 def fit_kronecker(
     weight: Tensor, a: Tensor, b: Tensor, moment: Tensor, rounds: int
 ) -> tuple[Tensor, Tensor, tuple[float, ...]]:
-    """Alternating least squares from ``a`` (S, m1, n1) and ``b`` (S, m2, n2), both fp64, in at most ``rounds`` rounds.
+    """Run at most ``rounds`` rounds of alternating least squares from ``a`` (S, m1, n1) and ``b`` (S, m2, n2), fp64.
 
     Returns the factors, their norms split evenly, and the relative weighted error under the regularised C at the start
     and after each round; but for rounding it never rises.
@@ -60,7 +60,7 @@ def fit_kronecker(
 
 
 def regularised(moment: Tensor) -> Tensor:
-    """``moment`` in fp64, made symmetric, with RIDGE times the mean of its diagonal added to the diagonal."""
+    """Return ``moment`` in fp64, made symmetric, with RIDGE times the mean of its diagonal added to the diagonal."""
     c = moment.to(torch.float64)
     c = (c + c.T) / 2
     c.diagonal().add_(RIDGE * c.diagonal().mean())

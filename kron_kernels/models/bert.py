@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from huggingface_hub.dataclasses import strict
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -30,16 +30,10 @@ from transformers import (
     BertTokenizer,
 )
 
-from ..convert.calibrate import Calibration
-from ..convert.kronify import (
-    ConversionReport,
-    Progress,
-    init_factored_,
-    kronified_copy,
-    kronify_,
-    tie_decoders_,
-)
+from ..convert.calibrate import Calibration, Progress
+from ..convert.kronify import ConversionReport, init_factored_, kronified_copy, kronify_
 from ..convert.presets import KronConfig, as_kron_config, preset
+from ..convert.ties import tie_decoders_
 from ..nn import Int8Factored, KronDecoder, KronEmbedding, KronLinear
 from .bert_layers import FusedBertEmbeddings, FusedBertLayer, fuse_
 from .cuda_graph import CapturedModel, capture
@@ -160,14 +154,12 @@ class KronBertPreTrainedModel(BertPreTrainedModel):
         kron: KronConfig | Mapping[str, Any] | str = "K8",
         *,
         calibration: Calibration | None = None,
-        token_counts: Tensor | None = None,
         progress: Progress | None = None,
     ) -> Any:
         """The KronBert model nearest to ``dense``, a model of the BERT class that ``cls`` derives from.
 
-        Biases, LayerNorms, positions, pooler and head are copied; ``dense`` stays as it is. ``calibration``,
-        ``token_counts`` and ``progress`` are those of ``kronify_``, whose report the model keeps as
-        ``conversion_report``.
+        Biases, LayerNorms, positions, pooler and head are copied; ``dense`` stays as it is. ``calibration`` and
+        ``progress`` are those of ``kronify_``, whose report the model keeps as ``conversion_report``.
         Raises TypeError for another class of model, and what ``kronify_`` raises.
         """
         expected = next(
@@ -177,8 +169,7 @@ class KronBertPreTrainedModel(BertPreTrainedModel):
         )
         if not isinstance(dense, expected):
             raise TypeError(f"dense: expected {expected.__name__}, got {type(dense).__name__}")
-        options = {"calibration": calibration, "token_counts": token_counts, "progress": progress}
-        shadow, report = kronified_copy(dense, kron, **options)
+        shadow, report = kronified_copy(dense, kron, calibration=calibration, progress=progress)
         model = cls._from_config(
             KronBertConfig.from_dense(dense.config, report.config),
             dtype=dense.dtype,

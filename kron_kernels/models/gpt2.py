@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -20,16 +20,10 @@ from transformers import (
 )
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention
 
-from ..convert.calibrate import Calibration
-from ..convert.kronify import (
-    ConversionReport,
-    Progress,
-    init_factored_,
-    kronified_copy,
-    kronify_,
-    tie_decoders_,
-)
+from ..convert.calibrate import Calibration, Progress
+from ..convert.kronify import ConversionReport, init_factored_, kronified_copy, kronify_
 from ..convert.presets import KronConfig, as_kron_config, preset
+from ..convert.ties import tie_decoders_
 from ..integrations.versions import TRANSFORMERS_VERSIONS, check_version
 from ..nn import KronDecoder, KronEmbedding, KronLinear
 
@@ -122,18 +116,16 @@ class KronGPT2LMHeadModel(KronGPT2PreTrainedModel, GPT2LMHeadModel):
         kron: KronConfig | Mapping[str, Any] | str = "KnGPT2",
         *,
         calibration: Calibration | None = None,
-        token_counts: Tensor | None = None,
         progress: Progress | None = None,
     ) -> KronGPT2LMHeadModel:
         """The KronGPT2 nearest to ``dense``, which stays as it is; its report is ``conversion_report``.
 
-        ``calibration``, ``token_counts`` and ``progress`` are those of ``kronify_``. Raises TypeError for another class
-        of model, and what ``kronify_`` raises.
+        ``calibration`` and ``progress`` are those of ``kronify_``. Raises TypeError for another class of
+        model, and what ``kronify_`` raises.
         """
         if not isinstance(dense, GPT2LMHeadModel):
             raise TypeError(f"dense: expected GPT2LMHeadModel, got {type(dense).__name__}")
-        options = {"calibration": calibration, "token_counts": token_counts, "progress": progress}
-        shadow, report = kronified_copy(dense, kron, **options)
+        shadow, report = kronified_copy(dense, kron, calibration=calibration, progress=progress)
         config = KronGPT2Config(**_fields(dense.config), kron=report.config)
         model = cls._from_config(config, dtype=dense.dtype, attn_implementation=dense.config._attn_implementation)
         model.load_state_dict(shadow.state_dict())

@@ -7,7 +7,7 @@ from functools import reduce
 import torch
 from torch import Tensor, nn
 
-from ..factorize import KronFactors, nearest_kronecker, nearest_rows
+from ..factorize import KronFactors, nearest_kronecker
 from ..ops import kron_matmul
 from ..schemas.reference import take_rows
 from .factored import KronFactored, empty_factors
@@ -74,11 +74,9 @@ class KronEmbedding(KronFactored):
         return KronDecoder(self.a, self.b, bias)
 
     @classmethod
-    def from_embedding(
-        cls, embedding: nn.Embedding, factor: int, terms: int = 1, token_counts: Tensor | None = None
-    ) -> KronEmbedding:
+    def from_embedding(cls, embedding: nn.Embedding, factor: int, terms: int = 1) -> KronEmbedding:
         """The nearest Kronecker embedding to ``embedding`` (see ``fit_embedding``)."""
-        return fit_embedding(embedding, factor, terms, token_counts)[0]
+        return fit_embedding(embedding, factor, terms)[0]
 
     def to_embedding(self) -> nn.Embedding:
         """The dense embedding with the same table."""
@@ -107,18 +105,11 @@ class KronDecoder(KronFactored):
         return f"bias={self.bias is not None}, {self.factor_repr()}"
 
 
-def fit_embedding(
-    embedding: nn.Embedding, factor: int, terms: int = 1, token_counts: Tensor | None = None
-) -> tuple[KronEmbedding, KronFactors]:
+def fit_embedding(embedding: nn.Embedding, factor: int, terms: int = 1) -> tuple[KronEmbedding, KronFactors]:
     """The nearest Kronecker embedding to ``embedding``, and the fit with its error.
 
-    ``token_counts (num_embeddings,)``, how often sample text has each token, makes the fit data-aware: a row's error
-    counts by its frequency (``factorize.nearest_rows``), one occurrence added to each so that tokens which the text
-    lacks count too.
-
     Raises ValueError for an embedding that renormalises (``max_norm``) or treats gradients in its own way
-    (``scale_grad_by_freq``, ``sparse``), where ``factor`` does not divide its width, and for counts of another shape
-    or below zero.
+    (``scale_grad_by_freq``, ``sparse``), and where ``factor`` does not divide its width.
     """
     if embedding.max_norm is not None or embedding.scale_grad_by_freq or embedding.sparse:
         raise ValueError("embedding: expected one without max_norm, scale_grad_by_freq and sparse")
@@ -126,13 +117,7 @@ def fit_embedding(
     rows, dim = weight.shape
     if factor < 1 or dim % factor:
         raise ValueError(f"factor: expected a divisor of embedding_dim = {dim}, got {factor}")
-    if token_counts is None:
-        factors = nearest_kronecker(weight, (rows, dim // factor), terms)
-    else:
-        if tuple(token_counts.shape) != (rows,) or (token_counts < 0).any():
-            got = f"shape {tuple(token_counts.shape)}" if tuple(token_counts.shape) != (rows,) else "negative ones"
-            raise ValueError(f"token_counts: expected {rows} counts of at least 0, got {got}")
-        factors = nearest_rows(weight, factor, terms, token_counts.double() + 1)
+    factors = nearest_kronecker(weight, (rows, dim // factor), terms)
     layer = KronEmbedding(rows, dim, factor, terms, embedding.padding_idx, device=weight.device, dtype=weight.dtype)
     layer.load_factors(factors.a, factors.b)
     return layer.train(embedding.training), factors

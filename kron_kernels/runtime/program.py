@@ -43,7 +43,7 @@ def load_model(folder: str | os.PathLike[str], dtype: torch.dtype) -> Any:
     import transformers
     from safetensors import SafetensorError
 
-    from ..compress.pipeline import ARCHITECTURES
+    from ..compress import ARCHITECTURES
 
     path = Path(folder)
     if not (path / "config.json").is_file():

@@ -13,8 +13,10 @@ import torch
 import transformers
 
 from kron_kernels.cli import main
-from kron_kernels.compress import pipeline
-from kron_kernels.compress.pipeline import REPORT_NAME, compress, output_errors, read_lines, tokenize
+from kron_kernels.compress import compress, pipeline, read_lines, tokenize
+from kron_kernels.compress.pipeline import REPORT_NAME
+from kron_kernels.convert.agreement import output_errors
+from kron_kernels.convert.calibrate import calibrate as moments_of
 from kron_kernels.convert.kronify import kronify_
 from kron_kernels.convert.presets import preset
 from kron_kernels.models import KronBertForSequenceClassification, KronBertModel
@@ -98,7 +100,7 @@ def test_calibration_lowers_the_output_error(bert: Path, text: Path, tmp_path: P
     assert aware.calibration_tokens == 20 * 7
     dense = transformers.BertModel.from_pretrained(bert).eval()
     held_out = tokenize(transformers.AutoTokenizer.from_pretrained(bert), SENTENCES[20:])
-    moments = pipeline.calibrate(dense, held_out)
+    moments = moments_of(dense, held_out)
     errors = {
         name: output_errors(dense, transformers.AutoModel.from_pretrained(tmp_path / name), moments)
         for name in ("plain", "aware")
@@ -120,7 +122,7 @@ def test_output_errors_are_those_of_the_layers_outputs(bert: Path) -> None:
         if isinstance(module, torch.nn.Linear):
             module.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0].detach()}))
     batch = {"input_ids": torch.randint(5, 19, (4, 9))}
-    errors = output_errors(dense, model, pipeline.calibrate(dense, [batch]))
+    errors = output_errors(dense, model, moments_of(dense, [batch]))
     for name, error in errors.items():
         linear = dense.get_submodule(name)
         with torch.no_grad():
@@ -169,7 +171,7 @@ def test_a_failed_save_keeps_the_old_folder(bert: Path, tmp_path: Path, monkeypa
     def disk_full(*_: Any) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(pipeline, "_copy_companions", disk_full)
+    monkeypatch.setattr(pipeline, "copy_companions", disk_full)
     with pytest.raises(OSError, match="no space left"):
         compress(bert, out, "K21", overwrite=True)
     assert (out / REPORT_NAME).read_bytes() == before

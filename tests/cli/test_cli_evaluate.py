@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from kron_kernels.cli import main
-from kron_kernels.compress.pipeline import compress
+from kron_kernels.compress import compress
 from tests.cli.test_cli_compress import WORDS, save_bert
 
 pytest.importorskip("datasets", reason="the extra 'distill' is not installed")

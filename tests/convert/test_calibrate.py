@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kron_kernels.convert.calibrate import Calibration, calibrate, count_tokens
+from kron_kernels.convert.calibrate import calibrate
 
 
 class Attention(nn.Module):
@@ -44,7 +42,6 @@ def test_moment_and_mean_of_unpadded_tokens() -> None:
     assert len(rows) == 4 + 15
     torch.testing.assert_close(calibration["query"], rows.T @ rows / len(rows))
     torch.testing.assert_close(calibration.input_mean["query"], rows.mean(0))
-    torch.testing.assert_close(calibration.covariance("query"), torch.cov(rows.T, correction=0))
     inner = sum(layer(rows) for layer in (model.query, model.key, model.value)).detach()
     torch.testing.assert_close(calibration["output"], inner.T @ inner / len(rows))
     assert calibration.tokens == dict.fromkeys(("query", "key", "value", "output"), 19)
@@ -118,10 +115,9 @@ def test_mask_applies_to_stacked_and_flattened_tokens(shape: tuple[int, ...]) ->
 def test_named_modules_of_any_kind() -> None:
     model = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 2), nn.Tanh())
     x = torch.randn(9, 4)
-    calibration = calibrate(model, [x], ["0"], dtype=torch.float64)
+    calibration = calibrate(model, [x], ["0"])
     assert list(calibration) == ["0"]
-    assert calibration["0"].dtype == torch.float64
-    torch.testing.assert_close(calibration["0"], (x.T @ x / 9).double())
+    torch.testing.assert_close(calibration["0"], x.T @ x / 9)
 
 
 def test_low_precision_inputs_are_summed_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +126,7 @@ def test_low_precision_inputs_are_summed_in_full(monkeypatch: pytest.MonkeyPatch
     with torch.autocast("cpu", torch.bfloat16):
         calibration = calibrate(model, [x])
     exact = x.double().T @ x.double() / 3000
-    torch.testing.assert_close(calibration[""].double(), exact, rtol=1e-5, atol=0)
+    torch.testing.assert_close(calibration[""].double(), exact, rtol=1e-4, atol=0)
 
 
 def test_real_encoder_groups_its_layers() -> None:
@@ -180,55 +176,6 @@ def test_progress() -> None:
     assert calls == [(1, 3, "calibrating"), (2, 3, "calibrating"), (3, 3, "calibrating")]
 
 
-def test_save_and_load(tmp_path: Path) -> None:
-    calibration = calibrate(Attention(), token_batches())
-    path = tmp_path / "moments.safetensors"
-    calibration.save(path)
-    assert [file.name for file in tmp_path.iterdir()] == ["moments.safetensors"]
-    loaded = Calibration.load(path)
-    assert list(loaded) == list(calibration)
-    assert loaded["query"] is loaded["key"]
-    assert loaded.tokens == calibration.tokens
-    for name in calibration:
-        assert torch.equal(loaded[name], calibration[name])
-        assert torch.equal(loaded.input_mean[name], calibration.input_mean[name])
-    # query, key and value are stored once: 2 inputs 6 wide
-    assert path.stat().st_size < 2 * 4 * (36 + 6) + 1024
-    with pytest.raises(FileExistsError, match=r"moments\.safetensors exists; pass overwrite=True"):
-        calibration.save(path)
-    calibration.save(path, overwrite=True)
-
-
-def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "moments.safetensors"
-    path.write_bytes(b"old")
-
-    def broken(tensors: Any, target: Path, metadata: Any) -> None:
-        Path(target).write_bytes(b"half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr("safetensors.torch.save_file", broken)
-    with pytest.raises(OSError, match="disk full"):
-        calibrate(Attention(), token_batches()).save(path, overwrite=True)
-    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("moments.safetensors", b"old")]
-
-
-def test_load_of_another_file(tmp_path: Path) -> None:
-    other, broken, empty = (tmp_path / name for name in ("other", "broken", "empty"))
-    save_file({"x": torch.ones(2)}, other)
-    broken.write_bytes(b"\x00" * 40)
-    save_file({"x": torch.ones(2)}, empty, {"format": "kron_kernels.calibration", "version": "1"})
-    with pytest.raises(
-        ValueError, match=r"path: expected a kron_kernels\.calibration file of version 1, .*other is None"
-    ):
-        Calibration.load(other)
-    for path in (broken, empty):
-        with pytest.raises(ValueError, match=r"path: .* is damaged or no safetensors file"):
-            Calibration.load(path)
-    with pytest.raises(FileNotFoundError):
-        Calibration.load(tmp_path / "missing")
-
-
 def test_inputs_shared_in_the_first_batch_only() -> None:
     class Switching(nn.Module):
         def __init__(self) -> None:
@@ -257,12 +204,6 @@ def test_inputs_shared_in_the_first_batch_only() -> None:
             r"modules: embed must take floating-point rows \(..., n\), got torch.int64",
         ),
         (
-            None,
-            {"dtype": torch.float16},
-            ValueError,
-            "dtype: expected torch.float32 or torch.float64, got torch.float16",
-        ),
-        (
             [{"input_ids": torch.ones(2, 4, dtype=torch.long), "attention_mask": torch.ones(2, 1, 1, 4)}],
             {},
             ValueError,
@@ -288,28 +229,3 @@ def test_inputs_that_are_not_finite_or_change_width() -> None:
         calibrate(nn.Sequential(nn.Tanh()), [torch.ones(2, 4), torch.ones(2, 5)], ["0"])
     with pytest.raises(ValueError, match=r"model: expected at least one nn\.Linear, got none"):
         calibrate(nn.Tanh(), [torch.ones(2, 4)])
-
-
-def test_counts_of_unpadded_tokens() -> None:
-    ids = torch.tensor([[3, 1, 1], [1, 2, 9]])
-    masked = {"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 0], [1, 1, 0]])}
-    counts = count_tokens([masked, {"input_ids": torch.tensor([[4, 4]])}], 10)
-    assert counts.tolist() == [0, 2, 1, 1, 2, 0, 0, 0, 0, 0]
-
-
-@pytest.mark.parametrize(
-    ("batch", "message"),
-    [
-        (torch.ones(2, 2), r"batches: expected mappings that hold input_ids \(B, L\), got one without"),
-        ({"attention_mask": torch.ones(2, 2)}, r"batches: expected mappings that hold input_ids \(B, L\)"),
-        ({"input_ids": torch.tensor([[2, 5]])}, "batches: expected ids from 0 to 4, got 2 to 5"),
-        ({"input_ids": torch.tensor([[-1, 2]])}, "batches: expected ids from 0 to 4, got -1 to 2"),
-        (
-            {"input_ids": torch.tensor([[2, 3]]), "attention_mask": torch.zeros(1, 2)},
-            "batches: expected at least one token, got none",
-        ),
-    ],
-)
-def test_counts_of_bad_batches(batch: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        count_tokens([batch], 5)

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kron_kernels.factorize import nearest_rows
 from kron_kernels.nn import KronEmbedding, KronLinear
 
 
@@ -80,21 +79,6 @@ def test_full_terms_reproduce_the_dense_embedding_both_ways():
     torch.testing.assert_close(back.weight, dense.weight)
     assert back.padding_idx == embedding.padding_idx == 1
     assert back.weight.requires_grad
-
-
-def test_token_counts_weigh_the_rows_of_the_fit():
-    dense, counts = nn.Embedding(50, 12), torch.zeros(50, dtype=torch.int64)
-    counts[:5] = 1000
-    plain, counted = (KronEmbedding.from_embedding(dense, 4, 1, each) for each in (None, counts))
-    lost = [(dense.weight - each.dense_weight()).detach().norm(dim=1) for each in (plain, counted)]
-    assert lost[1][:5].norm() < 0.95 * lost[0][:5].norm()
-    assert lost[1].norm() > lost[0].norm()
-    smoothed = nearest_rows(dense.weight.detach(), 4, 1, counts + 1)
-    assert torch.equal(counted.b, smoothed.b)
-    with pytest.raises(ValueError, match=r"token_counts: expected 50 counts of at least 0, got shape \(49,\)"):
-        KronEmbedding.from_embedding(dense, 4, 1, counts[:49])
-    with pytest.raises(ValueError, match="token_counts: expected 50 counts of at least 0, got negative ones"):
-        KronEmbedding.from_embedding(dense, 4, 1, counts - 1)
 
 
 def test_initial_table_has_unit_variance():

@@ -184,19 +184,6 @@ def test_calibration_lowers_output_errors_and_corrects_means():
     torch.testing.assert_close(errors[1].mean(0), torch.zeros(48), rtol=0, atol=1e-4)
 
 
-def test_token_counts_reach_the_embedding():
-    model = make_model()
-    counts = torch.zeros(50)
-    counts[:4] = 1000
-    plain, counted = copy.deepcopy(model), copy.deepcopy(model)
-    assert kronify_(plain, "K8").layers[0].weighted_error is None
-    assert kronify_(counted, "K8", token_counts=counts).layers[0].weighted_error > 0
-    ids = torch.arange(4)
-    wanted = model.get_input_embeddings()(ids)
-    errors = [(each.get_input_embeddings()(ids) - wanted).norm() for each in (plain, counted)]
-    assert errors[1] < errors[0]
-
-
 def test_skipped_modules_stay_dense():
     model = make_model()
     kronify_(model, KronConfig(preset("K8").rules, skip=(r"layer\.0\.", "embedding")))
