@@ -38,11 +38,11 @@ def save(job: dict[str, Any], say: Say) -> None:
 
 
 def export(job: dict[str, Any], say: Say) -> None:
-    """The checkpoint as a package for torch alone, compiled ahead of time."""
+    """The checkpoint as a package for torch alone."""
     from kron_kernels.runtime import export_model
 
     dtype = {"float32": "fp32", "bfloat16": "bf16"}[job["dtype"]]
-    export_model(job["folder"], job["package"], "aoti", dtype=dtype)
+    export_model(job["folder"], job["package"], dtype=dtype)
     say({"exported": job["package"]})
 
 

@@ -1,4 +1,4 @@
-"""``kron-kernels export``: a model folder in, a package to serve out."""
+"""``kron-kernels export``: write a model folder as one file to serve."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def add_parser(commands: Any) -> None:
     """Add the ``export`` command."""
     parser = commands.add_parser(
         "export",
-        help="export a model for serving",
-        description="Write a compressed (or dense) BERT as one file that runs without transformers: compiled by "
-        "AOTInductor, saved by torch.export, or as ONNX. It is checked against eager torch before it takes its place.",
+        help="write a model as one file for serving",
+        description="Write a compressed (or dense) BERT as one file that runs without transformers: a program of "
+        "torch.export (.pt2), or an ONNX model (.onnx). It is checked against eager torch before it takes its place.",
+        epilog="example: kron-kernels export small small.onnx",
     )
     parser.add_argument("model", type=Path, help="folder of the model")
-    parser.add_argument("out", type=Path, help="file to make: .pt2, or .onnx for ONNX")
-    parser.add_argument("--format", required=True, choices=("aoti", "onnx", "export"), help="form of the package")
+    parser.add_argument("out", type=Path, help="file to write, its suffix the format: .pt2 or .onnx")
     parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"), help="of weights and arithmetic (fp32)")
     parser.add_argument("--dense", type=Path, metavar="DIR", help="folder of the dense model, to compare sizes")
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
@@ -31,7 +31,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Export, and print what it came to."""
+    """Export, and print sizes and errors."""
     # transformers takes seconds to import: only the command that needs it pays.
     import transformers
 
@@ -40,12 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     report = export_model(
-        arguments.model,
-        arguments.out,
-        arguments.format,
-        dtype=arguments.dtype,
-        dense_dir=arguments.dense,
-        overwrite=arguments.force,
+        arguments.model, arguments.out, dtype=arguments.dtype, dense_dir=arguments.dense, overwrite=arguments.force
     )
     if arguments.json:
         print_json(report.to_dict())
@@ -59,7 +54,7 @@ def _print(report: ExportReport) -> None:
     print(format_table(("size", "bytes"), [(name, f"{size:,}") for name, size in sizes if size is not None]))
     print()
     errors = [(name, f"{error:.1e}", f"{report.tolerance:.0e}") for name, error in report.errors.items()]
-    print(format_table(("output", "error", "allowed"), errors))
+    print(format_table(("output", "error", "tolerance"), errors))
     print()
     kind = "node" if report.format == "onnx" else "op of kron_kernels"
     print(format_table((kind, "calls"), list(report.nodes.items())))

@@ -1,9 +1,9 @@
-"""Models as packages that run without transformers: an AOTInductor or exported program of torch, or an ONNX file.
+"""Run a compressed model: from its folder, as a program of torch.export, or as an ONNX file.
 
-Loading needs torch alone, or onnxruntime for ONNX; exporting needs transformers too.
+Loading a package needs torch alone, or onnxruntime for ONNX; exporting and loading a folder need transformers too.
 """
 
 from .export import ExportReport, export_model
-from .package import FORMATS, Package, PackageInfo, load_package
+from .package import Package, PackageInfo, load_package
 
-__all__ = ["FORMATS", "ExportReport", "Package", "PackageInfo", "export_model", "load_package"]
+__all__ = ["ExportReport", "Package", "PackageInfo", "export_model", "load_package"]

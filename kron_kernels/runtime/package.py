@@ -1,16 +1,19 @@
-"""Packages read and run: one class for the three formats, which checks what goes in."""
+"""Load and run packages: one class for every format, which checks what goes in."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import importlib
 import json
 import os
+import re
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,24 +21,31 @@ from torch import Tensor
 # The ops must be registered before a program that calls them is loaded.
 from .. import backends  # noqa: F401
 
-# Format -> suffix of its files.
-FORMATS: Mapping[str, str] = {"aoti": ".pt2", "export": ".pt2", "onnx": ".onnx"}
+# Suffix of a file -> its format.
+FORMATS: Mapping[str, str] = {".pt2": "export", ".onnx": "onnx"}
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 # Where a package keeps its PackageInfo: a file of a .pt2 archive, a metadata property of an ONNX model.
 INFO_FILE = "extra/kron_kernels.json"
 INFO_KEY = "kron_kernels"
-# What torch calls the instruction sets it was started with, from the least on.
-_CPU_CAPABILITIES = ("DEFAULT", "AVX2", "AVX512")
+# The property of an ONNX model with the sha256 of the whole file, computed with zeros in the place of the digits.
+HASH_KEY = "kron_kernels_sha256"
+HASH_PLACEHOLDER = "0" * 64
+_HASH_IN_FILE = re.compile(re.escape(HASH_KEY.encode()) + rb"\x12\x40([0-9a-f]{64})")
+# What torch.export.save writes for a program of plain tensors: nothing here is a pickle or machine code.
+_ARCHIVE_FILES = re.compile(
+    r"models/model\.json|data/(weights|constants)/(model_\w+_config\.json|(weight|tensor)_\d+)|extra/kron_kernels\.json"
+    r"|archive_format|archive_version|byteorder|version|\.data/(version|serialization_id)"
+)
 
 Run = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class PackageInfo:
-    """What a package holds: written into it by the export, read by ``load_package``.
+    """What a package holds. The export writes it into the package, ``load_package`` reads it.
 
-    ``max_sequence``, ``vocabulary`` and ``types`` bound the inputs; ``cpu`` is the instruction set of the machine that
-    compiled it, in the words of ``torch.backends.cpu.get_cpu_capability``.
+    ``max_sequence``, ``vocabulary`` and ``types`` bound the inputs; ``torch`` and ``kron_kernels`` are the versions
+    that made the package.
     """
 
     format: str
@@ -47,18 +57,17 @@ class PackageInfo:
     types: int
     torch: str
     kron_kernels: str
-    cpu: str
-    version: int = 1
+    version: int = 2
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> PackageInfo:
-        """Raises ValueError for anything but what ``to_json`` of this version wrote."""
+        """Read what ``to_json`` wrote; ValueError for anything else, other versions included."""
         fields = json.loads(text)
-        if not isinstance(fields, dict) or fields.get("version") != 1:
-            raise ValueError(f"expected package information of version 1, got {text[:80]!r}")
+        if not isinstance(fields, dict) or fields.get("version") != cls.version:
+            raise ValueError(f"expected package information of version {cls.version}, got {text[:80]!r}")
         try:
             return cls(**{**fields, "outputs": tuple(fields["outputs"])})
         except (KeyError, TypeError) as error:
@@ -66,14 +75,14 @@ class PackageInfo:
 
 
 class Package:
-    """A loaded package. ``info`` says what it holds; a call runs it."""
+    """A loaded model. ``info`` says what it holds; a call runs it."""
 
     def __init__(self, info: PackageInfo, run: Run) -> None:
         self.info = info
         self._run = run
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
-        """The outputs of the model, by name.
+        """Compute the outputs of the model, by name.
 
         Args:
             inputs: ``input_ids``, ``attention_mask`` (default: all ones) and ``token_type_ids`` (default: zeros), each
@@ -84,7 +93,9 @@ class Package:
             Tensors by the names in ``info.outputs``, those that the model of transformers gives them.
 
         Raises:
-            ValueError: other names or shapes. TypeError: other dtypes. IndexError: ids outside their table.
+            ValueError: other names or shapes.
+            TypeError: other dtypes.
+            IndexError: ids outside their table.
         """
         with torch.inference_mode():
             outputs = self._run(self._checked(inputs))
@@ -93,7 +104,7 @@ class Package:
     def _checked(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         if "input_ids" not in inputs or not set(inputs) <= set(INPUTS):
             raise ValueError(
-                "inputs: expected input_ids and, where wanted, attention_mask and token_type_ids, got "
+                "inputs: expected input_ids and optionally attention_mask and token_type_ids, got "
                 f"{', '.join(inputs) or 'none'}"
             )
         ids = inputs["input_ids"]
@@ -115,30 +126,27 @@ class Package:
         if "token_type_ids" in inputs:
             _check_range("token_type_ids", inputs["token_type_ids"], self.info.types)
         defaults = {"attention_mask": torch.ones_like, "token_type_ids": torch.zeros_like}
-        # Compiled code reads its inputs by the strides it was made for.
-        return {name: (inputs[name] if name in inputs else defaults[name](ids)).contiguous() for name in INPUTS}
+        return {name: inputs[name] if name in inputs else defaults[name](ids) for name in INPUTS}
 
 
 def load_package(path: str | os.PathLike[str]) -> Package:
-    """Load what ``export_model`` or ``kron-kernels export`` wrote, of any format, to run on the CPU.
+    """Load what ``export_model`` wrote, or the folder of a model, to run on the CPU.
 
-    The folder of a KronBertModel, as ``kron-kernels compress`` writes it, runs as it is: through the ops, without an
-    export. It must have every layer factored, in floating point.
+    A folder holds a KronBert, as ``kron-kernels compress`` writes it, or a dense BERT, with any head.
 
-    An AOTInductor package is machine code: load only files whose origin you trust.
+    A ``.pt2`` file is a program: loading and calling it executes code that is in the file. Load only files whose origin
+    you trust. Archives with pickles or machine code in them, which torch would execute too, are errors here.
 
     Raises:
         FileNotFoundError: no such file or folder.
-        OSError: a file that is damaged, truncated or not such a package.
-        ValueError: a suffix other than ``.pt2`` and ``.onnx``; a folder of another model.
-        RuntimeError: a package compiled for another torch or a processor with more instructions than this one; an
-            optional package that is missing.
+        OSError: a file that is damaged, truncated or not such a package; a checkpoint that lacks weights of its
+            configuration, or has others.
+        ValueError: a suffix other than ``.pt2`` and ``.onnx``; a folder of another kind of model.
+        RuntimeError: an optional package that is missing.
     """
     path = Path(path)
     if path.is_dir():
-        from .folder import load_folder
-
-        return load_folder(path)
+        return _load_folder(path)
     if not path.is_file():
         raise FileNotFoundError(f"package: expected a file or a model folder, got {path}")
     if path.suffix == ".pt2":
@@ -148,49 +156,58 @@ def load_package(path: str | os.PathLike[str]) -> Package:
     raise ValueError(f"package: expected a file ending in .pt2 or .onnx, got {path}")
 
 
+def _load_folder(path: Path) -> Package:
+    from .program import NamedOutputs, load_model, model_info
+
+    model = NamedOutputs(load_model(path)).eval()
+    return Package(model_info(model, "folder"), lambda inputs: model(**inputs))
+
+
 def _load_archive(path: Path) -> Package:
     try:
         with zipfile.ZipFile(path) as archive:
-            # Machine code with a flipped bit would end the process: every file's checksum is looked at first.
             if (bad := archive.testzip()) is not None:
                 raise zipfile.BadZipFile(f"wrong checksum of {bad}")
-            names = [name for name in archive.namelist() if name.endswith(INFO_FILE)]
-            text = archive.read(names[0]).decode() if names else None
-    except (zipfile.BadZipFile, zlib.error, EOFError, UnicodeDecodeError, NotImplementedError) as error:
+            # Files of the archive stand in a folder of its own name.
+            files = {entry.filename.partition("/")[2]: entry for entry in archive.infolist()}
+            text = archive.read(files[INFO_FILE]).decode() if INFO_FILE in files else None
+            info = _read_info(path, text, "export")
+            for name, entry in files.items():
+                if entry.file_size and not _ARCHIVE_FILES.fullmatch(name):
+                    raise OSError(f"{path}: expected a program and plain tensors, got {name}, which is not loaded")
+                if name.endswith("_config.json"):
+                    stored = json.loads(archive.read(entry))["config"]
+                    if pickled := [key for key, payload in stored.items() if payload["use_pickle"]]:
+                        raise OSError(f"{path}: expected plain tensors, got the pickle of {pickled[0]}; not loaded")
+    except (
+        *(zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError),
+        *(ValueError, KeyError, TypeError, AttributeError),  # of JSON, and of what stands in it
+    ) as error:
         raise OSError(f"{path}: damaged or truncated package: {error}") from error
-    info = _read_info(path, text, ("aoti", "export"))
-    if info.format == "aoti":
-        _check_machine(path, info)
     try:
-        return Package(info, _aoti_runner(path) if info.format == "aoti" else _export_runner(path))
+        module = torch.export.load(path).module()
     except Exception as error:  # torch raises what it meets: KeyError, RuntimeError, AssertionError and others
         raise OSError(
             f"{path}: torch {torch.__version__} cannot load this package, made by torch {info.torch} and kron_kernels "
             f"{info.kron_kernels}: {_first_line(error)}"
         ) from error
-
-
-def _aoti_runner(path: Path) -> Run:
-    from torch._inductor import aoti_load_package
-
-    model = aoti_load_package(str(path))
-    return lambda inputs: model(**inputs)
-
-
-def _export_runner(path: Path) -> Run:
-    module = torch.export.load(path).module()
-    return lambda inputs: module(**inputs)
+    return Package(info, lambda inputs: module(**inputs))
 
 
 def _load_onnx(path: Path) -> Package:
     onnxruntime = require("onnxruntime", "an ONNX package")
+    hashes = _onnx_hashes(path.read_bytes())
+    if hashes and hashes.written != hashes.computed:
+        raise OSError(f"{path}: damaged package: expected the sha256 {hashes.written}, got {hashes.computed}")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     try:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors have no base of their own
         raise OSError(f"{path}: damaged or truncated package: {_first_line(error)}") from error
-    info = _read_info(path, session.get_modelmeta().custom_metadata_map.get(INFO_KEY), ("onnx",))
+    info = _read_info(path, session.get_modelmeta().custom_metadata_map.get(INFO_KEY), "onnx")
+    if hashes is None:
+        raise OSError(f"{path}: damaged package: expected the sha256 of the file in its metadata, got none")
 
     def run(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         values = session.run(info.outputs, {name: tensor.numpy() for name, tensor in inputs.items()})
@@ -199,42 +216,50 @@ def _load_onnx(path: Path) -> Package:
     return Package(info, run)
 
 
-def _read_info(path: Path, text: str | None, formats: tuple[str, ...]) -> PackageInfo:
+class _Hashes(NamedTuple):
+    written: str
+    computed: str
+    offset: int  # of the written digits
+
+
+def _onnx_hashes(content: bytes) -> _Hashes | None:
+    """The sha256 that an ONNX file was written with and the one it has now; None where it names none."""
+    found = _HASH_IN_FILE.search(content)
+    if found is None:
+        return None
+    view, digest = memoryview(content), hashlib.sha256()
+    for part in (view[: found.start(1)], HASH_PLACEHOLDER.encode(), view[found.end(1) :]):
+        digest.update(part)
+    return _Hashes(found[1].decode(), digest.hexdigest(), found.start(1))
+
+
+def write_onnx_hash(path: Path) -> None:
+    """Replace the placeholder in an ONNX file, under ``HASH_KEY`` in its metadata, by the file's sha256."""
+    hashes = _onnx_hashes(path.read_bytes())
+    assert hashes is not None
+    with path.open("r+b") as file:
+        file.seek(hashes.offset)
+        file.write(hashes.computed.encode())
+
+
+def require(name: str, what: str) -> Any:
+    """Import an optional package; RuntimeError that says how to install it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise RuntimeError(f"{what} needs {name}: pip install 'kron_kernels[serving]' ({error})") from error
+
+
+def _read_info(path: Path, text: str | None, format: str) -> PackageInfo:
     if text is None:
         raise OSError(f"{path}: expected a package made by kron-kernels export, got another file of its kind")
     try:
         info = PackageInfo.from_json(text)
     except ValueError as error:
         raise OSError(f"{path}: {error}") from error
-    if info.format not in formats:
-        raise OSError(f"{path}: expected the format {' or '.join(formats)}, got {info.format!r}")
+    if info.format != format:
+        raise OSError(f"{path}: expected the format {format}, got {info.format!r}")
     return info
-
-
-def _check_machine(path: Path, info: PackageInfo) -> None:
-    """Refuse machine code that would not start, or would end the process."""
-    here = torch.__version__
-    if info.torch.split(".")[:2] != here.split(".")[:2]:
-        raise RuntimeError(f"{path}: compiled for torch {info.torch}, this is torch {here}; export the model again")
-    cpu = torch.backends.cpu.get_cpu_capability()
-    if info.cpu != cpu and (
-        info.cpu not in _CPU_CAPABILITIES
-        or cpu not in _CPU_CAPABILITIES
-        or _CPU_CAPABILITIES.index(info.cpu) > _CPU_CAPABILITIES.index(cpu)
-    ):
-        raise RuntimeError(
-            f"{path}: compiled on a processor with {info.cpu}, this one has {cpu}; export the model here"
-        )
-
-
-def require(name: str, what: str) -> Any:
-    """Import an optional package; RuntimeError that says how to install it."""
-    import importlib
-
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise RuntimeError(f"{what} needs {name}: pip install 'kron_kernels[serving]' ({error})") from error
 
 
 def _check_range(name: str, ids: Tensor, size: int) -> None:

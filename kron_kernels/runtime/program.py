@@ -1,4 +1,4 @@
-"""From a folder of a model to an exported program: loaded, wrapped to named tensors, captured with free axes."""
+"""From the folder of a model to an exported program with free batch and sequence."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import __version__
 from ..backends import keep_ops
-from ..schemas import blocks
-from .package import INPUTS
+from .package import INPUTS, PackageInfo
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
-class Served(nn.Module):
+class NamedOutputs(nn.Module):
     """A model of transformers as a function of three tensors ``(batch, sequence)`` that returns a dict of tensors."""
 
     def __init__(self, model: Any) -> None:
@@ -34,11 +36,12 @@ class Served(nn.Module):
         return dict(outputs.items())
 
 
-def load_model(folder: str | os.PathLike[str], dtype: torch.dtype) -> Any:
-    """The model in a folder, KronBert or BERT, in the class its configuration names; in evaluation mode.
+def load_model(folder: str | os.PathLike[str], dtype: torch.dtype | str = "auto") -> Any:
+    """Load the model in a folder, KronBert or BERT, in the class its configuration names; in evaluation mode.
 
-    An encoder saved without its pooler is loaded without one. Raises FileNotFoundError for a folder without
-    config.json, ValueError for other architectures, OSError for a damaged or incomplete checkpoint.
+    An encoder saved without its pooler is loaded without one. ``dtype`` "auto" is that of the checkpoint. No code from
+    the folder is run. Raises FileNotFoundError for a folder without config.json, ValueError for other architectures,
+    OSError for a damaged checkpoint and for one whose weights are not those of its configuration.
     """
     import transformers
     from safetensors import SafetensorError
@@ -58,7 +61,7 @@ def load_model(folder: str | os.PathLike[str], dtype: torch.dtype) -> Any:
         raise ValueError(f"model: expected one of {', '.join(classes)}, got {names and names[0]} in {path}")
     try:
         model, info = classes[names[0]].from_pretrained(
-            path, dtype=dtype, local_files_only=True, output_loading_info=True
+            path, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
         )
     except SafetensorError as error:
         raise OSError(f"model: damaged checkpoint {path}: {error}") from error
@@ -66,12 +69,36 @@ def load_model(folder: str | os.PathLike[str], dtype: torch.dtype) -> Any:
     if missing and all(key.startswith("pooler.") for key in missing):
         model.pooler = None
     elif missing:
-        raise OSError(f"model: {path} lacks {len(missing)} weights, among them {missing[0]}")
+        raise OSError(f"model: {path} lacks {len(missing)} weights of its configuration, among them {missing[0]}")
+    if unexpected := sorted(info["unexpected_keys"]):
+        raise OSError(
+            f"model: {path} has {len(unexpected)} weights that its configuration has no place for, among them "
+            f"{unexpected[0]}"
+        )
     return model.eval()
 
 
+def model_info(model: NamedOutputs, format: str) -> PackageInfo:
+    """Describe a model for a package of it; the names of the outputs come from a call on one token."""
+    config = model.model.config
+    with torch.inference_mode():
+        outputs = model(**example_inputs(config, 1, 1))
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    return PackageInfo(
+        format=format,
+        architecture=type(model.model).__name__,
+        dtype=names[next(iter(outputs.values())).dtype],
+        outputs=tuple(outputs),
+        max_sequence=config.max_position_embeddings,
+        vocabulary=config.vocab_size,
+        types=config.type_vocab_size,
+        torch=torch.__version__,
+        kron_kernels=__version__,
+    )
+
+
 def example_inputs(config: Any, batch: int, sequence: int, seed: int = 0) -> dict[str, Tensor]:
-    """Random inputs of a model; from the second row on the last columns are padding, one more in each."""
+    """Draw random inputs of a model; from the second row on the last columns are padding, one more in each."""
     generator = torch.Generator().manual_seed(seed)
     shape = (batch, sequence)
     kept = sequence - torch.arange(batch).clamp(max=sequence - 1)
@@ -83,40 +110,16 @@ def example_inputs(config: Any, batch: int, sequence: int, seed: int = 0) -> dic
     return dict(zip(INPUTS, values, strict=True))
 
 
-def capture(served: Served) -> torch.export.ExportedProgram:
-    """The model as a graph, batch and sequence free, Kronecker layers as calls of the ops of kron_kernels."""
-    config = served.model.config
+def export_program(model: NamedOutputs) -> torch.export.ExportedProgram:
+    """Trace the model with free batch and sequence; Kronecker layers become calls of the ops of kron_kernels."""
+    config = model.model.config
     longest = config.max_position_embeddings
     axes = {0: torch.export.Dim("batch", min=1), 1: torch.export.Dim("sequence", min=1, max=longest)}
     # Sizes of 0 and 1 would be taken for constants.
     inputs = example_inputs(config, 3, min(7, longest))
     with keep_ops(), torch.no_grad():
-        program = torch.export.export(served, (), inputs, dynamic_shapes=dict.fromkeys(INPUTS, axes))
-    # Where each node came from, with paths of this machine: a quarter of a small package, and nobody's business.
+        program = torch.export.export(model, (), inputs, dynamic_shapes=dict.fromkeys(INPUTS, axes))
+    # Where each node came from, with file paths: a quarter of a small package.
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)
     return program
-
-
-def fill_lists(program: torch.export.ExportedProgram) -> None:
-    """Give every ``kron_qkv`` of a program, in place, full lists of biases and packed factors.
-
-    A program compiled by AOTInductor hands an op None for an empty list, which a compiled op takes for an error. Zeros
-    and packed factors of no bytes mean the same as nothing.
-    """
-    graph = program.graph_module.graph
-    for node in graph.find_nodes(op="call_function", target=blocks.kron_qkv):
-        x, a, b, bias, packed = node.args
-
-        def zeros(like: Any, size: int, dtype: torch.dtype, before: Any = node) -> Any:
-            with graph.inserting_before(before):
-                made = graph.call_function(torch.ops.aten.new_zeros.default, (like, [size]), {"dtype": dtype})
-            made.meta["val"] = like.meta["val"].new_zeros([size], dtype=dtype)
-            return made
-
-        pairs = [(left.meta["val"], right.meta["val"]) for left, right in zip(a, b, strict=True)]
-        sizes = [left.shape[1] * right.shape[1] for left, right in pairs]
-        bias = bias or [zeros(x, size, x.meta["val"].dtype) for size in sizes]
-        packed = packed or [zeros(x, 0, torch.uint8) for _ in sizes]
-        node.args = (x, a, b, bias, packed)
-    program.graph_module.recompile()

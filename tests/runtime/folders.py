@@ -1,7 +1,8 @@
-"""Small random models in folders, for the tests of packages."""
+"""Small random models in folders."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,12 @@ def save_kron(folder: Path, kind: str = "KronBertModel", **options: Any) -> Path
     return folder
 
 
+def save_dense(folder: Path) -> Path:
+    torch.manual_seed(0)
+    transformers.BertModel(transformers.BertConfig(**SIZES)).save_pretrained(folder)
+    return folder
+
+
 def save_tokenizer(folder: Path) -> None:
     """A tokenizer over the vocabulary of the models here, in their folder."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "the", "cat", "dog", "bird", "sees", "small"]
@@ -50,16 +57,15 @@ def save_tokenizer(folder: Path) -> None:
     transformers.BertTokenizer(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
 
 
+def change_config(folder: Path, **fields: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
 def documented(title: str) -> str:
     """The Python code under a heading of docs/serving.md."""
-    text = (Path(__file__).parent.parent / "docs" / "serving.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
     return text.split(f"## {title}\n")[1].split("```python\n")[1].split("```")[0]
-
-
-def save_dense(folder: Path) -> Path:
-    torch.manual_seed(0)
-    transformers.BertModel(transformers.BertConfig(**SIZES)).save_pretrained(folder)
-    return folder
 
 
 def batch(rows: int, columns: int) -> dict[str, torch.Tensor]:
@@ -81,11 +87,11 @@ def eager(folder: Path, inputs: dict[str, torch.Tensor], kind: str = "KronBertMo
         return dict(model(**inputs).items())
 
 
-def assert_same(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], mask: torch.Tensor) -> None:
+def assert_same(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], mask: torch.Tensor, tol=1e-4) -> None:
     """The same names, and values that agree at the positions that are not padding."""
     assert list(got) == list(wanted)
     for name, value in wanted.items():
         actual = got[name]
         if value.shape[:2] == mask.shape:
             actual, value = actual[mask.bool()], value[mask.bool()]
-        torch.testing.assert_close(actual, value, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(actual, value, rtol=tol, atol=tol)

@@ -1,4 +1,4 @@
-"""The ops of kron_kernels in operations that ONNX has, and the ONNX model made of them.
+"""Write ONNX models: the ops of kron_kernels as operations that ONNX has.
 
 Each product is a reshape and two MatMuls a term, in the order that takes fewer operations; no Kronecker product of
 factors is ever built.
@@ -19,15 +19,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..schemas import blocks, products, reference
+from ..schemas import reference
 from ..schemas.product import stacks
-from .package import INFO_KEY, INPUTS, PackageInfo, require
+from ..schemas.products import ACTIVATION_CODES
+from .package import HASH_KEY, HASH_PLACEHOLDER, INFO_KEY, INPUTS, PackageInfo, require, write_onnx_hash
+
+_ACTIVATIONS = {code: reference.ACTIVATIONS[name] if name else None for name, code in ACTIVATION_CODES.items()}
 
 
-def product(
+def kron_matmul(
     x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, activation: int = 0, packed: Tensor | None = None
 ) -> Tensor:
-    """``kron_matmul`` as MatMuls. The larger factor stands on the right, where one GEMM takes the rows of all tokens.
+    """The product as MatMuls. The larger factor stands on the right, where one GEMM takes the rows of all tokens.
 
     Where that is A, the grid of a token is transposed on the way in and out, since ``Y^T = B X^T A^T``: as a MatMul of
     A with every token's narrow matrix the same product was measured ten times slower in onnxruntime.
@@ -49,15 +52,15 @@ def product(
     y = (y.transpose(-1, -2) if swapped else y).reshape(*x.shape[:-1], m1 * m2)
     if bias is not None:
         y = y + bias
-    name = products._ACTIVATION_NAMES[activation]
-    return y if name is None else reference.ACTIVATIONS[name](y)
+    function = _ACTIVATIONS[activation]
+    return y if function is None else function(y)
 
 
 def _norm(y: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     return F.layer_norm(residual + y, weight.shape, weight, bias, eps)
 
 
-def _product_norm(
+def kron_matmul_norm(
     x: Tensor,
     a: Tensor,
     b: Tensor,
@@ -68,10 +71,10 @@ def _product_norm(
     eps: float,
     packed: Tensor | None = None,
 ) -> Tensor:
-    return _norm(product(x, a, b, bias), residual, norm_weight, norm_bias, eps)
+    return _norm(kron_matmul(x, a, b, bias), residual, norm_weight, norm_bias, eps)
 
 
-def _ffn(
+def kron_ffn(
     x: Tensor,
     a1: Tensor,
     b1: Tensor,
@@ -87,18 +90,18 @@ def _ffn(
     packed1: Tensor | None = None,
     packed2: Tensor | None = None,
 ) -> Tensor:
-    y = product(product(x, a1, b1, bias1, activation), a2, b2, bias2)
+    y = kron_matmul(kron_matmul(x, a1, b1, bias1, activation), a2, b2, bias2)
     return y if residual is None or norm_weight is None else _norm(y, residual, norm_weight, norm_bias, eps)
 
 
-def _qkv(
+def kron_qkv(
     x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], bias: Sequence[Tensor], packed: Sequence[Tensor]
 ) -> list[Tensor]:
     biases: Sequence[Tensor | None] = bias or [None] * len(a)
-    return [product(x, left, right, one) for left, right, one in zip(a, b, biases, strict=True)]
+    return [kron_matmul(x, left, right, one) for left, right, one in zip(a, b, biases, strict=True)]
 
 
-def _embedding(
+def kron_embedding(
     ids: Tensor,
     a: Tensor,
     b: Tensor,
@@ -120,17 +123,14 @@ def _embedding(
     return y if norm_weight is None else F.layer_norm(y, norm_weight.shape, norm_weight, norm_bias, eps)
 
 
-FORMS: dict[Any, Any] = {
-    products.kron_matmul: product,
-    blocks.kron_matmul_norm: _product_norm,
-    blocks.kron_ffn: _ffn,
-    blocks.kron_qkv: _qkv,
-    blocks.kron_embedding: _embedding,
+DECOMPOSITIONS: dict[Any, Any] = {
+    getattr(torch.ops.kron_kernels, form.__name__).default: form
+    for form in (kron_matmul, kron_matmul_norm, kron_ffn, kron_qkv, kron_embedding)
 }
 
 
 def write_onnx(program: torch.export.ExportedProgram, info: PackageInfo, path: Path) -> dict[str, int]:
-    """Write the program as one ONNX file; returns how many nodes of each kind it has.
+    """Write the program as one ONNX file and return the number of its nodes by kind.
 
     Raises RuntimeError where a package that the exporter needs is missing.
     """
@@ -139,7 +139,7 @@ def write_onnx(program: torch.export.ExportedProgram, info: PackageInfo, path: P
     axes = {0: "batch", 1: "sequence"}
     with _quiet_exporter():
         onnx_program = torch.onnx.export(
-            program.run_decompositions(FORMS),
+            program.run_decompositions(DECOMPOSITIONS),
             dynamo=True,
             optimize=False,
             verbose=False,
@@ -157,18 +157,20 @@ def write_onnx(program: torch.export.ExportedProgram, info: PackageInfo, path: P
 
     # Factors of any size are brought into the form that MatMul takes.
     optimizer.optimize_ir(model, input_size_limit=2**40, output_size_limit=2**40, should_fold=may_fold)
-    # The exporter notes where each value came from, with paths of this machine, in more bytes than a small model has.
+    # The exporter notes where each value came from, with file paths, in more bytes than a small model has.
     results: list[Any] = [item for node in model.graph for item in (node, *node.outputs)]
     for item in (model.graph, *results, *model.graph.inputs, *model.graph.initializers.values()):
         item.metadata_props.clear()
     model.metadata_props[INFO_KEY] = info.to_json()
+    model.metadata_props[HASH_KEY] = HASH_PLACEHOLDER
     onnx_program.save(path)
+    write_onnx_hash(path)
     return dict(Counter(node.op_type for node in model.graph).most_common())
 
 
 @contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """Without its deprecation warnings and its notes on packages that are not there."""
+    """Silence the exporter's deprecation warnings and its notes on missing packages."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
