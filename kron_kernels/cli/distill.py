@@ -51,7 +51,6 @@ def _add_student_flags(parser: argparse.ArgumentParser) -> None:
     students.add_argument("--student", metavar="MODEL", help="folder of a KronBert to train")
     students.add_argument("--preset", help="make the student from the teacher: K8, K19 or K21")
     parser.add_argument("--warm-start", metavar="HOW", help="how to make it: plain, data-aware or blockwise (default)")
-    parser.add_argument("--teacher-cache", metavar="DTYPE", help="keep the teacher's outputs on disk, as this dtype")
     for term in _LOSSES:
         parser.add_argument(f"--weight-{term}", type=float, metavar="W", help=f"weight of the {term} term (1)")
     parser.add_argument("--attention", metavar="FORM", help="mse of the scores (default) or kl of the probabilities")

@@ -15,7 +15,6 @@ from .losses import LossConfig
 
 STAGES = ("finetune", "pretrain", "task")
 PRECISIONS = ("fp32", "bf16", "fp16")
-TEACHER_CACHES = (None, "float16", "bfloat16", "float32")
 
 
 def paper_settings(stage: str, preset: str | None = None, task: str | None = None) -> dict[str, Any]:
@@ -79,8 +78,6 @@ class DistillConfig:
     train_limit: int | None = None  # examples or packed sequences to train on at most
     precision: str = "fp32"  # of the student
     teacher_precision: str | None = None  # None: the student's
-    teacher_cache: str | None = None  # dtype in which the teacher's outputs are kept on disk; None: they are not
-    teacher_cache_dir: str | None = None  # where; None: in the run's folder, until its end
     seed: int = 0
     eval_steps: int = 0  # 0: after the last step only
     save_steps: int = 500
@@ -98,7 +95,7 @@ class DistillConfig:
             raise ValueError("task: expected the name of a task, or custom for one of your own, got none")
         if self.stage == "pretrain" and self.task is not None:
             raise ValueError(f"task: expected none in stage pretrain, got {self.task!r}")
-        choices = {"precision": PRECISIONS, "teacher_precision": (None, *PRECISIONS), "teacher_cache": TEACHER_CACHES}
+        choices = {"precision": PRECISIONS, "teacher_precision": (None, *PRECISIONS)}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {', '.join(map(str, allowed))}, got {getattr(self, name)!r}")

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +13,8 @@ from transformers import TrainingArguments
 
 from ..compress.files import check_space, new_folder
 from ..convert.counting import count_parameters
-from .cached_teacher import CachedTeacher
 from .callbacks import RunLogger, check_finite
 from .config import DistillConfig
-from .objectives import MaskedLanguageModel
 from .run_folder import RunFolder
 from .run_result import RunResult
 from .student import set_dropout
@@ -65,7 +61,6 @@ def run_stage(
         raise
     checkpoint = folder.last_checkpoint()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    trainer.close()
     # The result is what the saved model does: not in the precision of the training.
     trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     metrics = trainer.evaluate()
@@ -75,8 +70,6 @@ def run_stage(
         with new_folder(folder.model_path) as model:
             work.student.save_pretrained(model, state_dict=weights)
             work.tokenizer.save_pretrained(model)
-        if config.teacher_cache is not None and config.teacher_cache_dir is None:
-            shutil.rmtree(_cache_path(config, folder))
         folder.finish(result)
     trainer.accelerator.wait_for_everyone()
     return result
@@ -117,7 +110,7 @@ def _trainer(work: Work, folder: RunFolder) -> DistillTrainer:
         eval_dataset=work.evaluation,
         data_collator=work.collator,
         processing_class=work.tokenizer,
-        teacher=_teacher(work, folder),
+        teacher=_teacher(work),
         losses=config.losses,
         objective=work.objective,
         scores=work.scores,
@@ -126,30 +119,12 @@ def _trainer(work: Work, folder: RunFolder) -> DistillTrainer:
     )
 
 
-def _teacher(work: Work, folder: RunFolder) -> TeacherOutputs | None:
+def _teacher(work: Work) -> TeacherOutputs | None:
     config = work.config
     if work.teacher is None:
         return None
     autocast = _DTYPES[config.teacher_precision or config.precision]
-    if config.teacher_cache is None:
-        return TeacherOutputs(work.teacher, config.losses, work.objective, autocast)
-    if PartialState().num_processes > 1:
-        raise ValueError(f"teacher_cache: expected one process with it, got {PartialState().num_processes}")
-    if isinstance(work.objective, MaskedLanguageModel):
-        raise ValueError("teacher_cache: expected inputs that stay the same, got ones that are masked anew each time")
-    return CachedTeacher(
-        work.teacher,
-        config.losses,
-        work.objective,
-        autocast,
-        data=work.train,
-        path=_cache_path(config, folder),
-        dtype=config.teacher_cache,
-    )
-
-
-def _cache_path(config: DistillConfig, folder: RunFolder) -> Path:
-    return Path(config.teacher_cache_dir or folder.path / "teacher-cache")
+    return TeacherOutputs(work.teacher, config.losses, work.objective, autocast)
 
 
 def _arguments(config: DistillConfig, folder: RunFolder) -> TrainingArguments:

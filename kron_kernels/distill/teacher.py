@@ -1,4 +1,4 @@
-"""What a teacher says about a batch: computed without gradients, or read from a cache of an earlier epoch."""
+"""What a teacher says about a batch, computed without gradients."""
 
 from __future__ import annotations
 
@@ -42,6 +42,3 @@ class TeacherOutputs:
         ):
             outputs = self.model(**arguments)
         return tape.take(), self._objective.logits(outputs)
-
-    def close(self) -> None:
-        """Nothing more will be asked."""

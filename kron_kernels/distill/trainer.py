@@ -17,8 +17,8 @@ from .objectives import LABEL_NAMES, Counts, Objective, attention_mask
 from .teacher import TeacherOutputs
 
 Terms = dict[str, Tensor]
-# Batches may carry what is no input of a model: its labels, the examples' numbers, their lengths.
-_NO_INPUTS = (*LABEL_NAMES, "index", "length")
+# Batches may carry what is no input of a model: its labels, their lengths.
+_NO_INPUTS = (*LABEL_NAMES, "length")
 
 
 class DistillTrainer(Trainer):
@@ -160,8 +160,3 @@ class DistillTrainer(Trainer):
             sums = {name: sums.get(name, torch.zeros_like(value)) + value for name, value in terms.items()}
             batches += 1
         return {name if name == "loss" else f"loss/{name}": float(value) / batches for name, value in sums.items()}
-
-    def close(self) -> None:
-        """Let the teacher put its cache, if it has one, on the disk: nothing more is trained."""
-        if self._teacher is not None:
-            self._teacher.close()

@@ -102,7 +102,7 @@ def prepare_task(config: DistillConfig, folder: RunFolder, progress: Progress | 
         preset_name,
         objective,
         PaddingCollator(tokenizer),
-        _numbered(encoded),
+        encoded,
         data["validation"],
         task.name,
         task,
@@ -141,7 +141,7 @@ def prepare_pretraining(config: DistillConfig, folder: RunFolder, progress: Prog
         preset_name,
         objective,
         MaskingCollator(tokenizer, config.seed) if masked else PaddingCollator(tokenizer),
-        _numbered(train),
+        train,
         packed.select(range(held_out)),
         ", ".join(Path(source).name for source in sources),
     )
@@ -236,8 +236,3 @@ def _fitted(rows: Any, tokenizer: Any) -> list[dict[str, torch.Tensor]]:
     chosen, collate = rows.select_columns(wanted).select(order), PaddingCollator(tokenizer)
     parts = (range(start, min(start + BATCH, count)) for start in range(0, count, BATCH))
     return [dict(collate([chosen[index] for index in part])) for part in parts]
-
-
-def _numbered(rows: Any) -> Any:
-    """The rows with their ``index``, by which a teacher's cache knows them."""
-    return rows.add_column("index", list(range(len(rows))))

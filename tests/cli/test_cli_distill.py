@@ -46,7 +46,6 @@ TASK_FLAGS: list[tuple[str, str, Any]] = [
     ("--regression", "regression", True),
 ]
 STUDENT_FLAGS: list[tuple[str, str, Any]] = [
-    ("--teacher-cache bfloat16", "teacher_cache", "bfloat16"),
     ("--teacher-precision fp16", "teacher_precision", "fp16"),
     ("--warm-start plain", "warm_start", "plain"),
 ]

@@ -63,7 +63,6 @@ def test_yaml_and_dict_are_read_back(tmp_path: Path) -> None:
         ({"stage": "pretrain"}, "task: expected none in stage pretrain, got 'sst2'"),
         ({"stage": "finetune"}, "student: expected the model to fine-tune, without teacher and preset"),
         ({"precision": "fp8"}, "precision: expected one of fp32, bf16, fp16, got 'fp8'"),
-        ({"teacher_cache": "int8"}, "teacher_cache: expected one of None, float16, bfloat16, float32, got 'int8'"),
         ({"epochs": 0}, "epochs: expected a number above 0, got 0"),
         ({"learning_rate": -1.0}, "learning_rate: expected a number above 0, got -1.0"),
         ({"save_steps": 0}, "save_steps: expected at least 1, got 0"),

@@ -24,7 +24,6 @@ from kron_kernels.distill import (
     LossConfig,
     RunFolder,
     RunResult,
-    TeacherOutputs,
     evaluate,
     run_stage,
 )
@@ -312,50 +311,16 @@ def test_attention_probabilities_may_be_matched_instead(folder: Path, tmp_path: 
     assert found[-1] < found[0]
 
 
-def test_a_cache_of_the_teacher_changes_nothing_but_how_often_it_runs(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls = []
-    real = TeacherOutputs.__call__
-    monkeypatch.setattr(TeacherOutputs, "__call__", lambda *args: (calls.append(0), real(*args))[1])
-    run_stage(task_config(folder), tmp_path / "without")
-    assert len(calls) == 3 * 8
-    calls.clear()
-    kept = {"teacher_cache": "float32", "teacher_cache_dir": str(tmp_path / "cache")}
-    run_stage(task_config(folder, **kept), tmp_path / "with")
-    assert len(calls) == 8
-    for key in ("loss", "loss/scores", "loss/logits"):
-        assert losses(tmp_path / "with", key) == pytest.approx(losses(tmp_path / "without", key), rel=1e-5)
-    calls.clear()
-    run_stage(task_config(folder, **kept, seed=1), tmp_path / "again")
-    assert not calls
-    with pytest.raises(ValueError, match=r"cache: .* is not what was asked for: dtype: expected float16, got float32"):
-        run_stage(task_config(folder, **{**kept, "teacher_cache": "float16"}), tmp_path / "other")
-    run_stage(task_config(folder, teacher_cache="float16", max_steps=1), tmp_path / "inside")
-    assert not (tmp_path / "inside" / "teacher-cache").exists()
-
-
-def test_a_cache_of_the_teacher_needs_inputs_that_stay(folder: Path, tmp_path: Path) -> None:
-    distill_runs.save_bert(tmp_path / "mlm", transformers.BertForMaskedLM)
-    config = pretrain_config(folder, teacher=str(tmp_path / "mlm"), teacher_cache="float16")
-    with pytest.raises(ValueError, match="teacher_cache: expected inputs that stay the same"):
-        run_stage(config, tmp_path / "run")
-
-
 def test_questions_are_distilled_too(folder: Path, tmp_path: Path) -> None:
     distill_runs.save_questions(tmp_path / "squad")
     distill_runs.save_bert(tmp_path / "qa", transformers.BertForQuestionAnswering)
     options = {"task": "squad", "data": str(tmp_path / "squad"), "max_length": 32, "epochs": 2}
     teacher = finetune(folder, tmp_path / "teacher", student=str(tmp_path / "qa"), **options)
     assert set(teacher.metrics) == {"exact_match", "f1"}
-    for cache in (None, "float32"):
-        config = task_config(
-            folder, teacher=str(tmp_path / "teacher" / "model"), teacher_cache=cache, **{**options, "epochs": 12}
-        )
-        run_stage(config, tmp_path / f"student-{cache}")
-        found = losses(tmp_path / f"student-{cache}", "loss/logits")
-        assert found[-1] < 0.5 * found[0]
-    assert losses(tmp_path / "student-None") == pytest.approx(losses(tmp_path / "student-float32"), rel=1e-4)
+    config = task_config(folder, teacher=str(tmp_path / "teacher" / "model"), **{**options, "epochs": 12})
+    run_stage(config, tmp_path / "student")
+    found = losses(tmp_path / "student", "loss/logits")
+    assert found[-1] < 0.5 * found[0]
 
 
 @pytest.mark.parametrize("present", [False, True])
