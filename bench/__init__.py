@@ -1,1 +1,1 @@
-"""Benchmarks: interleaved ratios over dense torch, peers beside us, results as CSV, tables and plots for the README."""
+"""Benchmarks: ``python -m bench.run SUITE`` measures, ``python -m bench.report`` writes docs/results."""

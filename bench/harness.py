@@ -1,10 +1,10 @@
-"""What every benchmark script shares: result files that survive a kill, child processes, and the machine's name."""
+"""What every suite shares: result files that survive a kill, and child processes that measure points."""
 
 from __future__ import annotations
 
-import argparse
 import csv
 import datetime
+import itertools
 import json
 import os
 import signal
@@ -13,25 +13,25 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-import torch
-
+from bench.suites import Point
 from kron_kernels.testing import describe_machine
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 # What a figure depends on; a commit that changes only prose does not make results old.
-MEASURED_PATHS = (
-    *("csrc", "kron_kernels", "setup.py", "CMakeLists.txt"),
-    *("bench/worker.py", "bench/candidates.py", "bench/ffn_candidates.py", "bench/points.py"),
-    *("bench/model_worker.py", "bench/encoder_candidates.py", "bench/process_worker.py", "bench/distill_worker.py"),
-    *("bench/distill_step_worker.py", "bench/distill_step_candidates.py", "bench/integrations"),
-    *("bench/gpu_worker.py", "bench/gpu_problems.py", "bench/gpu_candidates.py", "bench/gpu_models.py"),
+_BENCH = ("bench/worker.py", "bench/baselines.py", "bench/suites")
+MEASURED_PATHS = ("csrc", "kron_kernels", "setup.py", "CMakeLists.txt", *_BENCH)
+STAMP = ("machine", "isa", "commit", "date", "python", "torch", "kron_kernels")
+KEY = (*(field.name for field in fields(Point)), "variant")
+COLUMNS = (
+    *("status", "reason", "error", "tolerance", "rounds", "time_us_q10", "time_us_q50", "time_us_q90"),
+    *("speedup_q10", "speedup_q50", "speedup_q90", "memory_mib"),
 )
-MACHINE_COLUMNS = ("cpu", "arch", "isa", "cores", "threads", "os", "python", "torch", "kron_kernels")
-STAMP_COLUMNS = ("commit", "date", *MACHINE_COLUMNS)
 # A fresh large output costs page faults that outweigh a fast kernel: let the allocator keep what it has.
 KEEP_MEMORY = {
     "MALLOC_MMAP_MAX_": "0",
@@ -42,67 +42,57 @@ KEEP_MEMORY = {
 # For the peak of the resident set it must do the opposite.
 RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 SILENCE_SECONDS = 240.0
-
 Row = dict[str, Any]
 
 
-def stamp(threads: int) -> Row:
-    """Commit, date and machine: the columns that say what a row was measured on."""
+def stamp(threads: int, device: str = "") -> Row:
+    """Return the columns that say what a row was measured on; ``device`` names a GPU."""
+    machine = describe_machine()
+    name = f"{machine['cpu']}, {machine['isa']}, {machine['cores']} cores, {threads} threads"
     return {
+        **{column: machine[column] for column in ("isa", "python", "torch", "kron_kernels")},
+        "machine": f"{device}; {name}" if device else name,
         "commit": measured_commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        **describe_machine(),
-        "threads": threads,
     }
 
 
 def measured_commit() -> str:
-    """Short hash of the last commit that touched what is measured; ``+changes`` where the tree differs from it."""
-    git = ["git", "-C", str(ROOT)]
+    """Return the last commit that touched what is measured; ``+changes`` where the tree differs from it."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(ROOT), *arguments, "--", *MEASURED_PATHS]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        commit = subprocess.run(
-            [*git, "log", "-1", "--format=%h", "--", *MEASURED_PATHS], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        dirty = subprocess.run(
-            [*git, "status", "--porcelain", "--", *MEASURED_PATHS], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        return git("log", "-1", "--format=%h") + ("+changes" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return commit + ("+changes" if dirty else "")
 
 
 class ResultFile:
-    """A CSV file whose rows are told apart by ``key`` columns, written anew, whole, after every change.
+    """A CSV file of one suite, one row for each point, candidate and machine; written whole after every change."""
 
-    A new row takes the place of the one with the same key and the same ``machine``: processor, ISA and threads.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        key: Sequence[str],
-        columns: Sequence[str],
-        machine: Sequence[str] = ("cpu", "isa", "threads"),
-    ) -> None:
+    def __init__(self, path: Path, columns: Sequence[str] = ()) -> None:
         self.path = path
-        self.columns = (*key, *columns, *STAMP_COLUMNS)
-        self._key = (*key, *machine)
-        self._rows: dict[tuple[str, ...], Row] = {self._id(row): row for row in read_rows(path)}
+        self._columns = (*KEY, *dict.fromkeys((*COLUMNS, *columns)), *STAMP)
+        self._rows: dict[tuple[str, ...], Row] = {_id(row): row for row in read_rows(path)}
 
-    def has(self, key_values: Row, current: Row) -> bool:
-        """Whether a row of this key was measured already: same commit, same machine."""
-        row = self._rows.get(self._id({**current, **key_values}))
-        return row is not None and str(row["commit"]) == str(current["commit"])
+    def get(self, point: Point, name: str, current: Row) -> Row | None:
+        """Return the row of a candidate where this commit was measured on this machine."""
+        row = self._rows.get(_id({**current, **asdict(point), "variant": name}))
+        return row if row is not None and row["commit"] == current["commit"] else None
 
-    def add(self, rows: Iterable[Row]) -> None:
-        """Put rows in and write the file."""
-        for row in rows:
-            text = {column: format_value(row.get(column)) for column in self.columns}
-            self._rows[self._id(text)] = text
-        write_rows(self.path, self.columns, self._rows.values())
+    def add(self, point: Point, result: Row, current: Row) -> None:
+        """Put a row in, or the given columns into the row of the same commit, and write the file."""
+        old = self.get(point, result["variant"], current) or {}
+        row = {**old, **{name: format_value(value) for name, value in {**asdict(point), **result, **current}.items()}}
+        self._rows[_id(row)] = {column: row.get(column, "") for column in self._columns}
+        write_rows(self.path, self._columns, self._rows.values())
 
-    def _id(self, row: Row) -> tuple[str, ...]:
-        return tuple(format_value(row.get(column)) for column in self._key)
+
+def _id(row: Row) -> tuple[str, ...]:
+    return tuple(str(row[column]) for column in (*KEY, "machine"))
 
 
 def write_rows(path: Path, columns: Sequence[str], rows: Iterable[Row]) -> None:
@@ -110,14 +100,14 @@ def write_rows(path: Path, columns: Sequence[str], rows: Iterable[Row]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n", restval="", extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
     os.replace(temporary, path)
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a result file as text, none where there is no file."""
+    """Return the rows of a result file as text, none where there is no file."""
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
@@ -125,12 +115,92 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def format_value(value: object) -> str:
-    """As it stands in the file: four significant digits, nothing for None."""
-    if value is None:
-        return ""
+    """Return a value as it stands in the file: four significant digits, nothing for None."""
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 1000 else f"{value:.1f}"
-    return str(value)
+    return "" if value is None else str(value)
+
+
+@dataclass
+class Run:
+    """One run of a suite: where its rows go, and until when (``time.monotonic()``)."""
+
+    name: str
+    suite: ModuleType
+    file: ResultFile
+    current: Row
+    threads: int
+    seconds: float
+    deadline: float = float("inf")
+    quick: bool = False
+
+    def points(self, points: Sequence[Point]) -> bool:
+        """Measure what the file lacks of these points; False where the time was over before all was done."""
+        # Points that differ in the input alone share their processes.
+        for _, some in itertools.groupby(points, key=lambda point: {**asdict(point), "input": ""}):
+            chunk = list(some)
+            for group in dict.fromkeys(group for point in chunk for group in self.suite.groups(point)):
+                # Compiling takes longer than everything else of a quick run.
+                names = tuple(name for name in group if not (self.quick and "compiled" in name))
+                if not self._time([point for point in chunk if group in self.suite.groups(point)], names):
+                    return False
+            if not all(self._memory(point) for point in chunk):
+                return False
+        return True
+
+    def _time(self, points: Sequence[Point], names: tuple[str, ...]) -> bool:
+        """Time candidates; after a crash a new process goes on without the one that died."""
+        lacking = [point for point in points if not all(self.file.get(point, name, self.current) for name in names)]
+        left = {index: list(names) for index in range(len(lacking))}
+        while left:
+            described = [{"index": i, "point": asdict(lacking[i]), "candidates": each} for i, each in left.items()]
+            try:
+                for message in self._child({"kind": "time", "points": described}, KEEP_MEMORY):
+                    if "result" in message:
+                        self._store(lacking[message["index"]], message["result"])
+                    elif "done" in message:
+                        del left[message["done"]]
+                    if time.monotonic() > self.deadline:
+                        return not left
+            except Crash as crash:
+                index = min(left)
+                print(f"  {crash.starting}: {crash}", file=sys.stderr)
+                died = [crash.starting]
+                if crash.starting not in left[index] or crash.starting == "dense":
+                    died = left.pop(index)  # nothing to compare the others with
+                else:
+                    left[index].remove(crash.starting)
+                for name in died:
+                    self._store(lacking[index], {"variant": name, "status": "crashed", "reason": str(crash)})
+        return time.monotonic() < self.deadline
+
+    def _store(self, point: Point, result: Row) -> None:
+        """Keep a row; a second process repeats "dense" only to have something to compare with."""
+        if result["variant"] == "dense" and self.file.get(point, "dense", self.current):
+            return
+        self.file.add(point, result, self.current)
+
+    def _memory(self, point: Point) -> bool:
+        """Measure peak memory, a fresh process for each candidate."""
+        for name in self.suite.memory_names(point) if hasattr(self.suite, "memory_names") else ():
+            row = self.file.get(point, name, self.current)
+            if row is None or row["memory_mib"] or row["status"] not in ("ok", "noisy"):
+                continue
+            job = {"kind": "memory", "points": [{"index": 0, "point": asdict(point), "candidates": [name]}]}
+            try:
+                for message in self._child(job, RETURN_MEMORY):
+                    if message.get("bytes") is not None:
+                        row = {"variant": name, "memory_mib": message["bytes"] / 2**20}
+                        self.file.add(point, row, self.current)
+            except Crash as crash:
+                print(f"  memory of {name}: {crash}", file=sys.stderr)
+            if time.monotonic() > self.deadline:
+                return False
+        return True
+
+    def _child(self, job: Row, environment: dict[str, str]) -> Iterator[Row]:
+        told = {"suite": self.name, "threads": self.threads, "seconds": self.seconds, "quick": self.quick}
+        return child({**told, **job}, environment, getattr(self.suite, "SILENCE_SECONDS", SILENCE_SECONDS))
 
 
 class Crash(Exception):
@@ -141,10 +211,10 @@ class Crash(Exception):
         self.starting = starting
 
 
-def child(module: str, job: Row, environment: dict[str, str]) -> Iterator[Row]:
-    """Run ``python -m module JOB`` and yield the JSON objects it writes; raises :class:`Crash` when it dies."""
+def child(job: Row, environment: dict[str, str], silence: float = SILENCE_SECONDS) -> Iterator[Row]:
+    """Run ``bench.worker`` on a job and yield the JSON objects it writes; raises :class:`Crash` when it dies."""
     process = subprocess.Popen(
-        [sys.executable, "-m", module, json.dumps(job)],
+        [sys.executable, "-m", "bench.worker", json.dumps(job)],
         stdout=subprocess.PIPE,
         stdin=subprocess.DEVNULL,
         cwd=ROOT,
@@ -152,69 +222,30 @@ def child(module: str, job: Row, environment: dict[str, str]) -> Iterator[Row]:
         text=True,
     )
     assert process.stdout is not None
-    watchdog = _Watchdog(process, SILENCE_SECONDS)
-    starting = "start"
+    starting, heard, silent = "start", [time.monotonic()], threading.Event()
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.2):
+            if time.monotonic() - heard[0] > silence:
+                silent.set()
+                process.kill()
+                return
+
+    watchdog = threading.Thread(target=watch, daemon=True)
+    watchdog.start()
     try:
         for line in process.stdout:
-            watchdog.feed()
+            heard[0] = time.monotonic()
             message = json.loads(line)
             starting = message.get("starting", starting)
             yield message
         if process.wait():
-            silent = f"no sign of life for {SILENCE_SECONDS:.0f} s"
-            raise Crash(silent if watchdog.bit else _died(process.returncode), starting)
+            code = process.returncode
+            died = f"died of {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            raise Crash(f"no sign of life for {silence:g} s" if silent.is_set() else died, starting)
     finally:
-        watchdog.stop()
+        ended.set()
+        watchdog.join()
         process.kill()
         process.wait()
-
-
-class _Watchdog:
-    """Kills a process that says nothing for ``seconds``."""
-
-    def __init__(self, process: subprocess.Popen[str], seconds: float) -> None:
-        self.bit = False
-        self._process, self._seconds = process, seconds
-        self._timer = self._start()
-
-    def feed(self) -> None:
-        self.stop()
-        self._timer = self._start()
-
-    def stop(self) -> None:
-        self._timer.cancel()
-        # A daemon thread that is still on its way out when the interpreter ends may take the process down.
-        self._timer.join()
-
-    def _start(self) -> threading.Timer:
-        timer = threading.Timer(self._seconds, self._bite)
-        timer.daemon = True
-        timer.start()
-        return timer
-
-    def _bite(self) -> None:
-        self.bit = True
-        self._process.kill()
-
-
-def add_run_options(parser: argparse.ArgumentParser, seconds: float | None = None) -> None:
-    """The options of every script that measures; ``seconds`` is the default time for each candidate at each point."""
-    if seconds is not None:
-        parser.add_argument("--seconds", type=float, default=seconds, help=f"time for each candidate ({seconds:g})")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--budget", type=float, help="minutes after which no new job is started")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV files")
-
-
-class Budget:
-    """Minutes that a run may take; ``spent()`` says whether they are over."""
-
-    def __init__(self, minutes: float | None) -> None:
-        self._end = None if minutes is None else time.monotonic() + 60 * minutes
-
-    def spent(self) -> bool:
-        return self._end is not None and time.monotonic() > self._end
-
-
-def _died(code: int) -> str:
-    return f"died of {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

@@ -33,7 +33,7 @@ from kron_kernels.nn import KronLinear
 from kron_kernels.schemas import reference
 from kron_kernels.testing import describe_machine
 from kron_kernels.testing.encoder import compare_encoders, encoder_error, encoders
-from kron_kernels.testing.problem import TOLERANCE, relative_error
+from kron_kernels.testing.problems import TOLERANCE, relative_error
 
 PRESETS = ("K8", "K21")
 CALIBRATION_SENTENCES, HELD_OUT_SENTENCES = 256, 128
@@ -166,7 +166,7 @@ def time_encoders(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         for result in compare_encoders(models, batch, 128, seconds=arguments.seconds):
             row: dict[str, Any] = {
                 "model": result.name,
-                "parameters": result.parameters,
+                "parameters": sum(each.numel() for each in models[result.name].parameters()),
                 "batch": batch,
                 "sequence": 128,
                 "status": "ok" if result.timing else "wrong",

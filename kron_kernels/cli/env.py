@@ -14,7 +14,7 @@ from ..ops import kron_matmul
 from ..schemas import reference
 from ..schemas.product import Product
 from ..testing import describe_machine
-from ..testing.problem import TOLERANCE, relative_error
+from ..testing.problems import TOLERANCE, relative_error
 from .output import add_json_flag, format_table, print_json
 
 # One large and one tiny factor either way round, a balanced pair, and a sum of terms with odd sizes.

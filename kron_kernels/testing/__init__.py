@@ -1,21 +1,10 @@
-"""Measuring: interleaved ratios, peak memory, and a description of the machine.
+"""What tests and benchmarks share: timing in turns, peak memory, the machine's description, tables.
 
-Used by ``kron-kernels bench`` and by the benchmarks outside the package; nothing on the compute path imports it.
+Nothing on the compute path imports it.
 """
 
-from .interleaving import Quantiles, Timing, Variant, interleave
-from .machine import PEAK, GemmPeak, describe_machine, gemm_peak, gemm_peak_gflops
+from .machine import describe_machine
 from .memory import peak_memory_growth
+from .timing import Variant, interleave
 
-__all__ = [
-    "PEAK",
-    "GemmPeak",
-    "Quantiles",
-    "Timing",
-    "Variant",
-    "describe_machine",
-    "gemm_peak",
-    "gemm_peak_gflops",
-    "interleave",
-    "peak_memory_growth",
-]
+__all__ = ["Variant", "describe_machine", "interleave", "peak_memory_growth"]

@@ -1,4 +1,4 @@
-"""A whole BERT-base-shaped encoder, dense and compressed, on random weights: cost does not depend on the values."""
+"""A BERT-base-sized encoder, dense and compressed, on random weights: cost does not depend on the values."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..convert.counting import count_parameters
 from ..convert.kronify import kronify_
 from ..convert.presets import preset
 from ..nn import KronEmbedding, KronLinear
 from ..schemas.reference import ACTIVATIONS
-from .compare import compare
-from .interleaving import Timing
-from .problem import relative_error
+from .problems import relative_error
+from .timing import Result, compare
 
 # Largest ||h - h64|| / ||h64|| over the last hidden states: rounding gathered through all layers.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
@@ -27,10 +25,10 @@ CHECKED_SEQUENCES = 4
 
 
 @dataclass(frozen=True)
-class EncoderWay:
-    """A way to run an encoder: ``run`` gives the hidden states of token ids ``(batch, sequence)``.
+class EncoderCandidate:
+    """A way to run an encoder: ``run`` gives hidden states (batch, sequence, hidden) of token ids (batch, sequence).
 
-    ``model`` is the module whose float64 copy says what is right, ``tolerance`` how far from it ``run`` may be.
+    ``model`` is the module whose float64 copy says what is right; ``tolerance`` how far from it ``run`` may be.
     """
 
     name: str
@@ -41,51 +39,30 @@ class EncoderWay:
 
 
 class EncoderProblem:
-    """Token ids ``(batch, sequence)``, and the float64 hidden states of the models that were asked for them."""
+    """Token ids (batch, sequence), and the float64 hidden states of each model, computed once."""
 
     def __init__(self, ids: Tensor) -> None:
         self.ids = ids
         self._checked = torch.linspace(0, len(ids) - 1, min(len(ids), CHECKED_SEQUENCES)).long()
         self._want: dict[nn.Module, Tensor] = {}
 
-    def refusal(self, _way: EncoderWay) -> str:
-        return ""
+    def tolerance(self, candidate: EncoderCandidate) -> float:
+        return candidate.tolerance
 
-    def tolerance(self, way: EncoderWay) -> float:
-        return way.tolerance
+    def error(self, candidate: EncoderCandidate) -> float:
+        """Return the relative error against the model in float64 with dense layers, over a few of the sequences."""
+        if candidate.model not in self._want:
+            self._want[candidate.model] = forward(reference_copy(candidate.model), self.ids[self._checked])
+        return relative_error(candidate.run(self.ids)[self._checked], self._want[candidate.model])
 
-    def error(self, way: EncoderWay) -> float:
-        """Relative error against the model in float64, with dense layers in place of Kronecker layers.
-
-        Of a large batch, the first sequence, the last, and some between them are checked.
-        """
-        if way.model not in self._want:
-            self._want[way.model] = forward(reference_copy(way.model), self.ids[self._checked])
-        return relative_error(way.run(self.ids)[self._checked], self._want[way.model])
-
-    def runner(self, way: EncoderWay) -> Callable[[], object]:
-        return functools.partial(way.run, self.ids)
-
-
-@dataclass(frozen=True)
-class EncoderResult:
-    """One model at one input shape. ``timing`` is None where it was not right; ``reason`` says why."""
-
-    name: str
-    parameters: int
-    error: float | None
-    tolerance: float
-    timing: Timing | None
-    reason: str = ""
+    def runner(self, candidate: EncoderCandidate) -> Callable[[], object]:
+        return functools.partial(candidate.run, self.ids)
 
 
 def encoders(presets: Sequence[str], dtype: torch.dtype, **sizes: int) -> dict[str, nn.Module]:
-    """``{"dense": ..., preset: ...}``: BertModels of BERT-base's configuration, the compressed ones fused.
+    """Return ``{"dense": ..., preset: ...}``: BertModels of BERT-base's configuration, the compressed ones fused.
 
-    Args:
-        presets: names for :func:`kron_kernels.convert.presets.preset`.
-        dtype: of the weights, which are random in every model.
-        sizes: fields of transformers' BertConfig to change, ``num_hidden_layers=2`` say.
+    ``sizes`` are fields of transformers' BertConfig to change.
     """
     from transformers import BertConfig, BertModel
 
@@ -103,50 +80,36 @@ def encoders(presets: Sequence[str], dtype: torch.dtype, **sizes: int) -> dict[s
 
 def compare_encoders(
     models: Mapping[str, nn.Module], batch: int, sequence: int, *, seconds: float = 2.0
-) -> list[EncoderResult]:
-    """Check each model against itself in float64, then time those that are right, interleaved, over ``dense``.
-
-    Args:
-        models: by name, "dense" among them.
-        batch, sequence: shape of the random token ids.
-        seconds: time to spend on each.
-    """
+) -> list[Result]:
+    """Check each model against itself in float64, then time those that are right, interleaved, over "dense"."""
     problem = EncoderProblem(random_ids(models["dense"], batch, sequence))
-    ways = [plain_way(name, model) for name, model in models.items()]
-    results = compare(problem, ways, seconds=seconds)
-    return [
-        EncoderResult(way.name, count_parameters(way.model), result.error, way.tolerance, result.timing, result.reason)
-        for way, result in zip(ways, results, strict=True)
-    ]
+    return compare(problem, [as_it_is(name, model) for name, model in models.items()], seconds=seconds)
 
 
 def random_ids(model: nn.Module, batch: int, sequence: int) -> Tensor:
-    """Token ids ``(batch, sequence)`` of the model's vocabulary, the same ones every time."""
+    """Return token ids (batch, sequence) of the model's vocabulary, the same ones every time."""
     vocabulary = int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
     return torch.randint(0, vocabulary, (batch, sequence), generator=torch.Generator().manual_seed(0))
 
 
-def plain_way(name: str, model: nn.Module) -> EncoderWay:
-    """The model as it is, held to the tolerance of its dtype."""
-    return EncoderWay(name, model, functools.partial(forward, model), TOLERANCE[next(model.parameters()).dtype])
+def as_it_is(name: str, model: nn.Module) -> EncoderCandidate:
+    """Return the model itself as a candidate, held to the tolerance of its dtype."""
+    return EncoderCandidate(name, model, functools.partial(forward, model), TOLERANCE[next(model.parameters()).dtype])
 
 
 def forward(model: nn.Module, ids: Tensor) -> Tensor:
-    """Last hidden states ``(batch, sequence, hidden)`` of token ids ``(batch, sequence)``, without gradients."""
+    """Return the last hidden states (batch, sequence, hidden) of token ids, without gradients."""
     with torch.inference_mode():
         return model(ids).last_hidden_state
 
 
 def encoder_error(model: nn.Module, ids: Tensor) -> float:
-    """Relative error of the model's last hidden states against the same model in float64 on the reference backend."""
-    return EncoderProblem(ids).error(plain_way("model", model))
+    """Return the relative error of the model's last hidden states against the same model in float64."""
+    return EncoderProblem(ids).error(as_it_is("model", model))
 
 
 def reference_copy(model: nn.Module) -> nn.Module:
-    """The model in float64, every Kronecker layer replaced by the dense layer it stands for.
-
-    Without Kronecker layers nothing in it is fused: it computes as transformers does.
-    """
+    """Return the model in float64 with every Kronecker layer replaced by its dense one, so that nothing is fused."""
     twin = copy.deepcopy(model).double()
     for name, module in list(twin.named_modules()):
         if isinstance(module, KronEmbedding):

@@ -1,22 +1,24 @@
-"""What a measurement ran on, and how fast that machine multiplies matrices at best."""
+"""What a measurement ran on, and how fast that machine multiplies matrices."""
 
 from __future__ import annotations
 
 import functools
 import os
 import platform
+import re
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from .. import __version__, backends
-from .interleaving import Variant
+from .timing import Variant
+
+PEAK = "square torch.mm"
 
 
 def describe_machine() -> dict[str, str | int]:
-    """Processor, instruction set in use, cores, threads and versions: what a figure needs beside it to be read."""
+    """Return processor, instruction set in use, cores, threads and versions: what a figure needs beside it."""
     return {
         "cpu": _cpu_model(),
         "arch": platform.machine(),
@@ -30,61 +32,42 @@ def describe_machine() -> dict[str, str | int]:
     }
 
 
-def gemm_peak_gflops(dtype: torch.dtype, sizes: tuple[int, ...] = (1024, 1536, 2048), repeats: int = 5) -> float:
-    """Best rate of a square ``torch.mm`` in ``dtype`` on torch's threads, GFLOP/s.
-
-    A stand-in for the multiply-add peak: what a well-tuned library reaches on this machine, a few percent below it.
-    """
-    best = 0.0
-    for size in sizes:
-        left, right = (torch.randn(size, size).to(dtype) for _ in range(2))
-        out = torch.empty(size, size, dtype=dtype)
-        for _ in range(repeats):
-            start = time.perf_counter()
-            torch.mm(left, right, out=out)
-            best = max(best, 2 * size**3 / (time.perf_counter() - start) / 1e9)
-    return best
-
-
-@dataclass(frozen=True)
-class GemmPeak:
-    """A square ``torch.mm`` to run among other variants: their rates are shares of its rate in the same round.
-
-    Attributes:
-        variant: ``(size, size) @ (size, size)`` into a given output.
-        flop: operations of one call.
-        label: sizes and dtype, for tables.
-    """
-
-    variant: Variant
-    flop: int
-    label: str
-
-
-PEAK = "square torch.mm"
-
-
 @functools.cache
-def gemm_peak(dtype: torch.dtype, size: int = 1024) -> GemmPeak:
-    """The square product in ``dtype``; in float32 instead of bfloat16 where that is quicker.
+def square_product(dtype: torch.dtype, size: int = 1024) -> tuple[Variant, int]:
+    """Return a square ``torch.mm`` to time among other variants, and its operations: the machine's practical peak.
 
-    Without matrix units for it, bfloat16 is best multiplied in float32, and the peak is then that of float32.
+    Without matrix units for it bfloat16 is best multiplied in float32: the quicker of the two is taken.
     """
-    if dtype is torch.bfloat16:
-        dtype = max((dtype, torch.float32), key=lambda each: gemm_peak_gflops(each, (size,)))
+    dtypes = {dtype, torch.float32} if dtype is torch.bfloat16 else {dtype}
+    variants = {each: _product(each, size) for each in dtypes}
+    return min(variants.values(), key=_quickest), 2 * size**3
+
+
+def gemm_rate(dtype: torch.dtype, size: int = 1024) -> float:
+    """Return the best rate of that product in operations a second."""
+    variant, flop = square_product(dtype, size)
+    return flop / _quickest(variant)
+
+
+def _product(dtype: torch.dtype, size: int) -> Variant:
     left, right = (torch.randn(size, size).to(dtype) for _ in range(2))
     out = torch.empty(size, size, dtype=dtype)
-    label = f"{size}x{size}, {str(dtype).removeprefix('torch.')}"
-    return GemmPeak(Variant(PEAK, lambda: torch.mm(left, right, out=out)), 2 * size**3, label)
+    return Variant(PEAK, functools.partial(torch.mm, left, right, out=out))
+
+
+def _quickest(variant: Variant) -> float:
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        variant.run()
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 def _cpu_model() -> str:
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return platform.processor() or platform.machine()
-    for line in text.splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() == "model name":
-            return value.strip()
-    return platform.processor() or platform.machine()
+        text = ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found.group(1).strip() if found else platform.processor() or platform.machine()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import re
@@ -13,17 +14,15 @@ _CLEAR = Path("/proc/self/clear_refs")
 
 
 def peak_memory_growth(run: Callable[[], object]) -> int | None:
-    """Bytes by which the resident set peaked above its level before ``run()``, what ``run`` returns included.
+    """Return the bytes by which the resident set peaked above its level before ``run()``, its results included.
 
-    The allocator must hand memory back for this to see it: start the process with small ``MALLOC_MMAP_THRESHOLD_`` and
-    ``MALLOC_TRIM_THRESHOLD_``. Call ``run`` once on a small input before, so that thread stacks and code pages
-    are not counted.
-
-    Returns:
-        None where the system cannot tell (no ``/proc``, or the peak cannot be reset).
+    None where the system cannot tell. The allocator must hand memory back for this to see it: start the process with
+    small ``MALLOC_MMAP_THRESHOLD_`` and ``MALLOC_TRIM_THRESHOLD_``. Call ``run`` once on a small input before, so that
+    thread stacks and code pages are not counted.
     """
     gc.collect()
-    _trim()
+    with contextlib.suppress(OSError, AttributeError):  # glibc alone has it
+        ctypes.CDLL(None).malloc_trim(0)
     try:
         _CLEAR.write_text("5")  # "5" resets the peak to the present resident set
         before = process_bytes("VmRSS")
@@ -36,19 +35,8 @@ def peak_memory_growth(run: Callable[[], object]) -> int | None:
 
 
 def process_bytes(field: str) -> int:
-    """A memory figure of this process in bytes, by its name in ``/proc/self/status``: "VmRSS", "VmHWM" (its peak).
-
-    Raises OSError where the system has no such figure.
-    """
+    """Return a figure of ``/proc/self/status`` in bytes: "VmRSS", "VmHWM" (its peak). Raises OSError without it."""
     match = re.search(rf"^{field}:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)
     if match is None:
-        raise OSError(f"{_STATUS} has no {field}")
+        raise OSError(f"{_STATUS}: no {field}")
     return int(match.group(1)) * 1024
-
-
-def _trim() -> None:
-    """Give free memory back to the system where the C library can (glibc)."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError):
-        return

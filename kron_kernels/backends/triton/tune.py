@@ -27,7 +27,7 @@ from torch import Tensor
 from ... import __version__
 from ...compress.files import write_text
 from ...schemas import blocks, products
-from ...testing.cuda import Clock
+from ...testing.timing import CudaClock
 from . import configs
 from .configs import Entry
 from .launch import Device, Launch, device_of, launch
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("tune: error: torch finds no CUDA device to measure on", file=sys.stderr)
         return 2
     end = None if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
-    clock = Clock()
+    clock = CudaClock()
 
     def tools(problem: Problem, operands: tuple[Any, ...]) -> Tools:
         device = device_of(torch.empty(0, device="cuda"))

@@ -1,1 +1,0 @@
-"""Benchmarks of the integrations: layers of other libraries beside what this library makes of them."""
