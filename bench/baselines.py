@@ -8,16 +8,20 @@ folder that only those who measure them look into, since the mere presence of so
 
 from __future__ import annotations
 
+import copy
 import importlib
 import os
 import sys
+import tempfile
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.suites import Missing
@@ -206,3 +210,88 @@ def op_candidate(problem: OpProblem, name: str) -> Candidate:
     if problem.backward and candidate.prepare is not None:
         raise Missing("forward only")
     return candidate
+
+
+Run = Callable[[Tensor], Tensor]
+
+
+class _HiddenStates(nn.Module):
+    """The model with the last hidden states as its only output."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.model(input_ids).last_hidden_state
+
+
+def _torchao(model: nn.Module) -> Run:
+    """int8 weights and activations by torchao, compiled, as its documentation recommends."""
+    quantization: Any = module("torchao.quantization")
+    quantized: Any = copy.deepcopy(model)
+    quantization.quantize_(quantized, quantization.Int8DynamicActivationInt8WeightConfig())
+    torch.compiler.reset()
+    compiled = torch.compile(_HiddenStates(quantized), dynamic=False)
+    return lambda ids: compiled(ids)
+
+
+def _openvino(int8: bool) -> Callable[[nn.Module], Run]:
+    def make(model: nn.Module) -> Run:
+        openvino: Any = module("openvino")
+        bf16 = next(model.parameters()).dtype == torch.bfloat16
+        plain = _HiddenStates(copy.deepcopy(model).float()).eval()
+        shape = [("input_ids", openvino.PartialShape([-1, -1]), openvino.Type.i64)]
+        converted = openvino.convert_model(plain, example_input=torch.zeros(2, 8, dtype=torch.int64), input=shape)
+        if int8:
+            nncf: Any = module("nncf")
+            vocabulary = int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
+            samples = [{"input_ids": torch.randint(0, vocabulary, (1, 128)).numpy()} for _ in range(32)]
+            transformer = nncf.ModelType.TRANSFORMER
+            converted = nncf.quantize(converted, nncf.Dataset(samples), model_type=transformer, subset_size=32)
+        options = {
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "NUM_STREAMS": 1,
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32",
+        }
+        request = openvino.Core().compile_model(converted, "CPU", options).create_infer_request()
+        return lambda ids: torch.from_numpy(request.infer([ids.numpy()], share_inputs=True)[0].copy())
+
+    return make
+
+
+def _onnxruntime(int8: bool) -> Callable[[nn.Module], Run]:
+    def make(model: nn.Module) -> Run:
+        if next(model.parameters()).dtype != torch.float32:
+            raise Missing("float32 only")
+        runtime: Any = module("onnxruntime")
+        module("onnxscript")
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        sizes = ({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC},)
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            path, small = f"{folder}/dense.onnx", f"{folder}/int8.onnx"
+            example = (torch.zeros(2, 8, dtype=torch.int64),)
+            plain = _HiddenStates(model).eval()
+            torch.onnx.export(plain, example, path, dynamo=True, dynamic_shapes=sizes, verbose=False)
+            if int8:
+                quantization: Any = module("onnxruntime.quantization")
+                signed = quantization.QuantType.QInt8
+                quantization.quantize_dynamic(path, small, weight_type=signed, per_channel=True)
+            session = runtime.InferenceSession(small if int8 else path, options, providers=["CPUExecutionProvider"])
+        given = session.get_inputs()[0].name
+        return lambda ids: torch.from_numpy(session.run(None, {given: ids.numpy()})[0])
+
+    return make
+
+
+# What a user would take on a CPU instead of a factored model.
+ENCODERS: dict[str, Callable[[nn.Module], Run]] = {
+    "torchao, int8, compiled": _torchao,
+    "OpenVINO": _openvino(False),
+    "OpenVINO, int8": _openvino(True),
+    "ONNX Runtime": _onnxruntime(False),
+    "ONNX Runtime, int8": _onnxruntime(True),
+}
