@@ -129,8 +129,8 @@ void kron_matmul_backward(const BackwardArgs& args, const Executor& executor) {
     active_kernels().backward(args, executor);
 }
 
-bool kron_ffn_is_fused(const Shape& first, const Shape& second) {
-    return active_kernels().ffn_is_fused(first, second);
+bool kron_ffn_is_fused(const Shape& first, const Shape& second, bool packed) {
+    return active_kernels().ffn_is_fused(first, second, packed);
 }
 
 void kron_embedding(const EmbeddingArgs& args, const Executor& executor) {

@@ -174,14 +174,14 @@ struct Ffn {
 };
 
 template <class C, class G>
-static FfnPlan ffn_plan(const Shape& first, const Shape& second, int threads) {
+static FfnPlan ffn_plan(const Shape& first, const Shape& second, int threads, bool packed) {
     return plan_ffn(first, second,
-                    Machine{Simd<C>::W, kMaxRows[2], G::kRowBlock, G::kPanelVectors, threads, false, false, 1, true});
+                    Machine{Simd<C>::W, kMaxRows[2], G::kRowBlock, G::kPanelVectors, threads, false, false, 1, packed});
 }
 
 template <class C, class E, class G = VectorGemm<C>>
-static bool ffn_is_fused(const Shape& first, const Shape& second) {
-    return ffn_plan<C, G>(first, second, 1).fused;
+static bool ffn_is_fused(const Shape& first, const Shape& second, bool packed) {
+    return ffn_plan<C, G>(first, second, 1, packed).fused;
 }
 
 template <class C, class E, class G = VectorGemm<C>>
@@ -189,7 +189,7 @@ static void ffn_forward(const FfnArgs& args, const Executor& executor) {
     typedef Ffn<C, E, G> F;
     typedef typename G::Row Row;
     F f{};
-    f.plan = ffn_plan<C, G>(args.first, args.second, executor.threads);
+    f.plan = ffn_plan<C, G>(args.first, args.second, executor.threads, args.w1.packed || args.w2.packed);
     const FfnPlan& p = f.plan;
     f.x = static_cast<const E*>(args.x);
     f.x_stride = args.x_stride;

@@ -109,7 +109,7 @@ void unfused(const FfnArgs& args, const Executor& executor) {
 
 void kron_ffn_forward(const FfnArgs& args, const Executor& executor) {
     if (args.first.tokens == 0) return;
-    if (kron_ffn_is_fused(args.first, args.second))
+    if (kron_ffn_is_fused(args.first, args.second, args.w1.packed || args.w2.packed))
         active_kernels().ffn_forward(args, executor);
     else
         unfused(args, executor);

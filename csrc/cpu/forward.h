@@ -248,8 +248,8 @@ static void forward(const ForwardArgs& args, const Executor& executor) {
     F f{};
     f.count = args.count;
     Machine machine{Simd<C>::W, kMaxRows[2], G::kRowBlock, G::kPanelVectors, executor.threads, true,
-                    true,       args.count,  true};
-    // The layout of the panels depends on nothing but the shape: see whether the caller has them all.
+                    true,       args.count,  false};
+    // The layout of the panels depends on nothing but the shape: see which ones the caller has.
     f.plan = plan_forward(shape, machine);
     const Row* prepacked[kMostProjections];
     for (int64_t p = 0; p < args.count; ++p) {
@@ -257,7 +257,7 @@ static void forward(const ForwardArgs& args, const Executor& executor) {
         const RightFactor<C, E, G> right(f.plan.commuted ? projection.a : projection.b, shape.terms, f.plan.m2,
                                          f.plan.n2, f.plan.panel_vectors);
         prepacked[p] = right.packed_by(projection, shape, f.plan.commuted);
-        machine.prepacked = machine.prepacked && prepacked[p];
+        machine.prepacked = machine.prepacked || prepacked[p];
         machine.can_dot = machine.can_dot && projection.b.stride_col == 1;
         machine.can_dot_commuted = machine.can_dot_commuted && projection.a.stride_col == 1;
         f.right[p] = right;
@@ -278,14 +278,15 @@ static void forward(const ForwardArgs& args, const Executor& executor) {
     if (G::kRowBlock > 1 && (p.m2 % f.right[0].width() != 0 || args.projections[0].bias)) f.direct_y = false;
 
     const int64_t outputs = shape.m1 * shape.m2;
-    const bool pack_before = p.packed && !p.pack_in_task && !machine.prepacked;
+    const bool pack_before = p.packed && !p.pack_in_task;
     C* left_compact = nullptr;
     C* biases = nullptr;
     Row* panels[kMostProjections] = {};
     const auto carve = [&](Carver& c) {
         left_compact = c.take<C>(args.count * f.left_size());
         if (!same) biases = c.take<C>(args.count * padded<C>(outputs));
-        for (int64_t i = 0; i < args.count && pack_before; ++i) panels[i] = c.take<Row>(f.right[i].size());
+        for (int64_t i = 0; i < args.count && pack_before; ++i)
+            if (!prepacked[i]) panels[i] = c.take<Row>(f.right[i].size());
     };
     Carver count(nullptr), tile_count(nullptr);
     carve(count);
@@ -305,10 +306,8 @@ static void forward(const ForwardArgs& args, const Executor& executor) {
         f.out[i] =
             Output<C, E>{static_cast<E*>(projection.y),         p.commuted, p.m1, p.m2, bias, act_for(args.activation),
                          static_cast<const E*>(projection.base)};
-        if (machine.prepacked)
-            f.right[i].panels = prepacked[i];
-        else if (pack_before)
-            f.right[i].pack_all(panels[i], executor);
+        f.right[i].panels = prepacked[i];
+        if (panels[i]) f.right[i].pack_all(panels[i], executor);
     }
     run_tasks(f, p.token_tiles * p.panel_groups, p.serial, executor);
     if (f.norm.residual && p.panel_groups > 1)
@@ -327,8 +326,8 @@ struct Packing {
                             Machine{Simd<C>::W, kMaxRows[2], G::kRowBlock, G::kPanelVectors, 1, true, true, 1, true})),
           right(plan.commuted ? a : b, shape.terms, plan.m2, plan.n2, plan.panel_vectors) {}
     int64_t bytes() const { return static_cast<int64_t>(sizeof(PackedHead)) + right.bytes(); }
-    void pack(const Shape& shape, const Factor& a, const Factor& b, void* out, const Executor& executor) {
-        const PackedHead head = packed_head(shape, a, b, right.layout(plan.commuted));
+    void pack(const Shape& shape, void* out, const Executor& executor) {
+        const PackedHead head = packed_head(shape, right.layout(plan.commuted));
         memcpy(out, &head, sizeof head);
         right.pack_all(reinterpret_cast<Row*>(static_cast<char*>(out) + sizeof head), executor);
     }

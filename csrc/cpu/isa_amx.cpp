@@ -23,9 +23,9 @@ static void ffn_entry(const FfnArgs& args, const Executor& executor) {
     kAvx512Kernels.ffn_forward(args, executor);
 }
 
-static bool ffn_is_fused_entry(const Shape& first, const Shape& second) {
-    if (first.dtype == DType::bf16) return ffn_is_fused<float, bf16, AmxGemm>(first, second);
-    return kAvx512Kernels.ffn_is_fused(first, second);
+static bool ffn_is_fused_entry(const Shape& first, const Shape& second, bool packed) {
+    if (first.dtype == DType::bf16) return ffn_is_fused<float, bf16, AmxGemm>(first, second, packed);
+    return kAvx512Kernels.ffn_is_fused(first, second, packed);
 }
 
 static void embedding_entry(const EmbeddingArgs& args, const Executor& executor) {
@@ -39,7 +39,7 @@ static int64_t packed_bytes_entry(const Shape& shape) {
 
 static void pack_entry(const Shape& shape, const Factor& a, const Factor& b, void* out, const Executor& executor) {
     if (shape.dtype == DType::bf16) {
-        Packing<float, bf16, AmxGemm>(shape, a, b).pack(shape, a, b, out, executor);
+        Packing<float, bf16, AmxGemm>(shape, a, b).pack(shape, out, executor);
         return;
     }
     kAvx512Kernels.pack(shape, a, b, out, executor);

@@ -54,10 +54,10 @@ static void ffn_entry(const FfnArgs& args, const Executor& executor) {
     });
 }
 
-static bool ffn_is_fused_entry(const Shape& first, const Shape& second) {
+static bool ffn_is_fused_entry(const Shape& first, const Shape& second, bool packed) {
     return by_dtype(first.dtype, [&](auto types) {
         typedef decltype(types) T;
-        return ffn_is_fused<typename T::C, typename T::E>(first, second);
+        return ffn_is_fused<typename T::C, typename T::E>(first, second, packed);
     });
 }
 
@@ -78,7 +78,7 @@ static int64_t packed_bytes_entry(const Shape& shape) {
 static void pack_entry(const Shape& shape, const Factor& a, const Factor& b, void* out, const Executor& executor) {
     by_dtype(shape.dtype, [&](auto types) {
         typedef decltype(types) T;
-        Packing<typename T::C, typename T::E>(shape, a, b).pack(shape, a, b, out, executor);
+        Packing<typename T::C, typename T::E>(shape, a, b).pack(shape, out, executor);
     });
 }
 

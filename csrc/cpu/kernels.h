@@ -9,7 +9,7 @@ struct Kernels {
     void (*forward)(const ForwardArgs&, const Executor&);
     void (*backward)(const BackwardArgs&, const Executor&);
     void (*ffn_forward)(const FfnArgs&, const Executor&);
-    bool (*ffn_is_fused)(const Shape& first, const Shape& second);
+    bool (*ffn_is_fused)(const Shape& first, const Shape& second, bool packed);
     void (*embedding)(const EmbeddingArgs&, const Executor&);
     int64_t (*packed_bytes)(const Shape&);
     void (*pack)(const Shape&, const Factor& a, const Factor& b, void* out, const Executor&);

@@ -1,51 +1,65 @@
 #include "packed.h"
 
 #include <cstring>
+#include <sstream>
+#include <stdexcept>
+#include <string>
 
 namespace kron {
 namespace {
 
-constexpr uint64_t kMagic = 0x314b434150524bull;  // "KRPACK1"
-constexpr int64_t kSamples = 64;
+constexpr uint64_t kMagic = 0x324b434150524bull;  // "KRPACK2"
 
-// 64 elements spread over a factor, or all of a small one. Reading more would cost as much as packing.
-uint64_t sample(const Factor& factor, int64_t terms, int64_t rows, int64_t cols, DType dtype, uint64_t hash) {
-    const int64_t size = size_of(dtype);
-    const int64_t count = terms * rows * cols, samples = count < kSamples ? count : kSamples;
-    const char* data = static_cast<const char*>(factor.data);
-    for (int64_t i = 0; i < samples; ++i) {
-        // Spread over rows and columns alike: i-th of equal shares, moved on by a little more each time.
-        const int64_t at = samples == count ? i : (i * (count / samples) + i * 7) % count;
-        const int64_t s = at / (rows * cols), r = at / cols % rows, c = at % cols;
-        uint64_t bits = 0;
-        std::memcpy(&bits, data + size * (s * factor.stride_term + r * factor.stride_row + c * factor.stride_col),
-                    static_cast<size_t>(size));
-        hash = (hash ^ bits) * 0x9e3779b97f4a7c15ull;
-        hash ^= hash >> 32;
-    }
-    return hash;
+std::string describe(const PackedHead& h) {
+    const char* const dtypes[] = {"float32", "float64", "bfloat16", "float16"};
+    std::ostringstream text;
+    text << "a (" << h.terms << ", " << h.m1 << ", " << h.n1 << "), b (" << h.terms << ", " << h.m2 << ", " << h.n2
+         << ") in " << (h.dtype >= 0 && h.dtype < 4 ? dtypes[h.dtype] : "an unknown dtype");
+    return text.str();
+}
+
+bool same_factors(const PackedHead& one, const PackedHead& other) {
+    return one.terms == other.terms && one.m1 == other.m1 && one.n1 == other.n1 && one.m2 == other.m2 &&
+           one.n2 == other.n2 && one.dtype == other.dtype;
+}
+
+[[noreturn]] void fail(const PackedHead& wanted, const std::string& got) {
+    throw std::invalid_argument("kron_kernels: packed: expected what kron_pack made of factors " + describe(wanted) +
+                                " at instruction-set level " + isa_name(active_isa()) + " on this machine, got " + got +
+                                "; make it again with optimize_for_inference");
 }
 
 }  // namespace
 
-PackedHead packed_head(const Shape& s, const Factor& a, const Factor& b, int32_t layout) {
+bool kron_packs_a(const void* packed) {
+    PackedHead head;
+    std::memcpy(&head, packed, sizeof head);
+    return head.layout.packs_a != 0;
+}
+
+PackedHead packed_head(const Shape& s, PanelLayout layout) {
     PackedHead head{};
     head.magic = kMagic;
     head.terms = s.terms, head.m1 = s.m1, head.n1 = s.n1, head.m2 = s.m2, head.n2 = s.n2;
     head.dtype = static_cast<int32_t>(s.dtype);
     head.layout = layout;
-    head.values = sample(b, s.terms, s.m2, s.n2, s.dtype, sample(a, s.terms, s.m1, s.n1, s.dtype, kMagic));
     return head;
 }
 
-const void* packed_panels(const Projection& projection, const Shape& shape, int32_t layout, int64_t panel_bytes) {
-    if (!projection.packed || projection.packed_bytes != static_cast<int64_t>(sizeof(PackedHead)) + panel_bytes ||
-        reinterpret_cast<uintptr_t>(projection.packed) % 64 != 0)
-        return nullptr;
-    PackedHead found;
-    std::memcpy(&found, projection.packed, sizeof found);
-    const PackedHead wanted = packed_head(shape, projection.a, projection.b, layout);
-    if (std::memcmp(&found, &wanted, sizeof found) != 0) return nullptr;
+const void* packed_panels(const Projection& projection, const Shape& shape, PanelLayout layout, int64_t panel_bytes) {
+    if (!projection.packed) return nullptr;
+    const PackedHead wanted = packed_head(shape, layout);
+    const int64_t bytes = static_cast<int64_t>(sizeof(PackedHead)) + panel_bytes;
+    PackedHead found{};
+    if (projection.packed_bytes >= static_cast<int64_t>(sizeof found))
+        std::memcpy(&found, projection.packed, sizeof found);
+    if (found.magic != kMagic) fail(wanted, "bytes of another origin");
+    if (!same_factors(found, wanted)) fail(wanted, "those of " + describe(found));
+    if (std::memcmp(&found, &wanted, sizeof found) != 0) fail(wanted, "the layout of another level");
+    if (projection.packed_bytes != bytes)
+        fail(wanted, std::to_string(projection.packed_bytes) + " bytes, not " + std::to_string(bytes));
+    if (reinterpret_cast<uintptr_t>(projection.packed) % alignof(PackedHead) != 0)
+        fail(wanted, "bytes that do not begin at a multiple of 64");
     return static_cast<const char*>(projection.packed) + sizeof(PackedHead);
 }
 

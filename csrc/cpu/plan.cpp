@@ -59,6 +59,16 @@ Candidate forward_candidate(const Shape& s, int lanes, bool commuted, bool right
     return c;
 }
 
+Candidate best_candidate(const Shape& s, int lanes) {
+    Candidate best = forward_candidate(s, lanes, false, true);
+    for (const bool commuted : {false, true})
+        for (const bool right_first : {true, false}) {
+            const Candidate c = forward_candidate(s, lanes, commuted, right_first);
+            if (c.cost < best.cost) best = c;
+        }
+    return best;
+}
+
 }  // namespace
 
 int panel_vectors(int64_t m2, int lanes) {
@@ -76,12 +86,7 @@ static int64_t tile_of(int64_t tokens, int64_t tiles, int64_t rows_a_token, int6
 }
 
 Plan plan_forward(const Shape& s, const Machine& machine) {
-    Candidate best = forward_candidate(s, machine.lanes, false, true);
-    for (const bool commuted : {false, true})
-        for (const bool right_first : {true, false}) {
-            const Candidate c = forward_candidate(s, machine.lanes, commuted, right_first);
-            if (c.cost < best.cost) best = c;
-        }
+    const Candidate best = best_candidate(s, machine.lanes);
     Plan p{};
     p.commuted = best.commuted;
     p.right_first = best.right_first;
@@ -123,20 +128,15 @@ FfnPlan plan_ffn(const Shape& first, const Shape& second, const Machine& machine
     FfnPlan p{};
     p.tokens = first.tokens, p.terms1 = first.terms, p.terms2 = second.terms;
     if (second.n1 != first.m1 || second.n2 != first.m2) return p;
-    const auto cheapest = [&](const Shape& s) {
-        double cost = forward_candidate(s, machine.lanes, false, true).cost;
-        for (const bool commuted : {false, true})
-            for (const bool right_first : {false, true})
-                cost = std::min(cost, forward_candidate(s, machine.lanes, commuted, right_first).cost);
-        return cost;
-    };
+    const Candidate best1 = best_candidate(first, machine.lanes), best2 = best_candidate(second, machine.lanes);
     const auto cost_of = [&](bool commuted) {
         return forward_candidate(first, machine.lanes, commuted, true).cost +
                forward_candidate(second, machine.lanes, commuted, false).cost;
     };
-    p.commuted = cost_of(true) < cost_of(false);
+    p.commuted = machine.prepacked ? best1.commuted : cost_of(true) < cost_of(false);
     // What fusing saves, the way of the intermediate through the cache, is worth some operations but not many.
-    p.fused = cost_of(p.commuted) <= 1.25 * (cheapest(first) + cheapest(second));
+    p.fused =
+        cost_of(p.commuted) <= 1.25 * (best1.cost + best2.cost) && !(machine.prepacked && best2.commuted != p.commuted);
     p.n1 = first.n1, p.n2 = first.n2, p.m1 = first.m1, p.m2 = first.m2, p.p1 = second.m1, p.p2 = second.m2;
     if (p.commuted) std::swap(p.n1, p.n2), std::swap(p.m1, p.m2), std::swap(p.p1, p.p2);
 

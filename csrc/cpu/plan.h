@@ -46,7 +46,7 @@ struct Machine {
     bool can_dot;  // the right factors' rows are contiguous in memory (natural, commuted)
     bool can_dot_commuted;
     int64_t projections;  // products of one x
-    bool prepacked;       // the caller has the right factors' panels
+    bool prepacked;       // the caller has panels of right factors, as plan_forward orients each product by itself
 };
 
 Plan plan_forward(const Shape& shape, const Machine& machine);
@@ -66,6 +66,7 @@ struct FfnPlan {
     bool serial;
 };
 
+// Prepacked panels decide the orientation; where the two products' differ, the block is not fused.
 FfnPlan plan_ffn(const Shape& first, const Shape& second, const Machine& machine);
 
 struct BackwardPlan {

@@ -59,8 +59,10 @@ struct RightFactor {
     }
 
     int64_t bytes() const { return size() * static_cast<int64_t>(sizeof(Row)); }
-    int32_t layout(bool commuted) const { return layout_code(sizeof(Row), W, vectors, commuted); }
-    // The panels that the caller has packed, or null.
+    PanelLayout layout(bool commuted) const {
+        return {sizeof(Row), static_cast<uint8_t>(W), static_cast<uint8_t>(vectors), commuted};
+    }
+    // The panels that the caller has packed, or null. Throws where its bytes are of something else.
     const Row* packed_by(const Projection& projection, const Shape& shape, bool commuted) const {
         return static_cast<const Row*>(packed_panels(projection, shape, layout(commuted), bytes()));
     }

@@ -213,7 +213,8 @@ inline kron::Activation checked_activation(int64_t code) {
     return static_cast<kron::Activation>(code);
 }
 
-// One pair of factors with its bias; `bias` holds what must live as long as the call.
+// One pair of factors with its bias; `bias` holds what must live as long as the call. No bytes of `packed`: kron_pack
+// had nothing to pack, the factors are plain.
 inline kron::Projection projection(const kron::Shape& s, const Tensor& x, const Tensor& a, const Tensor& b,
                                    std::optional<Tensor>& bias, const std::optional<Tensor>& packed, void* y) {
     kron::Projection p{factor(a), factor(b), nullptr, nullptr, 0, y};
@@ -222,7 +223,9 @@ inline kron::Projection projection(const kron::Shape& s, const Tensor& x, const 
         p.bias = bias->const_data_ptr();
     }
     if (packed && packed->numel() > 0) {
-        if (packed->scalar_type() != ScalarType::Byte) fail("packed", "dtype uint8", "another dtype");
+        if (packed->scalar_type() != ScalarType::Byte || packed->dim() != 1 || packed->stride(0) != 1 ||
+            !packed->is_cpu())
+            fail("packed", "a contiguous uint8 tensor (N,) on the CPU, as kron_pack returns", "another tensor");
         p.packed = packed->const_data_ptr();
         p.packed_bytes = packed->numel();
     }

@@ -57,7 +57,7 @@ struct NormArgs {
 struct Projection {
     Factor a, b;
     const void* bias;    // (m1*m2,) contiguous, or null
-    const void* packed;  // what kron_pack made of a and b, or null
+    const void* packed;  // what kron_pack made of a and b, or null: the plain factor is read
     int64_t packed_bytes;
     void* y;  // (T, m1*m2) contiguous
     // (T, m1*m2) contiguous, added before the activation in the bias's place, or null; y itself, or apart from it.
@@ -152,14 +152,18 @@ void kron_ffn_forward(const FfnArgs& args, const Executor& executor);
 void kron_ffn_backward(const FfnBackwardArgs& args, const Executor& executor);
 void kron_embedding(const EmbeddingArgs& args, const Executor& executor);
 
-// Whether the block runs as one kernel; otherwise as two products.
-bool kron_ffn_is_fused(const Shape& first, const Shape& second);
+// Whether the block runs as one kernel, given packed factors or plain ones; otherwise as two products.
+bool kron_ffn_is_fused(const Shape& first, const Shape& second, bool packed = false);
 
-// The factors in the layout of the level in use: `out` holds kron_packed_bytes(shape). A call that gets bytes of
-// another layout, shape or of factors that no longer have these values packs for itself. Values are compared by
-// samples: one that has changed in few elements only is the caller's to notice.
+// The factor of the GEMM, usually the larger one, in the layout of the level in use, behind a head that says what it
+// was made of. `out` holds kron_packed_bytes(shape), aligned to 64 bytes. A call that is given these bytes reads
+// neither the data nor the strides of that plain factor, which may have been freed; the other factor stays plain. A
+// call throws std::invalid_argument where the bytes are of another shape, dtype, layout (level) or size, or not
+// aligned.
 int64_t kron_packed_bytes(const Shape& shape);
 void kron_pack(const Shape& shape, const Factor& a, const Factor& b, void* out, const Executor& executor);
+// Whether the factor that kron_pack's bytes hold is a; otherwise it is b.
+bool kron_packs_a(const void* packed);
 
 // Bytes of scratch the last call on this thread asked for, all worker threads together (introspection and tests).
 int64_t last_scratch_bytes();
