@@ -216,7 +216,7 @@ def kron_embedding_backward(
     return products._only_needed((da, db, *others), needed)
 
 
-# By op, each with its op's signature. What was packed of the factors is the CPU's and passed over.
+# By op, each with its op's signature. There are no packed factors here: select.py raises.
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "kron_matmul": kron_matmul,
     "kron_addmm": kron_addmm,

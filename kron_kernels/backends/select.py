@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..schemas.pack import reject_packed
 from ..schemas.product import Product
 from .base import DEFAULT, Call, Products
 from .devices import allows_tf32, arch
@@ -69,6 +70,8 @@ _OPERANDS: dict[str, Callable[..., Operands]] = {
     "kron_embedding_backward": lambda _grad, ids, a, b, *_: (a, (Product.of(a, b),), ids.numel()),
 }
 OPS = tuple(_OPERANDS)
+# Where an op's operands hold packed factors, which are the CPU kernels' alone.
+_PACKED = {"kron_matmul": slice(5, 6), "kron_matmul_norm": slice(8, 9), "kron_ffn": slice(12, 14)}
 
 
 def unsupported_reason(
@@ -163,9 +166,10 @@ def _force(name: str) -> Iterator[None]:
 
 
 def _dispatched(op: str) -> Callable[..., Any]:
-    operands = _OPERANDS[op]
+    operands, packed = _OPERANDS[op], _PACKED.get(op, slice(0))
 
     def implementation(*args: Any, **kwargs: Any) -> Any:
+        reject_packed(*(args[4] if op == "kron_qkv" else args[packed]))
         tensor, products, tokens = operands(*args, **kwargs)
         device_arch = arch(tensor.device.index) if tensor.is_cuda else None
         choice = choose(op, products, tensor.dtype, tokens, device_arch, forced() or DEFAULT)

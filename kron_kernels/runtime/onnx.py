@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..schemas import reference
+from ..schemas.pack import reject_packed
 from ..schemas.product import stacks
 from ..schemas.products import ACTIVATION_CODES
 from .package import HASH_KEY, HASH_PLACEHOLDER, INFO_KEY, INPUTS, PackageInfo, require, write_onnx_hash
@@ -35,6 +36,7 @@ def kron_matmul(
     Where that is A, the grid of a token is transposed on the way in and out, since ``Y^T = B X^T A^T``: as a MatMul of
     A with every token's narrow matrix the same product was measured ten times slower in onnxruntime.
     """
+    reject_packed(packed)
     a, b = stacks(a, b)
     (terms, m1, n1), (_, m2, n2) = a.shape, b.shape
     grid = x.reshape(*x.shape[:-1], n1, n2)
@@ -71,7 +73,7 @@ def kron_matmul_norm(
     eps: float,
     packed: Tensor | None = None,
 ) -> Tensor:
-    return _norm(kron_matmul(x, a, b, bias), residual, norm_weight, norm_bias, eps)
+    return _norm(kron_matmul(x, a, b, bias, 0, packed), residual, norm_weight, norm_bias, eps)
 
 
 def kron_ffn(
@@ -90,13 +92,14 @@ def kron_ffn(
     packed1: Tensor | None = None,
     packed2: Tensor | None = None,
 ) -> Tensor:
-    y = kron_matmul(kron_matmul(x, a1, b1, bias1, activation), a2, b2, bias2)
+    y = kron_matmul(kron_matmul(x, a1, b1, bias1, activation, packed1), a2, b2, bias2, 0, packed2)
     return y if residual is None or norm_weight is None else _norm(y, residual, norm_weight, norm_bias, eps)
 
 
 def kron_qkv(
     x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], bias: Sequence[Tensor], packed: Sequence[Tensor]
 ) -> list[Tensor]:
+    reject_packed(*packed)
     biases: Sequence[Tensor | None] = bias or [None] * len(a)
     return [kron_matmul(x, left, right, one) for left, right, one in zip(a, b, biases, strict=True)]
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .pack import reject_packed
 from .product import stacks
 from .products import _ACTIVATION_NAMES, _TAGS, _only_needed, _unbind, needed
 
@@ -67,6 +68,7 @@ def _kron_matmul_norm_reference(
     eps: float,
     packed: Tensor | None = None,
 ) -> Tensor:
+    reject_packed(packed)
     with torch.autocast(x.device.type, enabled=False):
         return reference.kron_matmul_norm(x, a, b, bias, residual, norm_weight, norm_bias, eps)
 
@@ -93,6 +95,7 @@ def _kron_ffn_reference(
     packed1: Tensor | None = None,
     packed2: Tensor | None = None,
 ) -> Tensor:
+    reject_packed(packed1, packed2)
     name = _ACTIVATION_NAMES[activation]
     with torch.autocast(x.device.type, enabled=False):
         y = reference.kron_ffn(x, a1, b1, bias1, a2, b2, bias2, name)
@@ -120,6 +123,7 @@ def _kron_ffn_backward_reference(
 def _kron_qkv_reference(
     x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], bias: Sequence[Tensor], packed: Sequence[Tensor]
 ) -> list[Tensor]:
+    reject_packed(*packed)
     biases: Sequence[Tensor | None] = bias or [None] * len(a)
     with torch.autocast(x.device.type, enabled=False):
         return [reference.kron_matmul(x, *factors) for factors in zip(a, b, biases, strict=True)]

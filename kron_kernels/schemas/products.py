@@ -5,7 +5,7 @@
 tensors, and know nothing of autograd: ``functional.py`` wraps them in an ``autograd.Function``, so that every
 transform of torch composes. A gradient that is not needed comes back with shape (0,). ``kron_matmul`` also takes one
 pair of matrices as they are: making stacks of them costs as much as a small product. ``packed`` is explained in
-``_fused_ops.py``. ``kron_addmm`` and, into ``base`` itself, ``kron_addmm_`` add the product to a tensor.
+``pack.py``. ``kron_addmm`` and, into ``base`` itself, ``kron_addmm_`` add the product to a tensor.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .pack import reject_packed
 from .product import stacks
 
 # The codes of kron::Activation in csrc/include/kron/problem.h.
@@ -62,6 +63,7 @@ kron_addmm_ = torch.ops.kron_kernels.kron_addmm_.default
 def _kron_matmul_reference(
     x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, activation: int, packed: Tensor | None = None
 ) -> Tensor:
+    reject_packed(packed)
     a, b = stacks(a, b)
     with torch.autocast(x.device.type, enabled=False):  # the op's dtype is its inputs', inside autocast too
         return reference.kron_matmul(x, a, b, bias, _ACTIVATION_NAMES[activation])
@@ -154,7 +156,9 @@ def _kron_matmul_vmap(
     packed: Tensor | None = None,
 ) -> tuple[Tensor, int]:
     if in_dims[1] is None and in_dims[2] is None and in_dims[3] is None:
-        return kron_matmul(x.movedim(in_dims[0], 0), a, b, bias, activation), 0
+        return kron_matmul(x.movedim(in_dims[0], 0), a, b, bias, activation, packed), 0
+    if packed is not None:
+        raise ValueError("packed: expected factors shared by all samples of vmap, got a batch of factors or biases")
     samples = _unbind(info.batch_size, in_dims[:5], (x, a, b, bias, activation))
     return torch.stack([kron_matmul(*sample) for sample in samples]), 0
 
