@@ -186,32 +186,6 @@ def assert_accurate(actual: Tensor, same_dtype: Tensor, oracle: Tensor, what: st
         assert error <= allowed, f"{what}: {name} error {error:.3e}, allowed {allowed:.3e}"
 
 
-def assert_rounded(q: Tensor, scale: Tensor, same_dtype: Tensor, oracle: Tensor) -> None:
-    """The error rule before rounding: each byte is the rounding of a value no further from fp64 than the rule allows.
-
-    As ``assert_accurate``: twice the largest error of torch in the same dtype, and one unit in the last place.
-    """
-    assert q.dtype is torch.int8
-    assert scale.dtype is torch.float32
-    assert q.shape == oracle.shape
-    assert scale.shape == (*oracle.shape[:-1], 1)
-    assert q.is_contiguous()
-    if oracle.numel() == 0:
-        return
-    largest = oracle.abs().amax(-1, keepdim=True)
-    factor = 2 * (1 + 2 / oracle.numel() ** 0.5)
-    unit = 16 * torch.finfo(torch.float64).eps if same_dtype.dtype is torch.float64 else 0.0
-    unit = max(unit, torch.finfo(torch.float32).eps, torch.finfo(same_dtype.dtype).eps)
-    allowed = factor * (same_dtype.double() - oracle).abs().max() + unit * oracle.abs().max()
-    step = scale.double()
-    assert ((step * 127 - largest).abs() <= allowed + 1e-7 * largest).all()
-    error = (q.double() * step - oracle).abs()
-    # 127 steps of a float32 scale: its rounding counts up to 127 times half a unit.
-    assert (error <= step / 2 * (1 + 1e-4) + allowed).all(), float((error / step).max())
-    usable = step.squeeze(-1) > 0
-    assert (q[usable].abs().amax(-1) == 127).all()
-
-
 def _max(error: Tensor) -> float:
     return error.abs().max().item()
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..schemas import torch_internals
 from ..schemas.reference import order_cost
 from . import triton
 from .base import DEFAULT, PACKAGE, Backend, Call, Device, Status, build_info, one_of
@@ -45,7 +46,7 @@ def has_kernel(op: str, device_type: str) -> bool:
     """Whether an op has an implementation of its own for devices of a type, and not the reference alone."""
     if device_type not in ("cpu", "cuda"):
         return False
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"kron_kernels::{op}", device_type.upper())
+    return torch_internals.has_kernel(op, device_type)
 
 
 def unsupported_reason(call: Call) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..schemas import blocks, products, reference
+from ..schemas import embedding, matmul, reference, registry
 from ..schemas.product import Product
 from .base import PACKAGE, Backend, Call, Device, Products, Status, build_info
 from .devices import allows_tf32, arch, shared_memory
@@ -43,7 +43,7 @@ def _op(name: str) -> Any:
     reason = _load()
     if reason:
         raise RuntimeError(f"backend 'cuda' is not available: {reason}")
-    return getattr(getattr(torch.ops, f"{products.kron_matmul.namespace}_cuda"), name).default
+    return getattr(getattr(torch.ops, f"{matmul.kron_matmul.namespace}_cuda"), name).default
 
 
 def device_status(device: int = 0) -> tuple[bool, str]:
@@ -201,7 +201,7 @@ def kron_embedding_backward(
     eps: float,
     needs: int,
 ) -> tuple[Tensor, ...]:
-    needed = blocks.needed(needs, len(blocks.EMBEDDING_GRADIENTS))
+    needed = registry.needed(needs, len(embedding.EMBEDDING_GRADIENTS))
     tables = (position_ids, position_weight, type_ids, type_weight)
     rows = None if norm_weight is None else kron_embedding(ids, a, b, *tables, None, None, eps)
     wanted = (*(tables[:2] if needed[2] else (None, None)), *(tables[2:] if needed[3] else (None, None)))
@@ -213,7 +213,7 @@ def kron_embedding_backward(
         if needed[0]:
             da = reference.sum_into_rows(parts, ids.reshape(-1), a.shape[1])
             da = da.view(a.shape[1], a.shape[0], a.shape[2]).transpose(0, 1).contiguous()
-    return products._only_needed((da, db, *others), needed)
+    return registry.only_needed((da, db, *others), needed)
 
 
 # By op, each with its op's signature. There are no packed factors here: select.py raises.

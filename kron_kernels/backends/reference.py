@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..schemas import blocks, products
+from ..schemas import registry
 from .base import Backend, Call, Device, Status
 
-IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {**products.REFERENCES, **blocks.REFERENCES}
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = registry.REFERENCES
 _STATUS = Status("reference", True, "plain torch, always there")
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..ops.observers import apply
+from ..schemas.torch_internals import apply
 
 # Elements of the block of scores that attention_kl holds, 4 MB in float32: it stays in the cache of a core.
 BLOCK_ELEMENTS = 1 << 20

@@ -22,8 +22,8 @@ from ..nn import Shapes
 from ..nn.factored import check_product_shape, empty_factors
 from ..ops import frozen_linear_kron, kron_addmm, kron_addmm_
 from ..ops.frozen_linear import is_fresh, is_plain_frozen
-from ..ops.observers import in_place_is_observed
 from ..schemas.reference import kron_weight
+from ..schemas.torch_internals import in_place_is_observed
 
 FORMAT = "1"
 

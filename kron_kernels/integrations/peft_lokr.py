@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from ..ops import frozen_linear_kron, kron_addmm, kron_addmm_
 from ..ops.addmm import RightFactor
+from ..ops.autocast import autocasts
 from ..ops.frozen_linear import is_fresh, is_plain_frozen
-from ..ops.observers import autocasts, in_place_is_observed
+from ..schemas.torch_internals import in_place_is_observed
 from .versions import check_version
 
 PEFT_VERSIONS = ">=0.21,<0.22"

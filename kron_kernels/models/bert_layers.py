@@ -30,9 +30,9 @@ from transformers.pytorch_utils import apply_chunking_to_forward
 
 from ..nn import Int8KronLinear, KronEmbedding, KronLinear
 from ..ops import AddNorm, kron_embedding, kron_ffn, kron_matmul_norm, kron_qkv
-from ..ops.observers import needs_autograd
-from ..schemas.products import HUGGING_FACE_ACTIVATIONS
 from ..schemas.reference import index_error
+from ..schemas.registry import HUGGING_FACE_ACTIVATIONS
+from ..schemas.torch_internals import needs_autograd
 from .padding import Packing, remove_padding
 
 _Model = TypeVar("_Model", bound=nn.Module)

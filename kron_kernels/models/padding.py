@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..schemas.torch_internals import functorch_is_active
+
 # BertModel.forward's own order.
 _ARGUMENTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
 # What attention over one more length of sequence costs, in tokens: a few small calls in each layer.
@@ -75,7 +77,7 @@ def remove_padding(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
     if mask is None or torch.compiler.is_compiling() or type(mask) is not Tensor or not mask.is_cpu or mask.dim() != 2:
         return None
-    if len(args) > len(_ARGUMENTS) or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+    if len(args) > len(_ARGUMENTS) or torch.jit.is_tracing() or functorch_is_active():
         return None
     config: Any = model.config
     if config.is_decoder:

@@ -11,11 +11,13 @@ from torch.nn import functional as F
 from .. import backends
 from ..backends import select
 from ..schemas import reference
+from ..schemas.addmm import kron_addmm as addmm_op
+from ..schemas.addmm import kron_addmm_ as addmm_op_
 from ..schemas.product import stacks
-from ..schemas.products import kron_addmm as addmm_op
-from ..schemas.products import kron_addmm_ as addmm_op_
-from ..schemas.products import needs_mask
 from ..schemas.reference import order_cost
+from ..schemas.registry import needs_mask
+from ..schemas.torch_internals import apply, functorch_is_active, is_transformed, needs_autograd
+from .autocast import autocasts, cast_for_autocast
 from .checks import (
     check_alpha,
     check_base,
@@ -25,7 +27,6 @@ from .checks import (
     check_types,
 )
 from .matmul import gradients, only_needed
-from .observers import apply, autocasts, cast_for_autocast, is_transformed, needs_autograd
 
 RightFactor = Tensor | tuple[Tensor, Tensor]
 
@@ -62,7 +63,7 @@ def kron_addmm(
         return reference.kron_addmm(base, x, a, b, alpha)
     if not needs_autograd(base, x, a, b):
         return addmm_op(base, x, a, b, alpha)
-    if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() and functorch_is_active():
         return reference.kron_addmm(base, x, a, b, alpha)  # as in kron_matmul
     return apply(KronAddmm, base, x, a, b, alpha)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..schemas.products import ACTIVATION_CODES
+from ..schemas.registry import ACTIVATION_CODES
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

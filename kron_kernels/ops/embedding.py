@@ -1,4 +1,4 @@
-"""``kron_embedding`` for autograd: the op, and as its gradient an op that computes the rows before the norm anew."""
+"""``kron_embedding``: rows of a factored table as one op; its gradient computes the rows before the norm again."""
 
 from __future__ import annotations
 
@@ -9,11 +9,73 @@ from torch import Tensor
 
 from .. import backends
 from ..schemas import reference
-from ..schemas.blocks import kron_embedding as embedding_op
-from ..schemas.blocks import kron_embedding_backward as backward_op
+from ..schemas.embedding import kron_embedding as embedding_op
+from ..schemas.embedding import kron_embedding_backward as backward_op
+from ..schemas.product import stacks
+from ..schemas.torch_internals import apply, functorch_is_active, is_observed
+from .checks import check_embedding, check_types
+from .route import REJECTED, observed
 
 # Where the tensors of EMBEDDING_GRADIENTS stand among the operands of the op.
 _DIFFERENTIABLE = (1, 2, 4, 6, 7, 8)
+_EMBEDDING_IS_QUICK = backends.compiled_by_default("kron_embedding")
+
+
+def kron_embedding(
+    ids: Tensor,
+    a: Tensor,
+    b: Tensor,
+    *,
+    position_ids: Tensor | None = None,
+    position_weight: Tensor | None = None,
+    type_ids: Tensor | None = None,
+    type_weight: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-12,
+    backend: str | None = None,
+) -> Tensor:
+    """Rows of the table ``sum_s A_s (x) B_s`` for token ids, with BERT's position and type rows and layer norm.
+
+    Args:
+        ids: ``(...)``, int64 or int32, each in ``[0, V)``.
+        a: ``(S, V, p)`` or ``(V, p)``.
+        b: row vectors ``(S, 1, k)`` or ``(1, k)``; a row of the table has ``p * k`` values (Tahaei et al., 2021).
+        position_ids, position_weight: indices that broadcast to ``ids``, and a table ``(P, p * k)`` of rows to add.
+        type_ids, type_weight: likewise.
+        norm_weight, norm_bias, eps: a layer norm of the sum, both ``(p * k,)``.
+        backend: as for ``kron_matmul``.
+
+    Returns:
+        ``(..., p * k)``, dtype of ``a``.
+
+    Raises:
+        IndexError: an index outside its table. Kernels on a GPU, which could raise only by waiting for it, make that
+            token's row NaN and give it no gradient.
+        ValueError, TypeError: shapes, dtypes or devices that do not fit; a table without its indices.
+
+    Differentiable in the tables, factors and norm; equal gradients on equal input.
+    """
+    tables = (position_ids, position_weight, type_ids, type_weight)
+    differentiable = (a, b, position_weight, type_weight, norm_weight, norm_bias)
+    try:
+        if _EMBEDDING_IS_QUICK and backend is None and ids.is_cpu and not is_observed(*differentiable):
+            return embedding_op(ids, *stacks(a, b), *tables, norm_weight, norm_bias, eps)
+    except REJECTED:
+        pass
+    if backends.is_unforced(backend):
+        names = ("position_ids", "position_weight", "type_ids", "type_weight")
+        added = dict(zip(names, tables, strict=True))
+        norm = {"norm_weight": norm_weight, "norm_bias": norm_bias, "eps": eps}
+        return backends.forced(kron_embedding, ids, a, b, **added, **norm, backend=backend)
+    check_types(ids, a, b, None)
+    a, b = stacks(a, b)
+    check_embedding(ids, a, b, *tables, norm_weight, norm_bias)
+    if observed(ids, backend, differentiable, autocast=False):
+        if is_differentiated_by_ops(backend, ids.device.type):
+            return apply(KronEmbedding, ids, a, b, *tables, norm_weight, norm_bias, eps)
+        return reference.kron_embedding(ids, a, b, *tables, norm_weight, norm_bias, eps)
+    return embedding_op(ids, a, b, *tables, norm_weight, norm_bias, eps)
 
 
 def is_differentiated_by_ops(backend: str | None, device_type: str) -> bool:
@@ -24,7 +86,7 @@ def is_differentiated_by_ops(backend: str | None, device_type: str) -> bool:
     return (
         backends.has_kernel("kron_embedding_backward", device_type)
         and backends.resolve(backend, device_type) != "reference"
-        and not torch._C._are_functorch_transforms_active()
+        and not functorch_is_active()
     )
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
-from ..schemas.products import needs_mask
+from ..schemas.registry import needs_mask
+from ..schemas.torch_internals import apply, is_transformed
 from .addmm import (
     RightFactor,
     check_factors,
@@ -23,9 +24,9 @@ from .addmm import (
     kron_addmm_,
     stacked,
 )
+from .autocast import autocasts
 from .checks import check_alpha, check_frozen, check_low_rank_types, check_types
 from .matmul import gradients
-from .observers import apply, autocasts, is_transformed
 
 
 def frozen_linear_kron(

@@ -10,12 +10,14 @@ from torch import Tensor
 from .. import backends
 from ..backends import select
 from ..schemas import reference
+from ..schemas.matmul import MATMUL_GRADIENTS
+from ..schemas.matmul import kron_matmul as matmul_op
+from ..schemas.matmul import kron_matmul_backward as matmul_backward_op
 from ..schemas.product import stacks
-from ..schemas.products import MATMUL_GRADIENTS, needed, needs_mask
-from ..schemas.products import kron_matmul as matmul_op
-from ..schemas.products import kron_matmul_backward as matmul_backward_op
+from ..schemas.registry import needed, needs_mask
+from ..schemas.torch_internals import apply, functorch_is_active, is_observed, needs_autograd
+from .autocast import autocasts, cast_for_autocast
 from .checks import activation_code, check_operands, check_types
-from .observers import apply, autocasts, cast_for_autocast, is_observed, needs_autograd
 
 
 def kron_matmul(
@@ -72,7 +74,7 @@ def kron_matmul(
         return reference.kron_matmul(x, a, b, bias, activation)
     if not needs_autograd(x, a, b, bias):
         return matmul_op(x, a, b, bias, code, packed)
-    if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() and functorch_is_active():
         # A traced torch.func.grad goes through the forward of a Function and drops its backward, without an error.
         return reference.kron_matmul(x, a, b, bias, activation)
     y = apply(KronMatmul, x, a, b, bias)
@@ -150,7 +152,7 @@ class KronMatmulBackward(torch.autograd.Function):
 
 def gradients(grad: Tensor, x: Tensor, a: Tensor, b: Tensor, needs: int) -> tuple[Tensor, ...]:
     """Of a product's x, a, b and bias, differentiable where that may be asked for; those not needed are empty."""
-    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+    if torch.is_grad_enabled() or functorch_is_active():
         return apply(KronMatmulBackward, grad, x, a, b, needs)
     return matmul_backward_op(grad, x, a, b, needs)
 

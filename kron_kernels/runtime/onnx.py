@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from ..schemas import reference
 from ..schemas.pack import reject_packed
 from ..schemas.product import stacks
-from ..schemas.products import ACTIVATION_CODES
+from ..schemas.registry import ACTIVATION_CODES
 from .package import HASH_KEY, HASH_PLACEHOLDER, INFO_KEY, INPUTS, PackageInfo, require, write_onnx_hash
 
 _ACTIVATIONS = {code: reference.ACTIVATIONS[name] if name else None for name, code in ACTIVATION_CODES.items()}

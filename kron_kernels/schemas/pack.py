@@ -10,7 +10,10 @@ returns no bytes, which mean the same as None; other backends read plain factors
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+from .registry import define
 
 # Of PackedHead: 1 where the panels are those of a.
 _PACKS_A = 55
@@ -28,3 +31,10 @@ def reject_packed(*packed: Tensor | None) -> None:
             "packed: expected none on a backend that reads plain factors, got what kron_pack made for the CPU kernels; "
             "use the model as it was before optimize_for_inference"
         )
+
+
+def _reference(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty(0, dtype=torch.uint8)  # the reference has no layout of its own
+
+
+kron_pack = define("kron_pack", "(Tensor a, Tensor b) -> Tensor", _reference, None)

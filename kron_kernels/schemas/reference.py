@@ -80,25 +80,6 @@ def kron_matmul_backward(grad: Tensor, x: Tensor, a: Tensor, b: Tensor) -> tuple
     return dx, da, db, grad.sum(0).reshape(m1 * m2)
 
 
-def quantize_tokens(y: Tensor) -> tuple[Tensor, Tensor]:
-    """``y (..., m)`` as int8 of the same shape and one float32 scale a token, ``(..., 1)``.
-
-    ``scale = max |y| / 127`` over the token and ``q = y / scale`` rounded to nearest, ties to even, so ``y`` is about
-    ``q * scale``. A token of zeros has scale 0. Where the scale is NaN or infinite, as it is of a token that holds
-    such a value, or too small for float32, the bytes are 0: ``q * scale`` is then NaN, or 0.
-    """
-    exact = y.to(torch.promote_types(y.dtype, torch.float32))
-    scale = (exact.abs().amax(-1, keepdim=True) / 127).float()
-    steps = (exact / scale).round().clamp(-127, 127)
-    usable = (scale > 0) & scale.isfinite()
-    return torch.where(usable, steps, 0).to(torch.int8), scale
-
-
-def kron_mm_int8(x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """``quantize_tokens(kron_matmul(x, a, b))``: int8 ``(..., m1 * m2)`` and float32 scales ``(..., 1)``."""
-    return quantize_tokens(kron_matmul(x, a, b))
-
-
 def kron_matmul_norm(
     x: Tensor,
     a: Tensor,

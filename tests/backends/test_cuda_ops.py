@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from kron_kernels.backends import cuda
 from kron_kernels.backends.base import Call
-from kron_kernels.schemas import blocks, products, reference
+from kron_kernels.schemas import embedding, ffn, reference, registry
 from kron_kernels.schemas.product import Product
 from tests import cases
 from tests.backends.cuda_emulated import emulated_ops
@@ -51,7 +51,7 @@ def emulated(ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("case", MM_CASES, ids=lambda case: case.id)
 def test_kron_mm(case: cases.Case, dtype: torch.dtype) -> None:
     o, same_dtype, oracle = cases.forward_case(case, dtype, "gelu")
-    got = cuda.kron_matmul(o.x, o.a, o.b, o.bias, products.ACTIVATION_CODES["gelu"])
+    got = cuda.kron_matmul(o.x, o.a, o.b, o.bias, registry.ACTIVATION_CODES["gelu"])
     assert got.is_contiguous()
     cases.assert_accurate(got, same_dtype, oracle)
 
@@ -141,7 +141,7 @@ FFN_CASES = (
 @pytest.mark.parametrize("case", FFN_CASES, ids=lambda case: case.id)
 def test_kron_ffn(case: block_cases.FfnCase, dtype: torch.dtype) -> None:
     o, same_dtype, oracle = block_cases.ffn_case(case, dtype)
-    got = cuda.kron_ffn(*o.layers, products.ACTIVATION_CODES[case.activation], *_norm(o, case.norm))
+    got = cuda.kron_ffn(*o.layers, registry.ACTIVATION_CODES[case.activation], *_norm(o, case.norm))
     cases.assert_accurate(got, same_dtype, oracle)
 
 
@@ -150,10 +150,10 @@ def test_kron_ffn(case: block_cases.FfnCase, dtype: torch.dtype) -> None:
 def test_kron_ffn_backward(layout: str, dtype: torch.dtype) -> None:
     case = block_cases.FfnCase("k8", 17, layout=layout)
     o = block_cases.make_ffn(case, dtype)
-    operands = (o.grad, *o.layers[:-1], products.ACTIVATION_CODES[case.activation])
+    operands = (o.grad, *o.layers[:-1], registry.ACTIVATION_CODES[case.activation])
     got = cuda.kron_ffn_backward(*operands, 127)
     same_dtype, oracles = block_cases.ffn_gradients(case, dtype)
-    for name, *tensors in zip(blocks.FFN_GRADIENTS, got, same_dtype, oracles, strict=True):
+    for name, *tensors in zip(ffn.FFN_GRADIENTS, got, same_dtype, oracles, strict=True):
         cases.assert_accurate(*tensors, name)
     some = cuda.kron_ffn_backward(*operands, 0b0100010)
     assert [tensor.numel() > 0 for tensor in some] == [False, True, False, False, False, True, False]
@@ -164,10 +164,10 @@ def test_kron_ffn_backward(layout: str, dtype: torch.dtype) -> None:
 def test_kron_ffn_on_hopper(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KRON_EMULATED_SM", "90")
     o, same_dtype, oracle = block_cases.ffn_case(block_cases.FfnCase("k8", 17), dtype)
-    got = cuda.kron_ffn(*o.layers, products.ACTIVATION_CODES["gelu"], *_norm(o, False))
+    got = cuda.kron_ffn(*o.layers, registry.ACTIVATION_CODES["gelu"], *_norm(o, False))
     cases.assert_accurate(got, same_dtype, oracle)
     monkeypatch.delenv("KRON_EMULATED_SM")
-    other = cuda.kron_ffn(*o.layers, products.ACTIVATION_CODES["gelu"], *_norm(o, False))
+    other = cuda.kron_ffn(*o.layers, registry.ACTIVATION_CODES["gelu"], *_norm(o, False))
     assert not torch.equal(got, other)  # by other kernels
 
 
@@ -232,7 +232,7 @@ def test_kron_embedding_backward(dtype: torch.dtype, norm: bool) -> None:
     got = cuda.kron_embedding_backward(*operands, 1e-5, 63)
     expected = reference.kron_embedding_backward(*operands, 1e-5)
     oracles = reference.kron_embedding_backward(*double, 1e-5)
-    for name, *tensors in zip(blocks.EMBEDDING_GRADIENTS, got, expected, oracles, strict=True):
+    for name, *tensors in zip(embedding.EMBEDDING_GRADIENTS, got, expected, oracles, strict=True):
         cases.assert_accurate(*tensors, name)
     for bit, one in enumerate(got):
         some = cuda.kron_embedding_backward(*operands, 1e-5, 1 << bit)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kron_kernels.schemas import reference
-from kron_kernels.schemas.products import ACTIVATION_CODES
+from kron_kernels.schemas.registry import ACTIVATION_CODES
 
 pytest.importorskip("triton")
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from kron_kernels.schemas import reference
-from kron_kernels.schemas.blocks import FFN_GRADIENTS
+from kron_kernels.schemas.ffn import FFN_GRADIENTS
 from kron_kernels.schemas.product import Product
-from kron_kernels.schemas.products import ACTIVATION_CODES
+from kron_kernels.schemas.registry import ACTIVATION_CODES
 from tests import cases
 from tests.ops import block_cases
 from tests.ops.block_cases import FfnCase

@@ -26,7 +26,7 @@ from kron_kernels.models import (
 )
 from kron_kernels.nn import KronLinear
 from kron_kernels.schemas import reference
-from kron_kernels.schemas.products import HUGGING_FACE_ACTIVATIONS
+from kron_kernels.schemas.registry import HUGGING_FACE_ACTIVATIONS
 from tests.cases import assert_accurate
 
 SIZES = {

@@ -13,11 +13,12 @@ from torch._subclasses import FakeTensorMode
 
 from kron_kernels import backends, kron_addmm, kron_addmm_
 from kron_kernels.ops import addmm
-from kron_kernels.schemas import products, reference
+from kron_kernels.schemas import reference
 from tests import cases
 
 HAS_CPU = backends.available()["cpu"]
 needs_extension = pytest.mark.skipif(not HAS_CPU.available, reason=HAS_CPU.reason)
+OPS = torch.ops.kron_kernels
 ALPHA = 0.7
 
 
@@ -37,31 +38,35 @@ def added_oracle(o: cases.Operands, alpha: float) -> Tensor:
 def test_ops(case: cases.Case, dtype: torch.dtype, isa: str) -> None:
     o = cases.make(case, dtype)
     same_dtype, oracle = reference.kron_addmm(o.grad, o.x, o.a, o.b, ALPHA), added_oracle(o, ALPHA)
-    y = products.kron_addmm(o.grad, o.x, o.a, o.b, ALPHA)
+    y = OPS.kron_addmm.default(o.grad, o.x, o.a, o.b, ALPHA)
     assert y.dtype is dtype
     assert y.is_contiguous()
     cases.assert_accurate(y, same_dtype, oracle)
     base = o.grad.clone(memory_format=torch.contiguous_format)
-    products.kron_addmm_(base, o.x, o.a, o.b, ALPHA)
+    OPS.kron_addmm_.default(base, o.x, o.a, o.b, ALPHA)
     assert torch.equal(base, y)
 
 
 @pytest.mark.parametrize("tokens", [0, 5])
 def test_opcheck(tokens: int) -> None:
     o = cases.make(cases.Case("odd", tokens, 2))
-    torch.library.opcheck(products.kron_addmm, (o.grad, o.x, o.a, o.b, ALPHA))
-    torch.library.opcheck(products.kron_addmm_, (o.grad.clone(), o.x, o.a, o.b, ALPHA))
+    torch.library.opcheck(OPS.kron_addmm.default, (o.grad, o.x, o.a, o.b, ALPHA))
+    torch.library.opcheck(OPS.kron_addmm_.default, (o.grad.clone(), o.x, o.a, o.b, ALPHA))
 
 
 @needs_extension
-@pytest.mark.parametrize("op", [products.kron_addmm, products.kron_addmm_], ids=["new", "in-place"])
+@pytest.mark.parametrize(
+    "op",
+    [OPS.kron_addmm.default, OPS.kron_addmm_.default],
+    ids=["new", "in-place"],
+)
 def test_op_refuses(op: Callable[..., Any]) -> None:
     o = cases.make(cases.Case("odd", 4))
     with pytest.raises(ValueError, match=r"base: expected the shape of x, .* m1 \* m2 = 21, got shape \(4, 20\)"):
         op(o.grad[:, 1:].contiguous(), o.x, o.a, o.b, 1.0)
     with pytest.raises(ValueError, match="base: expected the dtype of x"):
         op(o.grad.double(), o.x, o.a, o.b, 1.0)
-    if op is products.kron_addmm_:
+    if op is OPS.kron_addmm_.default:
         with pytest.raises(ValueError, match="base: expected a contiguous tensor"):
             op(cases._columns(o.grad), o.x, o.a, o.b, 1.0)
 

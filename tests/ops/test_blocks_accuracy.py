@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from kron_kernels import backends
-from kron_kernels.schemas import blocks, products, reference
-from kron_kernels.schemas.products import ACTIVATION_CODES
+from kron_kernels.schemas import reference
+from kron_kernels.schemas.ffn import FFN_GRADIENTS
+from kron_kernels.schemas.registry import ACTIVATION_CODES
 from tests import cases
 from tests.ops import block_cases
+
+OPS = torch.ops.kron_kernels
 
 pytestmark = pytest.mark.skipif(not backends.available()["cpu"].available, reason=backends.available()["cpu"].reason)
 
@@ -25,8 +28,8 @@ def short(dtype: torch.dtype) -> str:
 
 def run_ffn(o: block_cases.Ffn, case: block_cases.FfnCase, packed: bool = False) -> Tensor:
     norm: tuple[Any, ...] = o.norm if case.norm else (None, None, None, 0.0)
-    packs = (blocks.kron_pack(o.a1, o.b1), blocks.kron_pack(o.a2, o.b2)) if packed else (None, None)
-    return blocks.kron_ffn(*o.layers, ACTIVATION_CODES[case.activation], *norm, *packs)
+    packs = (OPS.kron_pack(o.a1, o.b1), OPS.kron_pack(o.a2, o.b2)) if packed else (None, None)
+    return OPS.kron_ffn(*o.layers, ACTIVATION_CODES[case.activation], *norm, *packs)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
@@ -51,8 +54,8 @@ def test_ffn(case: block_cases.FfnCase, dtype: torch.dtype, packed: bool, isa: s
 def test_ffn_backward(case: block_cases.FfnCase, dtype: torch.dtype, isa: str) -> None:
     o = block_cases.make_ffn(case, dtype)
     same_dtype, oracles = block_cases.ffn_gradients(case, dtype)
-    actual = blocks.kron_ffn_backward(o.grad, *o.layers[:6], ACTIVATION_CODES[case.activation], 0b1111111)
-    for name, gradient, torch_gradient, oracle in zip(blocks.FFN_GRADIENTS, actual, same_dtype, oracles, strict=True):
+    actual = OPS.kron_ffn_backward(o.grad, *o.layers[:6], ACTIVATION_CODES[case.activation], 0b1111111)
+    for name, gradient, torch_gradient, oracle in zip(FFN_GRADIENTS, actual, same_dtype, oracles, strict=True):
         cases.assert_accurate(gradient, torch_gradient, oracle, name)
 
 
@@ -65,16 +68,16 @@ def test_ffn_backward_in_several_blocks_of_tokens(isa: str) -> None:
         exact = block_cases.double(o)
         same_dtype = reference.kron_ffn_backward(o.grad, *o.layers[:6], "gelu")
         oracles = reference.kron_ffn_backward(exact.grad, *exact.layers[:6], "gelu")
-        actual = blocks.kron_ffn_backward(o.grad, *o.layers[:6], 1, 0b1111111)
-        for name, *gradients in zip(blocks.FFN_GRADIENTS, actual, same_dtype, oracles, strict=True):
+        actual = OPS.kron_ffn_backward(o.grad, *o.layers[:6], 1, 0b1111111)
+        for name, *gradients in zip(FFN_GRADIENTS, actual, same_dtype, oracles, strict=True):
             cases.assert_accurate(*gradients, name)
 
 
 @pytest.mark.parametrize("needs", [0b0000001, 0b0001010, 0b1110000, 0b0000100, 0])
 def test_ffn_backward_computes_what_is_asked(needs: int) -> None:
     o = block_cases.make_ffn(block_cases.FfnCase("k8", 33), torch.float32)
-    everything = blocks.kron_ffn_backward(o.grad, *o.layers[:6], 1, 0b1111111)
-    some = blocks.kron_ffn_backward(o.grad, *o.layers[:6], 1, needs)
+    everything = OPS.kron_ffn_backward(o.grad, *o.layers[:6], 1, 0b1111111)
+    some = OPS.kron_ffn_backward(o.grad, *o.layers[:6], 1, needs)
     for bit, (gradient, full) in enumerate(zip(some, everything, strict=True)):
         if needs >> bit & 1:
             torch.testing.assert_close(gradient, full)
@@ -95,8 +98,8 @@ def test_add_and_norm(case: cases.Case, dtype: torch.dtype, packed: bool, isa: s
     same_dtype = reference.kron_matmul_norm(o.x, o.a, o.b, o.bias, *norm)
     d = o.double()
     oracle = reference.kron_matmul_norm(d.x, d.a, d.b, d.bias, *(tensor.double() for tensor in norm[:3]), norm[3])
-    pack = blocks.kron_pack(o.a, o.b) if packed else None
-    y = blocks.kron_matmul_norm(o.x, o.a, o.b, o.bias, *norm, pack)
+    pack = OPS.kron_pack(o.a, o.b) if packed else None
+    y = OPS.kron_matmul_norm(o.x, o.a, o.b, o.bias, *norm, pack)
     cases.assert_accurate(y, same_dtype, oracle)
 
 
@@ -109,10 +112,10 @@ def test_joint_projections_are_the_single_ones(case: cases.Case, dtype: torch.dt
     x = operands[0].x
     a, b = [o.a for o in operands], [o.b for o in operands]
     biases = [o.bias for o in operands] if case.bias else []
-    packs = [blocks.kron_pack(*pair) for pair in zip(a, b, strict=True)] if packed else []
-    together = blocks.kron_qkv(x, a, b, biases, packs)
+    packs = [OPS.kron_pack(*pair) for pair in zip(a, b, strict=True)] if packed else []
+    together = OPS.kron_qkv(x, a, b, biases, packs)
     for index, y in enumerate(together):
-        alone = products.kron_matmul(
+        alone = OPS.kron_matmul(
             x, a[index], b[index], biases[index] if biases else None, 0, packs[index] if packs else None
         )
         torch.testing.assert_close(y, alone, rtol=1e-2 if dtype is torch.bfloat16 else 1e-5, atol=1e-4)
@@ -126,10 +129,10 @@ def test_joint_projections_are_the_single_ones(case: cases.Case, dtype: torch.dt
 def test_embedding(terms: int, p: int, k: int, whole: bool, dtype: torch.dtype, isa: str) -> None:
     o, same_dtype, oracle = block_cases.embedding_case(terms, p, k, whole, dtype)
     ids, a, *rest = o.operands
-    y = blocks.kron_embedding(ids, a, *rest)
+    y = OPS.kron_embedding(ids, a, *rest)
     assert y.shape == (3, 21, p * k)
     cases.assert_accurate(y, same_dtype, oracle)
-    columns = blocks.kron_embedding(ids.T.contiguous().T, a.mT.contiguous().mT, *rest)
+    columns = OPS.kron_embedding(ids.T.contiguous().T, a.mT.contiguous().mT, *rest)
     assert torch.equal(columns, y)
 
 
@@ -139,7 +142,7 @@ def test_activation_within_four_ulp(activation: str, isa: str) -> None:
     tail = {"gelu": 5.6, "gelu_tanh": 5.2, "silu": 17.5}[activation]
     x = torch.linspace(-tail, tail + 3, 200_001)[:, None]
     one = torch.ones(1, 1, 1)
-    y = products.kron_matmul(x, one, one, None, ACTIVATION_CODES[activation]).double()
+    y = OPS.kron_matmul(x, one, one, None, ACTIVATION_CODES[activation]).double()
     exact = {
         "gelu": lambda x: 0.5 * x * torch.erfc(-x / 2**0.5),
         "gelu_tanh": lambda x: x * torch.sigmoid(1.5957691216057308 * (x + 0.044715 * x**3)),
@@ -156,8 +159,8 @@ def test_nan_and_infinity_stay_in_their_token(shape: str, value: float, dtype: t
     o = block_cases.make_ffn(block_cases.FfnCase(shape, 33), dtype)
     x = o.x.clone()
     x[7, 3] = value
-    y = blocks.kron_ffn(x, *o.layers[1:], 1, None, None, None, 0.0)
-    plain = blocks.kron_ffn(*o.layers, 1, None, None, None, 0.0)
+    y = OPS.kron_ffn(x, *o.layers[1:], 1, None, None, None, 0.0)
+    plain = OPS.kron_ffn(*o.layers, 1, None, None, None, 0.0)
     others = torch.arange(33) != 7
     assert torch.equal(y[others], plain[others])
     exact = reference.kron_ffn(x.double(), *(tensor.double() for tensor in o.layers[1:]), "gelu")

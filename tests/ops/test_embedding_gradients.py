@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from kron_kernels import backends, kron_embedding
-from kron_kernels.schemas import blocks
+from kron_kernels.schemas import embedding
 
-NAMES = blocks.EMBEDDING_GRADIENTS
+NAMES = embedding.EMBEDDING_GRADIENTS
 IDS = torch.tensor([[2, 0, 2], [1, 2, 4]])
 POSITIONS, TYPES = torch.tensor([0, 2, 1]), torch.tensor([[0], [1]], dtype=torch.int32)
 
@@ -121,13 +121,13 @@ def test_opcheck(tables: bool) -> None:
     rest = rest if tables else [None] * 5
     grad = torch.randn(2, 3, 6)
     for needs in (0b111111, 0b010010) if tables else (0b11, 0b10, 0):
-        torch.library.opcheck(blocks.kron_embedding_backward, (grad, IDS, o["a"], o["b"], *rest, 1e-3, needs))
+        torch.library.opcheck(embedding.kron_embedding_backward, (grad, IDS, o["a"], o["b"], *rest, 1e-3, needs))
 
 
 def test_no_tokens_give_zero_gradients() -> None:
     o = {name: tensor.detach() for name, tensor in leaves().items()}
     none = IDS[:0]
-    gradients = blocks.kron_embedding_backward(
+    gradients = embedding.kron_embedding_backward(
         torch.zeros(0, 3, 6, dtype=torch.float64), none, o["a"], o["b"], POSITIONS, o["position_weight"], none,
         o["type_weight"], o["norm_weight"], 1e-3, 0b111111,
     )  # fmt: skip

@@ -20,8 +20,10 @@ from kron_kernels import (
     kron_qkv,
     pack_factors,
 )
-from kron_kernels.schemas import blocks, reference
+from kron_kernels.schemas import reference
 from tests.ops import block_cases
+
+OPS = torch.ops.kron_kernels
 
 HAS_CPU = backends.available()["cpu"].available
 BACKENDS = [None, "reference", pytest.param("cpu", marks=pytest.mark.skipif(not HAS_CPU, reason="no extension"))]
@@ -165,15 +167,15 @@ def op_arguments() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     table, vector = torch.randn(5, 12), torch.randn(12)
     return {
         "kron_matmul_norm": (
-            blocks.kron_matmul_norm,
+            OPS.kron_matmul_norm,
             (o.x, o.a1, o.b1, None, torch.randn(3, 60), *torch.randn(2, 60), 1e-5),
         ),
-        "kron_ffn": (blocks.kron_ffn, (*o.layers, 1, None, None, None, 0.0)),
-        "kron_ffn-norm": (blocks.kron_ffn, (*o.layers, 2, *norm)),
-        "kron_ffn_backward": (blocks.kron_ffn_backward, (o.grad, *o.layers[:6], 1, 0b1010101)),
-        "kron_qkv": (blocks.kron_qkv, (o.x, [o.a1, o.a1], [o.b1, o.b1], [], [])),
+        "kron_ffn": (OPS.kron_ffn, (*o.layers, 1, None, None, None, 0.0)),
+        "kron_ffn-norm": (OPS.kron_ffn, (*o.layers, 2, *norm)),
+        "kron_ffn_backward": (OPS.kron_ffn_backward, (o.grad, *o.layers[:6], 1, 0b1010101)),
+        "kron_qkv": (OPS.kron_qkv, (o.x, [o.a1, o.a1], [o.b1, o.b1], [], [])),
         "kron_embedding": (
-            blocks.kron_embedding,
+            OPS.kron_embedding,
             (ids, rows, row, torch.arange(3), table, None, None, vector, vector, 1e-5),
         ),
     }
@@ -202,7 +204,7 @@ def test_autocast(grad: bool) -> None:
 @pytest.mark.parametrize("shape", list(block_cases.FFN_SHAPES))
 def test_two_runs_give_the_same_bits(shape: str) -> None:
     o = block_cases.make_ffn(block_cases.FfnCase(shape, 129), torch.float32)
-    runs = [(kron_ffn(*o.layers), *blocks.kron_ffn_backward(o.grad, *o.layers[:6], 1, 0b1111111)) for _ in range(2)]
+    runs = [(kron_ffn(*o.layers), *OPS.kron_ffn_backward(o.grad, *o.layers[:6], 1, 0b1111111)) for _ in range(2)]
     for first, second in zip(*runs, strict=True):
         assert torch.equal(first, second)
 
@@ -220,7 +222,7 @@ def test_packed_factors_change_no_result_and_stale_ones_are_not_used() -> None:
     for foreign in ((packs[1], packs[0]), (packs[0][:-1], packs[1]), (torch.zeros(9, dtype=torch.uint8),) * 2):
         assert torch.equal(kron_ffn(*o.layers, packed=foreign), plain)
     with pytest.raises(ValueError, match="packed: expected dtype uint8"):
-        blocks.kron_ffn(*o.layers, 1, None, None, None, 0.0, packs[0].to(torch.int32), None)
+        OPS.kron_ffn(*o.layers, 1, None, None, None, 0.0, packs[0].to(torch.int32), None)
 
 
 @pytest.mark.parametrize("shape", [(0, 24), (2, 0, 24)])

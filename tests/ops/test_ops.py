@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kron_kernels import backends
-from kron_kernels.schemas import products as schemas
-from kron_kernels.schemas import reference
+from kron_kernels.schemas import matmul, reference, registry
 from tests import cases
 
 HAS_CPU = backends.available()["cpu"]
@@ -24,10 +23,10 @@ needs_extension = pytest.mark.skipif(not HAS_CPU.available, reason=HAS_CPU.reaso
 @pytest.mark.parametrize("tokens", [0, 5])
 def test_opcheck(tokens: int, dtype: torch.dtype) -> None:
     o = cases.make(cases.Case("odd", tokens, 2), dtype)
-    torch.library.opcheck(schemas.kron_matmul, (o.x, o.a, o.b, o.bias, 1))
-    torch.library.opcheck(schemas.kron_matmul, (o.x, o.a.mT.contiguous().mT, o.b, None, 0))
-    torch.library.opcheck(schemas.kron_matmul_backward, (o.grad, o.x, o.a, o.b, 0b1111))
-    torch.library.opcheck(schemas.kron_matmul_backward, (o.grad, o.x, o.a, o.b, 0b0010))
+    torch.library.opcheck(matmul.kron_matmul, (o.x, o.a, o.b, o.bias, 1))
+    torch.library.opcheck(matmul.kron_matmul, (o.x, o.a.mT.contiguous().mT, o.b, None, 0))
+    torch.library.opcheck(matmul.kron_matmul_backward, (o.grad, o.x, o.a, o.b, 0b1111))
+    torch.library.opcheck(matmul.kron_matmul_backward, (o.grad, o.x, o.a, o.b, 0b0010))
 
 
 @pytest.mark.parametrize(
@@ -36,24 +35,24 @@ def test_opcheck(tokens: int, dtype: torch.dtype) -> None:
 def test_leading_dimensions_of_any_strides(view: Callable[[Tensor], Tensor]) -> None:
     o = cases.make(cases.Case("odd", 24, 2))
     x, grad = view(o.x.view(4, 6, -1)), view(o.grad.view(4, 6, -1))
-    y = schemas.kron_matmul(x, o.a, o.b, o.bias, 0)
+    y = matmul.kron_matmul(x, o.a, o.b, o.bias, 0)
     torch.testing.assert_close(y, reference.kron_matmul(x, o.a, o.b, o.bias))
-    actual = schemas.kron_matmul_backward(grad, x, o.a, o.b, 0b1111)
+    actual = matmul.kron_matmul_backward(grad, x, o.a, o.b, 0b1111)
     torch.testing.assert_close(actual, reference.kron_matmul_backward(grad, x, o.a, o.b))
 
 
 def test_one_token_without_leading_dimension() -> None:
     o = cases.make(cases.Case("odd", 1))
-    y = schemas.kron_matmul(o.x[0], o.a, o.b, o.bias, 0)
+    y = matmul.kron_matmul(o.x[0], o.a, o.b, o.bias, 0)
     torch.testing.assert_close(y, reference.kron_matmul(o.x[0], o.a, o.b, o.bias))
 
 
 @pytest.mark.parametrize("backend", ["compiled", "reference"])
 def test_a_pair_of_matrices_is_a_stack_of_one(backend: str) -> None:
     o = cases.make(cases.Case("odd", 5))
-    op = schemas.kron_matmul if backend == "compiled" else products._kron_matmul_reference
+    op = matmul.kron_matmul if backend == "compiled" else registry.REFERENCES["kron_matmul"]
     assert torch.equal(op(o.x, o.a[0], o.b[0].mT.contiguous().mT, o.bias, 0), op(o.x, o.a, o.b, o.bias, 0))
-    torch.library.opcheck(schemas.kron_matmul, (o.x, o.a[0], o.b[0], o.bias, 0))
+    torch.library.opcheck(matmul.kron_matmul, (o.x, o.a[0], o.b[0], o.bias, 0))
 
 
 @pytest.mark.parametrize("activation", sorted(reference.ACTIVATIONS))
@@ -61,7 +60,7 @@ def test_activations_over_their_whole_range(activation: str) -> None:
     special = torch.tensor([float("inf"), float("-inf"), float("nan"), 0.0, -0.0])
     x = torch.cat([torch.linspace(-120, 120, 4001), special])[:, None]
     one = torch.ones(1, 1, 1)
-    y = schemas.kron_matmul(x, one, one, None, products.ACTIVATION_CODES[activation])
+    y = matmul.kron_matmul(x, one, one, None, registry.ACTIVATION_CODES[activation])
     exact = reference.ACTIVATIONS[activation](x.double()).float()
     # 1 + erf and 1 + tanh cancel in float64 too: far below zero the oracle itself is off by 1e-16.
     torch.testing.assert_close(y, exact, rtol=2e-6, atol=1e-15, equal_nan=True)
@@ -69,7 +68,7 @@ def test_activations_over_their_whole_range(activation: str) -> None:
 
 def test_no_tokens_give_zero_gradients() -> None:
     o = cases.make(cases.Case("odd", 0, 2))
-    dx, da, db, dbias = schemas.kron_matmul_backward(o.grad, o.x, o.a, o.b, 0b1111)
+    dx, da, db, dbias = matmul.kron_matmul_backward(o.grad, o.x, o.a, o.b, 0b1111)
     assert dx.shape == (0, 10)
     for gradient in (da, db, dbias):
         assert torch.equal(gradient, torch.zeros_like(gradient))
@@ -83,7 +82,7 @@ def test_nan_and_infinity_spread_as_in_dense(shape: str, value: float, dtype: to
     x = o.x.clone()
     x[7, 3] = value
     dense = torch.nn.functional.linear(x.double(), reference.kron_weight(o.a.double(), o.b.double()), o.bias.double())
-    y = schemas.kron_matmul(x, o.a, o.b, o.bias, 0)
+    y = matmul.kron_matmul(x, o.a, o.b, o.bias, 0)
     assert torch.equal(y.isnan(), dense.isnan())
     assert torch.equal(y.isinf(), dense.isinf())
     assert torch.equal(y[7].sign(), dense[7].to(dtype).sign()) or dense[7].isnan().all()
@@ -94,7 +93,7 @@ def test_nan_in_a_factor_spreads_as_in_dense(position: str) -> None:
     o = cases.make(cases.Case("balanced", 33))
     getattr(o, position)[0, 2, 3] = float("nan")
     dense = torch.nn.functional.linear(o.x, reference.kron_weight(o.a, o.b), o.bias)
-    assert torch.equal(schemas.kron_matmul(o.x, o.a, o.b, o.bias, 0).isnan(), dense.isnan())
+    assert torch.equal(matmul.kron_matmul(o.x, o.a, o.b, o.bias, 0).isnan(), dense.isnan())
 
 
 BAD_FORWARD: list[tuple[Callable[..., Any], str]] = [
@@ -122,7 +121,7 @@ BAD_FORWARD: list[tuple[Callable[..., Any], str]] = [
 def test_op_refuses_bad_input(change: Callable[..., Any], message: str) -> None:
     o = cases.make(cases.Case("odd", 5, 2))
     with pytest.raises(ValueError, match=message):
-        schemas.kron_matmul(*change(o.x, o.a, o.b, o.bias))
+        matmul.kron_matmul(*change(o.x, o.a, o.b, o.bias))
 
 
 @needs_extension
@@ -132,9 +131,9 @@ def test_backward_op_refuses_a_gradient_of_another_shape(bad: Callable[[Tensor],
     with pytest.raises(
         ValueError, match=r"grad: expected the shape of x, \(5, 10\), with last dimension m1 \* m2 = 21"
     ):
-        schemas.kron_matmul_backward(bad(o.grad), o.x, o.a, o.b, 0b1111)
+        matmul.kron_matmul_backward(bad(o.grad), o.x, o.a, o.b, 0b1111)
     with pytest.raises(ValueError, match="grad: expected the dtype of x"):
-        schemas.kron_matmul_backward(o.grad.half(), o.x, o.a, o.b, 0b1111)
+        matmul.kron_matmul_backward(o.grad.half(), o.x, o.a, o.b, 0b1111)
 
 
 @pytest.mark.parametrize("shape", ["k8-attention-small", "k21-attention", "k8-w1-small", "k8-w2-small", "balanced"])
@@ -142,8 +141,8 @@ def test_two_runs_give_the_same_bits(shape: str) -> None:
     o = cases.make(cases.Case(shape, 129))
     runs = [
         (
-            schemas.kron_matmul(o.x, o.a, o.b, o.bias, 1),
-            *schemas.kron_matmul_backward(o.grad, o.x, o.a, o.b, 0b1111),
+            matmul.kron_matmul(o.x, o.a, o.b, o.bias, 1),
+            *matmul.kron_matmul_backward(o.grad, o.x, o.a, o.b, 0b1111),
         )
         for _ in range(2)
     ]
@@ -158,8 +157,8 @@ def test_threads_change_nothing_but_rounding(shape: str) -> None:
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            gradients = schemas.kron_matmul_backward(o.grad, o.x, o.a, o.b, 0b1111)
-            results.append((schemas.kron_matmul(o.x, o.a, o.b, o.bias, 0), *gradients))
+            gradients = matmul.kron_matmul_backward(o.grad, o.x, o.a, o.b, 0b1111)
+            results.append((matmul.kron_matmul(o.x, o.a, o.b, o.bias, 0), *gradients))
     finally:
         torch.set_num_threads(before)
     for one, two in zip(*results, strict=True):
@@ -180,7 +179,7 @@ def products(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    return schemas.kron_matmul(x, a, b, None, 0)
+    return matmul.kron_matmul(x, a, b, None, 0)
 
 
 @settings(max_examples=60, deadline=None)
@@ -202,7 +201,7 @@ def test_transpose_identity(operands: tuple[Tensor, ...]) -> None:
     x, a, b, y = operands
     transposed = product(y, a.mT, b.mT)
     torch.testing.assert_close((y * product(x, a, b)).sum(), (transposed * x).sum())
-    dx = schemas.kron_matmul_backward(y, x, a, b, 0b0001)[0]
+    dx = matmul.kron_matmul_backward(y, x, a, b, 0b0001)[0]
     torch.testing.assert_close(dx, transposed)
 
 
@@ -224,7 +223,7 @@ def test_terms_add_up(operands: tuple[Tensor, ...]) -> None:
     x, a, b, y = operands
     terms = range(a.shape[0])
     torch.testing.assert_close(product(x, a, b), sum(product(x, a[s : s + 1], b[s : s + 1]) for s in terms))
-    _, da, db, _ = schemas.kron_matmul_backward(y, x, a, b, 0b0110)
+    _, da, db, _ = matmul.kron_matmul_backward(y, x, a, b, 0b0110)
     for s in terms:
-        one = schemas.kron_matmul_backward(y, x, a[s : s + 1], b[s : s + 1], 0b0110)
+        one = matmul.kron_matmul_backward(y, x, a[s : s + 1], b[s : s + 1], 0b0110)
         torch.testing.assert_close((da[s : s + 1], db[s : s + 1]), one[1:3])

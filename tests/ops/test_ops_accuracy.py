@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kron_kernels import backends
-from kron_kernels.schemas import products, reference
+from kron_kernels.schemas import matmul, reference, registry
 from tests import cases
 
 pytestmark = pytest.mark.skipif(not backends.available()["cpu"].available, reason=backends.available()["cpu"].reason)
@@ -24,7 +24,7 @@ def short(dtype: torch.dtype) -> str:
 @pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.id)
 def test_forward(case: cases.Case, dtype: torch.dtype, isa: str) -> None:
     o, same_dtype, oracle = cases.forward_case(case, dtype)
-    y = products.kron_matmul(o.x, o.a, o.b, o.bias, 0)
+    y = matmul.kron_matmul(o.x, o.a, o.b, o.bias, 0)
     assert y.dtype is dtype
     assert y.is_contiguous()
     cases.assert_accurate(y, same_dtype, oracle)
@@ -34,7 +34,7 @@ def test_forward(case: cases.Case, dtype: torch.dtype, isa: str) -> None:
 @pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.id)
 def test_backward(case: cases.Case, dtype: torch.dtype, isa: str) -> None:
     o, same_dtype, oracles = cases.backward_case(case, dtype)
-    actual = products.kron_matmul_backward(o.grad, o.x, o.a, o.b, 0b1111)
+    actual = matmul.kron_matmul_backward(o.grad, o.x, o.a, o.b, 0b1111)
     for name, gradient, torch_gradient, oracle in zip(GRADIENTS, actual, same_dtype, oracles, strict=True):
         cases.assert_accurate(gradient, torch_gradient, oracle, name)
 
@@ -44,7 +44,7 @@ def test_backward(case: cases.Case, dtype: torch.dtype, isa: str) -> None:
 @pytest.mark.parametrize("shape", ["odd", "k8-w1-small", "k8-attention-small", "balanced"])
 def test_fused_activation(shape: str, activation: str, dtype: torch.dtype, isa: str) -> None:
     o, same_dtype, oracle = cases.forward_case(cases.Case(shape, 33), dtype, activation)
-    y = products.kron_matmul(o.x, o.a, o.b, o.bias, products.ACTIVATION_CODES[activation])
+    y = matmul.kron_matmul(o.x, o.a, o.b, o.bias, registry.ACTIVATION_CODES[activation])
     cases.assert_accurate(y, same_dtype, oracle)
 
 
@@ -53,7 +53,7 @@ def test_activation_of_large_values(activation: str, isa: str) -> None:
     """Where exp overflows and where tails vanish: x of -100 .. 100 through the identity."""
     x = torch.linspace(-100, 100, 4001)[:, None]
     one = torch.ones(1, 1, 1)
-    y = products.kron_matmul(x, one, one, None, products.ACTIVATION_CODES[activation])
+    y = matmul.kron_matmul(x, one, one, None, registry.ACTIVATION_CODES[activation])
     expected = reference.ACTIVATIONS[activation](x.double())
     torch.testing.assert_close(y.double(), expected, rtol=3e-6, atol=3e-6)
 
@@ -64,9 +64,9 @@ def test_activation_of_large_values(activation: str, isa: str) -> None:
 @pytest.mark.parametrize("shape", ["odd", "k8-w2-small", "k21-attention-small", "balanced"])
 def test_backward_computes_what_is_asked(shape: str, needs: tuple[bool, ...], isa: str) -> None:
     o = cases.make(cases.Case(shape, 17, 2))
-    everything = products.kron_matmul_backward(o.grad, o.x, o.a, o.b, 0b1111)
+    everything = matmul.kron_matmul_backward(o.grad, o.x, o.a, o.b, 0b1111)
     for need, result, full in zip(
-        needs, products.kron_matmul_backward(o.grad, o.x, o.a, o.b, products.needs_mask(needs)), everything, strict=True
+        needs, matmul.kron_matmul_backward(o.grad, o.x, o.a, o.b, registry.needs_mask(needs)), everything, strict=True
     ):
         if need:
             torch.testing.assert_close(result, full)

@@ -7,16 +7,17 @@ import torch
 from torch import Tensor
 
 from kron_kernels import backends
-from kron_kernels.schemas import blocks, products
+from kron_kernels.schemas import registry
 from kron_kernels.schemas.pack import packed_factor
 from tests.cases import SHAPES, Case, make
 
+OPS = torch.ops.kron_kernels
 Factors = tuple[Tensor, Tensor, Tensor | None]
 
 
 def packed_form(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The factors with one NaN of stride 0 in place of the packed one, and the packed bytes."""
-    packed = blocks.kron_pack(a, b)
+    packed = OPS.kron_pack(a, b)
     nan = torch.tensor(torch.nan, dtype=a.dtype)
     if packed_factor(packed) == "a":
         return nan.expand(a.shape), b, packed
@@ -56,42 +57,42 @@ def test_at_any_number_of_tokens(shape: str, tokens: int) -> None:
 def check_every_op(shape: str, tokens: int, terms: int, dtype: torch.dtype) -> None:
     o = make(Case(shape, tokens, terms), dtype)
     a, b, packed = packed_form(o.a, o.b)
-    assert_same(products.kron_matmul(o.x, a, b, o.bias, 1, packed), products.kron_matmul(o.x, o.a, o.b, o.bias, 1))
+    assert_same(OPS.kron_matmul(o.x, a, b, o.bias, 1, packed), OPS.kron_matmul(o.x, o.a, o.b, o.bias, 1))
     norm = (o.grad, o.bias, o.bias, 1e-5)
     assert_same(
-        blocks.kron_matmul_norm(o.x, a, b, o.bias, *norm, packed),
-        blocks.kron_matmul_norm(o.x, o.a, o.b, o.bias, *norm),
+        OPS.kron_matmul_norm(o.x, a, b, o.bias, *norm, packed),
+        OPS.kron_matmul_norm(o.x, o.a, o.b, o.bias, *norm),
     )
     halved = packed_form(o.a / 2, o.b)
-    q, k = blocks.kron_qkv(o.x, [a, halved[0]], [b, halved[1]], [o.bias, o.bias], [packed, halved[2]])
-    assert_same(q, products.kron_matmul(o.x, o.a, o.b, o.bias, 0))
-    assert_same(k, products.kron_matmul(o.x, o.a / 2, o.b, o.bias, 0))
+    q, k = OPS.kron_qkv(o.x, [a, halved[0]], [b, halved[1]], [o.bias, o.bias], [packed, halved[2]])
+    assert_same(q, OPS.kron_matmul(o.x, o.a, o.b, o.bias, 0))
+    assert_same(k, OPS.kron_matmul(o.x, o.a / 2, o.b, o.bias, 0))
     a2, b2, bias2 = second_pair(o.a, o.b)
-    plain = blocks.kron_ffn(o.x, o.a, o.b, o.bias, a2, b2, bias2, 1, None, None, None, 0.0)
+    plain = OPS.kron_ffn(o.x, o.a, o.b, o.bias, a2, b2, bias2, 1, None, None, None, 0.0)
     second = packed_form(a2, b2)
     for pack1, pack2 in ((True, True), (True, False), (False, True)):
         first_of_call = (a, b, packed) if pack1 else (o.a, o.b, None)
         second_of_call = second if pack2 else (a2, b2, None)
         operands = (*first_of_call[:2], o.bias, *second_of_call[:2], bias2, 1, None, None, None, 0.0)
-        assert_same(blocks.kron_ffn(o.x, *operands, first_of_call[2], second_of_call[2]), plain)
+        assert_same(OPS.kron_ffn(o.x, *operands, first_of_call[2], second_of_call[2]), plain)
 
 
 def test_a_batch_of_tokens_under_vmap() -> None:
     o = make(Case("k8-w1-small", 6), torch.float32)
     a, b, packed = packed_form(o.a, o.b)
-    y = torch.func.vmap(lambda x: products.kron_matmul(x, a, b, o.bias, 0, packed))(o.x)
-    assert_same(y, products.kron_matmul(o.x, o.a, o.b, o.bias, 0))
+    y = torch.func.vmap(lambda x: OPS.kron_matmul(x, a, b, o.bias, 0, packed))(o.x)
+    assert_same(y, OPS.kron_matmul(o.x, o.a, o.b, o.bias, 0))
     with pytest.raises(ValueError, match="packed: expected factors shared by all samples of vmap"):
-        torch.func.vmap(lambda bias: products.kron_matmul(o.x, a, b, bias, 0, packed))(torch.stack([o.bias, o.bias]))
+        torch.func.vmap(lambda bias: OPS.kron_matmul(o.x, a, b, bias, 0, packed))(torch.stack([o.bias, o.bias]))
 
 
 def test_what_does_not_fit_is_an_error() -> None:
     o = make(Case("k8-w1-small", 5), torch.float32)
     other = make(Case("k8-w2-small", 5), torch.float32)
-    packed = blocks.kron_pack(o.a, o.b)
+    packed = OPS.kron_pack(o.a, o.b)
 
     def call(packed: Tensor, dtype: torch.dtype = torch.float32) -> None:
-        products.kron_matmul(o.x.to(dtype), o.a.to(dtype), o.b.to(dtype), None, 0, packed)
+        OPS.kron_matmul(o.x.to(dtype), o.a.to(dtype), o.b.to(dtype), None, 0, packed)
 
     level = backends.set_cpu_isa("amx")
     with pytest.raises(
@@ -100,7 +101,7 @@ def test_what_does_not_fit_is_an_error() -> None:
         rf"instruction-set level {level} on this machine, got those of a \(1, 2, 8\), b \(1, 96, 96\) in float32; "
         "make it again with optimize_for_inference",
     ):
-        call(blocks.kron_pack(other.a, other.b))
+        call(OPS.kron_pack(other.a, other.b))
     with pytest.raises(ValueError, match=r"in bfloat16 .* got those of .* in float32"):
         call(packed, torch.bfloat16)
     with pytest.raises(ValueError, match="got bytes that do not begin at a multiple of 64"):
@@ -122,11 +123,11 @@ def test_what_does_not_fit_is_an_error() -> None:
 
 def test_the_reference_takes_no_packed_factors() -> None:
     o = make(Case("odd", 5), torch.float32)
-    packed = blocks.kron_pack(o.a, o.b)
+    packed = OPS.kron_pack(o.a, o.b)
     with pytest.raises(ValueError, match="packed: expected none on a backend that reads plain factors"):
-        products.REFERENCES["kron_matmul"](o.x, o.a, o.b, None, 0, packed)
+        registry.REFERENCES["kron_matmul"](o.x, o.a, o.b, None, 0, packed)
     nothing = packed.new_empty(0)  # what kron_pack returns there
     torch.testing.assert_close(
-        products.REFERENCES["kron_matmul"](o.x, o.a, o.b, None, 0, nothing),
-        products.kron_matmul(o.x, o.a, o.b, None, 0),
+        registry.REFERENCES["kron_matmul"](o.x, o.a, o.b, None, 0, nothing),
+        OPS.kron_matmul(o.x, o.a, o.b, None, 0),
     )

@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call, grad, jacrev, vmap
 
 from kron_kernels import kron_matmul
-from kron_kernels.schemas import products, reference
+from kron_kernels.schemas import matmul, reference
 from tests import cases
 
 
@@ -69,7 +69,7 @@ def test_vmap(in_dims: tuple[int | None, ...]) -> None:
 def test_nested_vmap_of_the_ops() -> None:
     x, a, b, bias = operands(6)
     x = x.view(2, 3, 1, -1)
-    y = vmap(vmap(lambda t: products.kron_matmul(t, a, b, bias, 0)))(x)
+    y = vmap(vmap(lambda t: matmul.kron_matmul(t, a, b, bias, 0)))(x)
     torch.testing.assert_close(y, reference.kron_matmul(x, a, b, bias))
 
 
@@ -151,7 +151,7 @@ def test_export_with_a_dynamic_batch() -> None:
     layer = Layer().eval()
     batch = torch.export.Dim("batch")
     program = torch.export.export(layer, (torch.randn(4, 3, 10),), dynamic_shapes=({0: batch},))
-    assert any(node.target is products.kron_matmul for node in program.graph.nodes)
+    assert any(node.target is matmul.kron_matmul for node in program.graph.nodes)
     for size in (2, 9):
         x = torch.randn(size, 3, 10)
         torch.testing.assert_close(program.module()(x), layer(x))

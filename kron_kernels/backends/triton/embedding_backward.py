@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...schemas.blocks import EMBEDDING_GRADIENTS, needed
+from ...schemas.embedding import EMBEDDING_GRADIENTS
 from ...schemas.product import Product
+from ...schemas.registry import needed
 from .embedding import inputs, row_of, table_rows
 from .kernels.embedding_backward import embedding_backward_kernel
 from .launch import Options, device_of, launch

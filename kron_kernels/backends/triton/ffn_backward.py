@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ...schemas import reference
-from ...schemas.blocks import FFN_GRADIENTS
+from ...schemas.ffn import FFN_GRADIENTS
 from ...schemas.product import Product
-from ...schemas.products import _ACTIVATION_NAMES, needed, needs_mask
+from ...schemas.registry import ACTIVATION_NAMES, needed, needs_mask
 from . import mm
 from .ffn_plan import Ffn, chained, middle_tiles
 from .kernels.ffn_backward import ffn_backward_kernel
@@ -136,7 +136,7 @@ def _as_two_products(
     need_x, need_a1, need_b1, need_bias1, need_a2, need_b2, need_bias2 = asked
     first = need_x, need_a1, need_b1, need_bias1
     hidden = mm.kron_matmul(x, a1, b1, bias1, 0).requires_grad_()
-    name = _ACTIVATION_NAMES[activation]
+    name = ACTIVATION_NAMES[activation]
     with torch.enable_grad():
         active = hidden if name is None else reference.ACTIVATIONS[name](hidden)
     through, da2, db2, dbias2 = mm.kron_matmul_backward(

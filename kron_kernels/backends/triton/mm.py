@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...schemas.matmul import MATMUL_GRADIENTS
 from ...schemas.product import Product, stacks
-from ...schemas.products import MATMUL_GRADIENTS, needed
+from ...schemas.registry import needed
 from . import chain
 from .kernels import mm as kernels
 from .launch import Options, device_of, launch

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ... import __version__
 from ...compress.files import write_text
-from ...schemas import blocks, products
+from ...schemas import registry
 from ...testing.timing import CudaClock
 from . import configs
 from .configs import Entry
@@ -143,7 +143,7 @@ def _summary(entry: Entry) -> str:
 
 def judge(problem: Problem, operands: tuple[Any, ...]) -> Callable[[], str]:
     """A function that says why the op's result is wrong, "" where it is right, against the reference in float64."""
-    reference = {**products.REFERENCES, **blocks.REFERENCES}[problem.op]
+    reference = registry.REFERENCES[problem.op]
     same = list(_tensors(reference(*operands)))
     oracle = list(_tensors(reference(*_doubled(operands))))
 

@@ -12,7 +12,7 @@ from kron_kernels.backends.triton import embedding_backward, row_plan
 from kron_kernels.backends.triton.embedding_backward import kron_embedding_backward
 from kron_kernels.backends.triton.launch import Device
 from kron_kernels.schemas import reference
-from kron_kernels.schemas.blocks import EMBEDDING_GRADIENTS
+from kron_kernels.schemas.embedding import EMBEDDING_GRADIENTS
 from kron_kernels.schemas.product import Product
 from tests import cases
 from tests.ops import block_cases

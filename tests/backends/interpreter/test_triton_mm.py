@@ -7,7 +7,7 @@ import torch
 
 from kron_kernels.backends.triton import mm, plan
 from kron_kernels.backends.triton.launch import Device, recording
-from kron_kernels.schemas import products
+from kron_kernels.schemas import registry
 from kron_kernels.schemas.product import Product
 from tests.cases import CASES, Case, assert_accurate, backward_case, forward_case, make
 
@@ -34,11 +34,11 @@ def test_backward(case: Case, dtype: torch.dtype) -> None:
         assert_accurate(actual, same, oracle, name)
 
 
-@pytest.mark.parametrize("activation", [name for name in products.ACTIVATION_CODES if name], ids=str)
+@pytest.mark.parametrize("activation", [name for name in registry.ACTIVATION_CODES if name], ids=str)
 @pytest.mark.parametrize("shape", ["k8-w1-small", "k21-attention-small", "balanced-expand"])
 def test_activations(shape: str, activation: str) -> None:
     o, same_dtype, oracle = forward_case(Case(shape, 17), torch.float32, activation)
-    assert_accurate(mm.kron_matmul(o.x, o.a, o.b, o.bias, products.ACTIVATION_CODES[activation]), same_dtype, oracle)
+    assert_accurate(mm.kron_matmul(o.x, o.a, o.b, o.bias, registry.ACTIVATION_CODES[activation]), same_dtype, oracle)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_activations(shape: str, activation: str) -> None:
 @pytest.mark.parametrize("shape", ["k8-w1-small", "k8-w2-small", "odd", "balanced"])
 def test_only_the_gradients_asked_for(shape: str, needs: tuple[bool, ...]) -> None:
     o, _, oracles = backward_case(Case(shape, 17), torch.float32)
-    found = mm.kron_matmul_backward(o.grad, o.x, o.a, o.b, products.needs_mask(needs))
+    found = mm.kron_matmul_backward(o.grad, o.x, o.a, o.b, registry.needs_mask(needs))
     for actual, oracle, need in zip(found, oracles, needs, strict=True):
         assert actual.shape == (oracle.shape if need else (0,))
         if need:
