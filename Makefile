@@ -100,7 +100,7 @@ cpp-example: $(DEV)
 	$(BIN)/cmake --install build/native --prefix build/prefix
 	$(CMAKE_NINJA) -S examples/cpp -B build/cpp-example -Dkron_kernels_ROOT=$(abspath build/prefix)
 	$(BIN)/cmake --build build/cpp-example
-	build/cpp-example/kron_mm
+	build/cpp-example/kron_matmul
 
 clean:
 	rm -rf build demo distill-demo

@@ -1,8 +1,8 @@
 """Builds the compiled extension with CMake and ninja; everything else about the package is in pyproject.toml.
 
 Environment: MAX_JOBS limits parallel compilation; KRON_KERNELS_REQUIRE_EXT=1 makes a failed build of the extension an
-error instead of a pure Python install; KRON_KERNELS_CUDA_ARCHS names the GPU architectures ("80+PTX,90a"; empty: no
-CUDA kernels); KRON_KERNELS_CMAKE_ARGS adds arguments to CMake's.
+error instead of a pure Python install; KRON_KERNELS_CUDA_ARCHS names the GPU architectures of the CUDA kernels
+("80+PTX,90a"; empty: none; unset: those of the GPUs that are there); KRON_KERNELS_CMAKE_ARGS adds arguments to CMake's.
 """
 
 from __future__ import annotations

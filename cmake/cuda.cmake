@@ -2,15 +2,32 @@
 # or why not), cuda_archs (what was built, as in KRON_KERNELS_CUDA_ARCHS) and cuda_compiler (its version).
 set(KRON_KERNELS_CUDA AUTO CACHE STRING "Build the CUDA kernels: AUTO (where nvcc works), ON (fail without) or OFF")
 # 90a: machine code of that architecture alone; 80+PTX: and PTX, which later architectures compile when first used.
-set(default_cuda_archs "80+PTX;90a;100a;120")
-set(KRON_KERNELS_CUDA_ARCHS "${default_cuda_archs}" CACHE STRING "GPU architectures of the CUDA kernels")
+set(KRON_KERNELS_CUDA_ARCHS "native" CACHE STRING
+    "GPU architectures of the CUDA kernels, such as 80+PTX;90a; native: those of the GPUs that nvidia-smi shows")
 
 set(cuda_archs "")
 set(cuda_compiler "")
 if(NOT KRON_KERNELS_CUDA MATCHES "^(AUTO|ON|OFF)$")
   message(FATAL_ERROR "KRON_KERNELS_CUDA: expected AUTO, ON or OFF, got ${KRON_KERNELS_CUDA}")
 endif()
+# Each minute of nvcc is a minute of the first installation: without a GPU nothing is compiled unless asked for.
 string(REPLACE "," ";" wanted_archs "${KRON_KERNELS_CUDA_ARCHS}")
+if(wanted_archs STREQUAL "native")
+  set(wanted_archs "")
+  execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader
+                  OUTPUT_VARIABLE capabilities ERROR_QUIET RESULT_VARIABLE failed)
+  if(NOT failed)
+    string(REGEX MATCHALL "[0-9]+\\.[0-9]" capabilities "${capabilities}")
+    foreach(capability IN LISTS capabilities)
+      if(NOT capability VERSION_LESS 8.0)
+        string(REPLACE "." "" arch "${capability}")
+        string(REGEX REPLACE "^90$" "90a" arch "${arch}")
+        list(APPEND wanted_archs ${arch})
+      endif()
+    endforeach()
+    list(REMOVE_DUPLICATES wanted_archs)
+  endif()
+endif()
 foreach(arch IN LISTS wanted_archs)
   if(NOT arch MATCHES "^([0-9]+)a?(\\+PTX)?$" OR CMAKE_MATCH_1 LESS 80)
     message(FATAL_ERROR "KRON_KERNELS_CUDA_ARCHS: expected a list of 80, 80+PTX, 90a or later ones, got ${arch}")
@@ -19,10 +36,13 @@ endforeach()
 
 if(KRON_KERNELS_CUDA STREQUAL "OFF")
   set(cuda_status "not built (switched off by KRON_KERNELS_CUDA)")
-elseif(NOT wanted_archs)
+elseif(KRON_KERNELS_CUDA_ARCHS STREQUAL "")
   set(cuda_status "not built (KRON_KERNELS_CUDA_ARCHS is empty)")
 elseif(KRON_KERNELS_CUDA STREQUAL "AUTO" AND (NOT KRON_KERNELS_BUILD_TORCH OR KRON_KERNELS_SANITIZE))
   set(cuda_status "not built (they come with the torch binding, unless KRON_KERNELS_CUDA is ON)")
+elseif(NOT wanted_archs)
+  set(cuda_status
+      "not built (nvidia-smi shows no GPU of compute capability 8.0 or newer; KRON_KERNELS_CUDA_ARCHS names others)")
 else()
   check_language(CUDA)
   find_program(KRON_KERNELS_NVCC nvcc)
@@ -50,9 +70,6 @@ if(cuda_compiler VERSION_LESS 12.0)
   message(FATAL_ERROR "nvcc ${cuda_compiler} is too old for the CUDA kernels: 12.0 or newer is needed. "
                       "-DKRON_KERNELS_CUDA=OFF builds without them")
 endif()
-if(cuda_compiler VERSION_LESS 12.8 AND KRON_KERNELS_CUDA_ARCHS STREQUAL default_cuda_archs)
-  set(wanted_archs "80+PTX;90a")  # the later ones are unknown to it
-endif()
 
 # Kernels for every architecture need none of what an "a" adds, and without it serve the minor versions of 100 as well.
 set(portable_archs "")
@@ -66,7 +83,7 @@ endforeach()
 list(REMOVE_DUPLICATES portable_archs)
 set(cuda_archs "${wanted_archs}")
 
-file(GLOB cuda_sources CONFIGURE_DEPENDS "${CMAKE_SOURCE_DIR}/csrc/cuda/*.cu")
+file(GLOB_RECURSE cuda_sources CONFIGURE_DEPENDS "${CMAKE_SOURCE_DIR}/csrc/cuda/*.cu")
 set(cuda_groups kron_cuda_portable)
 set(kron_cuda_portable_sources ${cuda_sources})
 list(FILTER kron_cuda_portable_sources EXCLUDE REGEX "_sm90\\.cu$")
@@ -78,7 +95,7 @@ if(wanted_archs MATCHES "90a")
   set(kron_cuda_sm90_archs 90a-real)
 endif()
 
-add_library(kron_cuda SHARED csrc/cuda/device_info.cpp)
+add_library(kron_cuda SHARED csrc/cuda/common/device_info.cpp)
 set(cuda_flags -Xptxas=--warn-on-spills,--warn-on-local-memory-usage -Xcompiler=-Wall)
 if(NOT cuda_compiler VERSION_LESS 12.8)
   list(APPEND cuda_flags --compress-mode=size)  # a third of the size, unpacked when a kernel is first loaded
@@ -87,7 +104,7 @@ foreach(group IN LISTS cuda_groups)
   if(${group}_sources)
     add_library(${group} OBJECT ${${group}_sources})
     set_target_properties(${group} PROPERTIES CUDA_ARCHITECTURES "${${group}_archs}" CUDA_STANDARD 17)
-    target_include_directories(${group} PRIVATE "${CMAKE_SOURCE_DIR}/csrc/include" "${CMAKE_SOURCE_DIR}/csrc/cuda")
+    target_include_directories(${group} PRIVATE "${CMAKE_SOURCE_DIR}/csrc" "${CMAKE_SOURCE_DIR}/csrc/include")
     target_compile_options(${group} PRIVATE ${cuda_flags})
     if(kron_cuda_sm90_sources)
       target_compile_definitions(${group} PRIVATE KRON_CUDA_SM90)  # what the others may call
@@ -101,7 +118,7 @@ endforeach()
 find_package(CUDAToolkit REQUIRED)
 list(JOIN cuda_archs " " cuda_archs_text)
 target_compile_definitions(kron_cuda PRIVATE KRON_CUDA_ARCHS="${cuda_archs_text}")
-target_include_directories(kron_cuda PRIVATE "${CMAKE_SOURCE_DIR}/csrc/cuda"
+target_include_directories(kron_cuda PRIVATE "${CMAKE_SOURCE_DIR}/csrc"
                            PUBLIC "$<BUILD_INTERFACE:${CMAKE_SOURCE_DIR}/csrc/include>"
                                   "$<BUILD_INTERFACE:${CMAKE_BINARY_DIR}/include>")
 target_link_libraries(kron_cuda PRIVATE CUDA::cudart_static -Wl,--exclude-libs,ALL)

@@ -1,4 +1,4 @@
-// The kernels of the CPU, on torch's threads, as products.h, blocks.h and embedding.h call them.
+// The kernels of the CPU, on torch's threads, as the ops call them.
 #pragma once
 
 #include <stdexcept>
@@ -55,8 +55,8 @@ inline std::vector<int64_t> checked_indices(const char* argument, const Tensor& 
 }
 
 struct CpuKernels {
-    void mm(const kron::ForwardArgs& args) const { kron::kron_matmul_forward(args, torch_executor()); }
-    void mm_backward(const kron::BackwardArgs& args) const { kron::kron_matmul_backward(args, torch_executor()); }
+    void matmul(const kron::ForwardArgs& args) const { kron::kron_matmul_forward(args, torch_executor()); }
+    void matmul_backward(const kron::BackwardArgs& args) const { kron::kron_matmul_backward(args, torch_executor()); }
     void ffn(const kron::FfnArgs& args) const { kron::kron_ffn_forward(args, torch_executor()); }
     void ffn_backward(const kron::FfnBackwardArgs& args) const { kron::kron_ffn_backward(args, torch_executor()); }
     void embedding(const kron::EmbeddingArgs& args) const { kron::kron_embedding(args, torch_executor()); }

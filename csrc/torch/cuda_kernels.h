@@ -1,4 +1,4 @@
-// The CUDA kernels as products.h, blocks.h and embedding.h call them: on the device and current stream of a tensor,
+// The CUDA kernels as the ops call them: on the device and current stream of a tensor,
 // with memory from torch.
 #pragma once
 
@@ -68,7 +68,7 @@ class CudaKernels {
     CudaKernels(const Tensor& x, bool tf32) : x_(x) {
         const int32_t device = device_index(x);
         kron::cuda::DeviceInfo info{};
-        if (const char* reason = kron::cuda::refuse_device(device, &info))
+        if (const char* reason = kron::cuda::unsupported_device(device, &info))
             throw std::runtime_error(std::string("kron_kernels: backend 'cuda': ") + reason);
         launch_ = {nullptr, info.sm, info.multiprocessors, info.shared_per_block, tf32, nullptr, 0};
         if (x.is_cpu()) return;  // the emulator's tensors
@@ -76,13 +76,13 @@ class CudaKernels {
         if (torch::stable::accelerator::getCurrentDeviceIndex() != device) guard_.emplace(device);
     }
 
-#define KRON_OPERATION(name, Args)                                                                  \
-    void name(const Args& args) const {                                                             \
-        run("kron_" #name, args, kron::cuda::refuse_kron_##name, kron::cuda::workspace_kron_##name, \
-            kron::cuda::kron_##name);                                                               \
+#define KRON_OPERATION(name, Args)                                                                       \
+    void name(const Args& args) const {                                                                  \
+        run("kron_" #name, args, kron::cuda::unsupported_kron_##name, kron::cuda::workspace_kron_##name, \
+            kron::cuda::kron_##name);                                                                    \
     }
-    KRON_OPERATION(mm, kron::ForwardArgs)
-    KRON_OPERATION(mm_backward, kron::BackwardArgs)
+    KRON_OPERATION(matmul, kron::ForwardArgs)
+    KRON_OPERATION(matmul_backward, kron::BackwardArgs)
     KRON_OPERATION(ffn, kron::FfnArgs)
     KRON_OPERATION(ffn_backward, kron::FfnBackwardArgs)
     KRON_OPERATION(embedding, kron::EmbeddingArgs)
@@ -107,14 +107,14 @@ class CudaKernels {
 
   private:
     template <class Args>
-    void run(const char* name, const Args& args, const char* (*refuse)(const Args&, const kron::cuda::Launch&),
+    void run(const char* name, const Args& args, const char* (*unsupported)(const Args&, const kron::cuda::Launch&),
              int64_t (*workspace)(const Args&, const kron::cuda::Launch&),
              kron::cuda::Status (*operation)(const Args&, const kron::cuda::Launch&)) const {
         const auto what = [&] {
             return std::string("kron_kernels: backend 'cuda': ") + name + " of " + problem_text(args);
         };
         kron::cuda::Launch launch = launch_;
-        if (const char* reason = refuse(args, launch)) throw std::runtime_error(what() + ": " + reason);
+        if (const char* reason = unsupported(args, launch)) throw std::runtime_error(what() + ": " + reason);
         launch.workspace_bytes = workspace(args, launch);
         std::optional<Tensor> memory;  // freed for what the stream does next
         if (launch.workspace_bytes > 0) {

@@ -1,9 +1,10 @@
-// The CUDA kernels as torch ops of a namespace of their own, from which kron_kernels/_cuda.py picks. Key CUDA; the
-// emulator of the tests builds the same source for tensors on the CPU.
+// The CUDA kernels as torch ops of a namespace of their own, from which kron_kernels/backends/cuda.py picks. Key CUDA;
+// the emulator of the tests builds the same source for tensors on the CPU.
 #include <tuple>
 
-#include "blocks.h"
 #include "cuda_kernels.h"
+#include "ffn.h"
+#include "qkv.h"
 
 #ifndef KRON_CUDA_KEY
 #define KRON_CUDA_KEY CUDA
@@ -13,21 +14,21 @@ namespace {
 
 using namespace kron_torch;
 
-Tensor mm(const Tensor& x, const Tensor& a, const Tensor& b, std::optional<Tensor> bias, int64_t activation,
-          bool tf32) {
+Tensor matmul(const Tensor& x, const Tensor& a, const Tensor& b, std::optional<Tensor> bias, int64_t activation,
+              bool tf32) {
     return kron_matmul(CudaKernels(x, tf32), x, a, b, std::move(bias), activation, std::nullopt);
 }
 
-Tensor mm_add(const Tensor& base, const Tensor& x, const Tensor& a, const Tensor& b, double alpha, bool tf32) {
+Tensor addmm(const Tensor& base, const Tensor& x, const Tensor& a, const Tensor& b, double alpha, bool tf32) {
     return kron_addmm(CudaKernels(x, tf32), base, x, a, b, alpha);
 }
 
-void mm_add_(Tensor base, const Tensor& x, const Tensor& a, const Tensor& b, double alpha, bool tf32) {
+void addmm_(Tensor base, const Tensor& x, const Tensor& a, const Tensor& b, double alpha, bool tf32) {
     kron_addmm_(CudaKernels(x, tf32), base, x, a, b, alpha);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> mm_backward(const Tensor& grad, const Tensor& x, const Tensor& a,
-                                                       const Tensor& b, int64_t needs, bool tf32) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> matmul_backward(const Tensor& grad, const Tensor& x, const Tensor& a,
+                                                           const Tensor& b, int64_t needs, bool tf32) {
     return kron_matmul_backward(CudaKernels(x, tf32), grad, x, a, b, needs);
 }
 
@@ -104,10 +105,10 @@ STABLE_TORCH_LIBRARY(KRON_CUDA_OPS, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(KRON_CUDA_OPS, KRON_CUDA_KEY, m) {
-    m.impl("kron_matmul", TORCH_BOX(&mm));
-    m.impl("kron_addmm", TORCH_BOX(&mm_add));
-    m.impl("kron_addmm_", TORCH_BOX(&mm_add_));
-    m.impl("kron_matmul_backward", TORCH_BOX(&mm_backward));
+    m.impl("kron_matmul", TORCH_BOX(&matmul));
+    m.impl("kron_addmm", TORCH_BOX(&addmm));
+    m.impl("kron_addmm_", TORCH_BOX(&addmm_));
+    m.impl("kron_matmul_backward", TORCH_BOX(&matmul_backward));
     m.impl("kron_ffn", TORCH_BOX(&ffn));
     m.impl("kron_ffn_backward", TORCH_BOX(&ffn_backward));
     m.impl("kron_qkv", TORCH_BOX(&qkv));

@@ -1,4 +1,4 @@
-// The op of the embedding on whatever kernels. `kernels.indices` checks indices as far as it can read them and gives
+// The op of the embedding on given kernels. `kernels.indices` checks indices as far as it can read them and gives
 // them as contiguous int64, broadcast, in something that owns them.
 #pragma once
 

@@ -86,7 +86,8 @@ def _kernel_reason(op: str, products: Products, dtype: torch.dtype, tokens: int,
     if reason:
         return reason
     sizes = [size for product in products for size in product]
-    return _op("refusal")(op, _DTYPE_CODES[dtype], tokens, sizes, sm, shared_memory(sm), allows_tf32()) or None
+    call = (op, _DTYPE_CODES[dtype], tokens, sizes, sm, shared_memory(sm), allows_tf32())
+    return _op("unsupported_reason")(*call) or None
 
 
 def form(call: Call, device: Device) -> str:

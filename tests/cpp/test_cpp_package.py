@@ -14,7 +14,7 @@ import pytest
 from kron_kernels import __version__, backends
 from kron_kernels.cli import cpp_core, main
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 HAS_CPU = backends.available()["cpu"]
 
 needs_extension = pytest.mark.skipif(not HAS_CPU.available, reason=HAS_CPU.reason)
@@ -41,6 +41,7 @@ def configure(cmake: list[str], source: Path, build: Path, package: Path) -> sub
     return subprocess.run(command, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 @needs_extension
 def test_the_example_finds_the_installed_package_and_computes_right(cmake: list[str], tmp_path: Path) -> None:
     done = configure(cmake, ROOT / "examples" / "cpp", tmp_path, cpp_core.cmake_dir())
@@ -53,6 +54,7 @@ def test_the_example_finds_the_installed_package_and_computes_right(cmake: list[
     assert done.stdout.startswith(f"kron_kernels {__version__}, headers {__version__}, ")
 
 
+@pytest.mark.slow
 @needs_extension
 @pytest.mark.parametrize("wanted", ["0.1", "0.2", "1.0"])
 def test_a_project_gets_only_a_version_of_the_same_abi(cmake: list[str], wanted: str, tmp_path: Path) -> None:
@@ -94,6 +96,7 @@ def test_a_package_without_its_compiled_part_says_why(
     assert "is absent: no compiler" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_source_distribution_holds_all_that_is_compiled(tmp_path: Path) -> None:
     pytest.importorskip("setuptools", reason="setuptools is not installed")
     for name in ("setup.py", "pyproject.toml", "README.md", "MANIFEST.in", "CMakeLists.txt"):

@@ -1,9 +1,9 @@
 // The CUDA kernels: what problem.h has for the processor, on pointers to device memory and a stream. No torch.
 //
-// Of every operation there are three functions. `refuse_` says why the kernels do not take the problem, as a static
-// text, or gives null; it reads shapes, strides and the alignment of pointers, never memory. `workspace_` is how many
-// bytes of device memory the call needs in launch.workspace, aligned to 256. The operation itself launches kernels on
-// launch.stream and does not wait for them; it must only be called with what `refuse_` let through.
+// Of every operation there are three functions. `unsupported_` says why the kernels do not take the problem, as a
+// static text, or gives null; it reads shapes, strides and the alignment of pointers, never memory. `workspace_` is how
+// many bytes of device memory the call needs in launch.workspace, aligned to 256. The operation itself launches kernels
+// on launch.stream and does not wait for them; it must only be called with what `unsupported_` let through.
 #pragma once
 
 #include "kron/problem.h"
@@ -18,7 +18,7 @@ struct Launch {
     int multiprocessors;  // of the device
     int64_t
         shared_per_block;  // most bytes of shared memory a block may ask for (cudaDevAttrMaxSharedMemoryPerBlockOptin)
-    bool tf32;             // whether products of float32 may be rounded to TF32; without it they are refused
+    bool tf32;             // whether products of float32 may be rounded to TF32; without it they are not supported
     void* workspace;
     int64_t workspace_bytes;
 };
@@ -30,23 +30,23 @@ struct Status {
 };
 
 // Several projections of one x in one launch (kron_qkv), base and alpha (kron_addmm) included.
-const char* refuse_kron_mm(const ForwardArgs& args, const Launch& launch);
-int64_t workspace_kron_mm(const ForwardArgs& args, const Launch& launch);
+const char* unsupported_kron_matmul(const ForwardArgs& args, const Launch& launch);
+int64_t workspace_kron_matmul(const ForwardArgs& args, const Launch& launch);
 Status kron_matmul(const ForwardArgs& args, const Launch& launch);
 
-const char* refuse_kron_matmul_backward(const BackwardArgs& args, const Launch& launch);
+const char* unsupported_kron_matmul_backward(const BackwardArgs& args, const Launch& launch);
 int64_t workspace_kron_matmul_backward(const BackwardArgs& args, const Launch& launch);
 Status kron_matmul_backward(const BackwardArgs& args, const Launch& launch);
 
-const char* refuse_kron_ffn(const FfnArgs& args, const Launch& launch);
+const char* unsupported_kron_ffn(const FfnArgs& args, const Launch& launch);
 int64_t workspace_kron_ffn(const FfnArgs& args, const Launch& launch);
 Status kron_ffn(const FfnArgs& args, const Launch& launch);
 
-const char* refuse_kron_ffn_backward(const FfnBackwardArgs& args, const Launch& launch);
+const char* unsupported_kron_ffn_backward(const FfnBackwardArgs& args, const Launch& launch);
 int64_t workspace_kron_ffn_backward(const FfnBackwardArgs& args, const Launch& launch);
 Status kron_ffn_backward(const FfnBackwardArgs& args, const Launch& launch);
 
-const char* refuse_kron_embedding(const EmbeddingArgs& args, const Launch& launch);
+const char* unsupported_kron_embedding(const EmbeddingArgs& args, const Launch& launch);
 int64_t workspace_kron_embedding(const EmbeddingArgs& args, const Launch& launch);
 Status kron_embedding(const EmbeddingArgs& args, const Launch& launch);
 
@@ -62,7 +62,7 @@ struct EmbeddingBackwardArgs {
     void* da;     // (T, S, p) contiguous
     void* db;     // (S, 1, k) contiguous
 };
-const char* refuse_kron_embedding_backward(const EmbeddingBackwardArgs& args, const Launch& launch);
+const char* unsupported_kron_embedding_backward(const EmbeddingBackwardArgs& args, const Launch& launch);
 int64_t workspace_kron_embedding_backward(const EmbeddingBackwardArgs& args, const Launch& launch);
 Status kron_embedding_backward(const EmbeddingBackwardArgs& args, const Launch& launch);
 

@@ -16,7 +16,7 @@ struct DeviceInfo {
 // Null where the kernels run on the device, whose `info` is then filled in; otherwise why not: no driver, too old a
 // driver, no such device, an architecture without machine code or PTX in this library. The text stays until this thread
 // asks again.
-const char* refuse_device(int device, DeviceInfo* info);
+const char* unsupported_device(int device, DeviceInfo* info);
 
 // Devices that the driver shows, or -1 and why they cannot be counted.
 int device_count(const char** reason);

@@ -1,7 +1,0 @@
-#define KRON_ISA avx2
-#define KRON_VEC_BYTES 32
-#include "isa_entry.h"
-
-namespace kron {
-const Kernels kAvx2Kernels = avx2::kKernels;
-}

@@ -1,7 +1,0 @@
-#define KRON_ISA avx512
-#define KRON_VEC_BYTES 64
-#include "isa_entry.h"
-
-namespace kron {
-const Kernels kAvx512Kernels = avx512::kKernels;
-}

@@ -1,7 +1,0 @@
-#define KRON_ISA portable
-#define KRON_VEC_BYTES 16
-#include "isa_entry.h"
-
-namespace kron {
-const Kernels kPortableKernels = portable::kKernels;
-}

@@ -1,5 +1,0 @@
-#include "mm_large_grad_start.cuh"
-#include "mm_sm80_start.cuh"
-
-template kron::cuda::Status kron::cuda::start_mm_sm80<float>(const MmPlan&, const Launch&);
-template kron::cuda::Status kron::cuda::start_large_grad<float>(const LargeGradPlan&, const Launch&);

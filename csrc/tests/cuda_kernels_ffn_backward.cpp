@@ -1,2 +1,0 @@
-// The launches of the feed-forward block's backward as C++.
-#include "../cuda/ffn_backward.cu"
