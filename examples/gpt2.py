@@ -2,7 +2,7 @@
 
 python examples/gpt2.py [--model path/to/gpt2] [--preset TQCompressor]
 
-Without ``--model`` it takes a small random GPT-2, whose text means nothing.
+Without ``--model`` it takes a small random GPT-2, whose text is meaningless.
 """
 
 from __future__ import annotations

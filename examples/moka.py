@@ -1,8 +1,8 @@
 """A gated mixture of Kronecker products of unequal shapes beside a frozen layer.
 
 After Sadeghi et al., "MoKA: Mixture of Kronecker Adapters", 2025. Terms of one shape are summed inside ``kron_addmm``;
-terms of several shapes are a list of pairs, each added in place to what the layer gives. A gate goes to the smaller
-factor, so that it costs nothing by the token.
+terms of several shapes are a list of pairs, each added in place to what the layer gives. A gate multiplies the
+smaller factor, which costs nothing for each token.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from toy import relative_error, trained_parameters
 
 from kron_kernels import kron_addmm_
 from kron_kernels.nn import Shapes
@@ -54,10 +55,9 @@ def main(hidden: int = 192) -> dict[str, float]:
     for b in layer.b:
         nn.init.normal_(b)
     built = F.linear(x, layer.base.weight + sum(torch.kron(a, b) for a, b in layer.terms()), layer.base.bias)
-    error = float((layer(x) - built).abs().max() / built.abs().max())
-    trained = sum(p.numel() for p in layer.parameters() if p.requires_grad)
+    error, trained = relative_error(layer(x), built), trained_parameters(layer)
     print(f"trained: {trained:,} parameters beside a weight of {hidden * hidden:,}")
-    print(f"relative error against the materialised way: {error:.1e}; at the start it changes nothing: {start == 0}")
+    print(f"relative error against the built weight: {error:.1e}; unchanged at the start: {start == 0}")
     return {"trained": trained, "error": error, "start": start}
 
 

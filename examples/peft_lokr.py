@@ -1,4 +1,4 @@
-"""A LoKr adapter of PEFT on a small random Llama: the same training by PEFT's own layers and by ours, one line apart.
+"""A LoKr adapter of PEFT on a small random Llama: the same training with PEFT's own layers and with the patched ones.
 
 python examples/peft_lokr.py --hidden 512     needs peft; prints losses, time and peak memory of both
 """
@@ -51,7 +51,7 @@ def main() -> dict[str, list[float]]:
     losses = {}
     for name in ("PEFT", "kron_kernels"):
         model = make_model(arguments.hidden)
-        # In a program of one's own: apply_kron_kernels_to_peft(model), once.
+        # In your program: apply_kron_kernels_to_peft(model), once.
         with contextlib.nullcontext() if name == "PEFT" else kron_kernels_in_peft(model):
             start = time.perf_counter()
             losses[name] = train(model, ids, arguments.steps)

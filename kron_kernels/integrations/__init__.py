@@ -1,2 +1,2 @@
-"""Kronecker layers of other libraries, computed by this one. Each file imports its library; nothing here is imported
-by the rest of the package."""
+"""Kronecker layers of other libraries, computed by this one. Each file imports its library; the rest of the package
+imports none of them."""

@@ -1,4 +1,4 @@
-"""KronA adapters: a Kronecker product in parallel of a frozen layer or block, and the only thing that is trained.
+"""KronA adapters: a trained Kronecker product in parallel to a frozen layer or block.
 
 Edalati et al., "KronA: Parameter Efficient Tuning with Kronecker Adapter", 2022.
 """
@@ -29,10 +29,10 @@ FORMAT = "1"
 
 
 class KronAdapter(nn.Module):
-    """What the forms of KronA share: ``scale * sum_s A_s (x) B_s`` beside ``base``, a module that is left as it is.
+    """Base class of the forms of KronA: ``scale * sum_s A_s (x) B_s`` beside ``base``, a module that is not changed.
 
     ``a`` is ``(S, m1, n1)`` and ``b`` ``(S, m2, n2)``, in the dtype and on the device of ``base``. A is drawn as the
-    weight of an nn.Linear, B is zero: at first the model computes what it did.
+    weight of an nn.Linear, B is zero: at first the adapter changes no output.
     """
 
     def __init__(self, base: nn.Module, shapes: Shapes, terms: int, scale: float) -> None:
@@ -49,11 +49,11 @@ class KronAdapter(nn.Module):
         self.train(base.training)
 
     def own_tensors(self) -> dict[str, nn.Parameter]:
-        """The adapter's parameters, without those of ``base``."""
+        """Return the adapter's parameters, without those of ``base``."""
         return dict(self.named_parameters(recurse=False))
 
     def options(self) -> dict[str, Any]:
-        """JSON-able arguments that make this adapter anew around the same module."""
+        """Return JSON-able arguments that rebuild this adapter around the same module."""
         return {
             "shapes": [list(self.a.shape[1:]), list(self.b.shape[1:])],
             "terms": self.a.shape[0],
@@ -69,9 +69,9 @@ class KronA(KronAdapter):
     """``W x + bias + scale * (sum_s A_s (x) B_s) x`` around a frozen nn.Linear (Edalati et al., 2022: KronA).
 
     ``x`` is ``(..., in_features)``, the result ``(..., out_features)``; ``shapes`` is ``((m1, n1), (m2, n2))`` with
-    ``m1 * m2 == out_features`` and ``n1 * n2 == in_features``. No weight is built. Where nobody else can hold
-    what the layer gives, as with hooks, the product is added to it in place: no second result of full size is made.
-    Raises ValueError where shapes, terms or scale do not fit, TypeError where ``base`` is no nn.Linear.
+    ``m1 * m2 == out_features`` and ``n1 * n2 == in_features``. No weight is built. The product is added in
+    place to the layer's result unless something else can hold that result, such as a hook.
+    Raises ValueError for shapes, terms or a scale that do not fit, TypeError where ``base`` is not an nn.Linear.
     """
 
     base: nn.Linear
@@ -93,15 +93,15 @@ class KronA(KronAdapter):
         return add(y, x, self.a, self.b, alpha=self.scale)
 
     def merge(self) -> None:
-        """Add the product to the weight of ``base``: from then on the layer costs what it did without an adapter.
+        """Add the product to the weight of ``base``: from then on the layer costs the same as without an adapter.
 
-        The factors get no gradients while merged. Nothing happens where it is merged already.
+        The factors get no gradients while merged. A merged layer is left as it is.
         """
         if not self.merged:
             self._add_to_weight(self.scale)
 
     def unmerge(self) -> None:
-        """Undo ``merge``, but for rounding: in bfloat16 and float16 that of the merge stays in the weight."""
+        """Undo ``merge`` up to rounding: in bfloat16 and float16 the rounding of the merge stays in the weight."""
         if self.merged:
             self._add_to_weight(-self.scale)
 
@@ -117,9 +117,9 @@ class KronABlock(KronAdapter):
     ``+ residual_scale * x`` (KronA^B_res).
 
     ``block`` is any module that takes ``x (..., in_features)`` first and gives ``(..., out_features)``, such as a
-    feed-forward block; it is in the middle of nonlinearities, so that nothing can be merged. ``residual_scale`` () is
+    feed-forward block; it has nonlinearities, so the product cannot be merged. ``residual_scale`` () is
     learned and starts at zero. Raises ValueError where shapes, terms or scale do not fit, and for a residual where
-    ``in_features`` and ``out_features`` differ; TypeError in ``forward`` for a block that gives no tensor.
+    ``in_features`` and ``out_features`` differ; TypeError in ``forward`` for a block that does not return a tensor.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class KronABlock(KronAdapter):
         y = self.base(x, *args, **kwargs)
         if not isinstance(y, Tensor):
             raise TypeError(f"base: expected a block that gives a Tensor, got {type(y).__name__}")
-        # Not in place: what a block gives may be needed by its own backward.
+        # Not in place: the block's own backward may need its output.
         y = kron_addmm(y, x, self.a, self.b, alpha=self.scale)
         return y if self.residual_scale is None else torch.addcmul(y, x, self.residual_scale)
 
@@ -152,11 +152,11 @@ def add_krona_(model: nn.Module, config: KronConfig | Mapping[str, Any] | str, *
     """Put KronA beside the linear layers that ``config`` names, freeze everything else, and return the layers' names.
 
     Roles, patterns, shapes, terms and ``skip`` are those of ``kronify_``: ``KronConfig({"attention":
-    ShapeRule(b=(32, 24))})`` adapts the attention of BERT and its kin, ``patterns`` are for other models. Parameters of
+    ShapeRule(b=(32, 24))})`` adapts the attention of BERT-like models; ``patterns`` are for other models. Parameters of
     a new head are frozen too: ``model.classifier.requires_grad_()`` afterwards trains it along.
 
-    Raises ValueError for a role without modules, a module that is no nn.Linear, a shape that does not divide it, and a
-    model that has adapters; it is as it was then. Load a dense checkpoint first: the names of its tensors change.
+    Raises ValueError for a role without modules, another class than nn.Linear, a shape that does not divide it, and
+    a model that has adapters; the model is left as it was. Load a dense checkpoint first: names of tensors change.
     """
     config = as_kron_config(config)
     _check_bare(model)
@@ -176,7 +176,7 @@ def add_krona_(model: nn.Module, config: KronConfig | Mapping[str, Any] | str, *
 
 
 def freeze_but_krona_(model: nn.Module) -> None:
-    """Let the tensors of KronA adapters alone have gradients; for adapters put in place by hand, as KronABlock is."""
+    """Let only the tensors of KronA adapters have gradients, for adapters that were put in place by hand."""
     model.requires_grad_(False)
     for _, adapter in _adapters(model):
         for parameter in adapter.own_tensors().values():
@@ -184,10 +184,10 @@ def freeze_but_krona_(model: nn.Module) -> None:
 
 
 def remove_krona_(model: nn.Module, *, merge: bool = True) -> None:
-    """Put the layers back in the adapters' places, with the products merged into them (``merge``) or without.
+    """Replace the adapters by their layers, with the products merged into them (``merge``) or dropped.
 
-    What is frozen stays frozen. Raises ValueError where a KronABlock, which cannot be merged, is to be; nothing has
-    changed then.
+    Frozen parameters stay frozen. Raises ValueError for ``merge`` with a KronABlock, which cannot be merged, and
+    changes nothing then.
     """
     adapters = list(_adapters(model))
     for name, adapter in adapters:
@@ -201,7 +201,7 @@ def remove_krona_(model: nn.Module, *, merge: bool = True) -> None:
 
 
 def save_krona(model: nn.Module, path: str | Path) -> None:
-    """Write the adapters' tensors, and nothing else of the model, to a safetensors file with what makes them anew.
+    """Write only the adapters' tensors and their options to a safetensors file.
 
     Raises ValueError for a model without adapters.
     """
@@ -220,8 +220,8 @@ def save_krona(model: nn.Module, path: str | Path) -> None:
 def load_krona_(model: nn.Module, path: str | Path) -> list[str]:
     """Put the adapters of a file of ``save_krona`` into ``model``, a dense one; freeze the rest, return the names.
 
-    Raises ValueError for a file that is none of ``save_krona``, for a model that has adapters, and where a layer is
-    missing or of another size; the model is as it was then.
+    Raises ValueError for a file that ``save_krona`` did not write, for a model that has adapters, and where a layer is
+    missing or of another size; the model is left as it was.
     """
     _check_bare(model)
     with safe_open(path, "pt") as file:
@@ -248,7 +248,7 @@ def _load_adapter_(model: nn.Module, name: str, options: dict[str, Any], file: A
         raise ValueError(f"model: expected a module {name}, got none") from None
     try:
         form = _FORMS[options.pop("form")]
-        adapter = form(module, **options)  # type: ignore[arg-type]  # KronA refuses what is no nn.Linear
+        adapter = form(module, **options)  # type: ignore[arg-type]  # KronA raises for other modules
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: {error}") from None
     for key, tensor in adapter.own_tensors().items():

@@ -1,8 +1,8 @@
-"""PEFT's LoKr layers without the weight: ``y = base(x) + scaling * (w1 (x) w2) x`` by the factors.
+"""Compute PEFT's LoKr layers from their factors: ``y = base(x) + scaling * (w1 (x) w2) x`` without the product.
 
 PEFT builds ``torch.kron(w1, w2)``, as large as the weight it adapts, on every forward, and its gradient on every
 backward (LoKr: Yeh et al., "Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation",
-2023, section 3.3). Parameters, state dicts, merging and random draws stay PEFT's own.
+2023, section 3.3). Parameters, state dicts, merging and random draws stay PEFT's.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ _warned: set[str] = set()
 
 
 def apply_kron_kernels_to_peft(model: nn.Module | None = None) -> None:
-    """Make LoKr layers compute by their factors, without the product ``w1 (x) w2``.
+    """Make LoKr layers compute from their factors, without the product ``w1 (x) w2``.
 
     Args:
-        model: patch the LoKr layers that it has now, with whatever adapters they get. None: patch PEFT's classes, and
-            with them every LoKr layer there is or will be.
+        model: patch the LoKr layers that it has now, for all adapters they get. None: patch PEFT's classes, and with
+            them every LoKr layer.
 
     Raises:
         TypeError: ``model`` is no module.
         ValueError: ``model`` has no LoKr layer.
-        ImportError: on import of this file, where peft is not there in a version of ``PEFT_VERSIONS``.
+        ImportError: on import of this file, where peft is not installed in a version of ``PEFT_VERSIONS``.
 
-    Linear layers, and convolutions of kernel size 1 without groups and padding, with full and low-rank factors, in any
-    dtype of ``kron_addmm``. What else there is keeps PEFT's own path, and one warning for each reason names it. The
-    output and the gradients equal PEFT's but for rounding, with the same random draws for rank and module dropout.
-    Merging, saving and disabling adapters are not touched. Patching twice changes nothing. Patch before
+    Supported are linear layers, and convolutions of kernel size 1 without groups and padding, with full and low-rank
+    factors, in any dtype of ``kron_addmm``. Other layers keep PEFT's own computation, with one warning for each reason.
+    The output and the gradients equal PEFT's up to rounding, with the same random draws for rank and module dropout.
+    Merging, saving and disabling adapters are unchanged. Patching twice changes nothing. Patch before
     ``torch.compile``.
     """
     if model is None:
@@ -61,12 +61,12 @@ def apply_kron_kernels_to_peft(model: nn.Module | None = None) -> None:
         if type(layer) in _BY_FACTORS:
             layer.__class__ = _BY_FACTORS[type(layer)]
         for adapter in layer._available_adapters:
-            if reason := _unsupported(layer, adapter):
+            if reason := _unsupported_reason(layer, adapter):
                 _warn(reason)
 
 
 def remove_kron_kernels_from_peft(model: nn.Module | None = None) -> None:
-    """Undo ``apply_kron_kernels_to_peft(model)``; without effect where nothing was patched.
+    """Undo ``apply_kron_kernels_to_peft(model)``; where nothing was patched, do nothing.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -85,7 +85,7 @@ def remove_kron_kernels_from_peft(model: nn.Module | None = None) -> None:
 
 @contextmanager
 def kron_kernels_in_peft(model: nn.Module | None = None) -> Iterator[None]:
-    """``apply_kron_kernels_to_peft(model)`` inside; what was patched before stays so afterwards."""
+    """Apply ``apply_kron_kernels_to_peft(model)`` inside the block; layers patched before stay patched afterwards."""
     before = bool(_saved)
     own = [] if model is None else [(layer, type(layer)) for layer in _layers(model)]
     apply_kron_kernels_to_peft(model)
@@ -110,7 +110,7 @@ def _layers(model: nn.Module) -> list[Any]:
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """``LoKrLayer.forward``: ``x (..., n)``, or ``(..., n, *space)`` of a convolution, to m channels in place of n."""
     if layer.disable_adapters or layer.merged:
-        return _own(LoKrLayer, "forward")(layer, x, *args, **kwargs)
+        return _original(LoKrLayer, "forward")(layer, x, *args, **kwargs)
     if not args and not kwargs and (adapter := _only_adapter(layer, x)):
         if _drops_module(layer, adapter):
             return layer.base_layer(x)
@@ -122,22 +122,22 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     for adapter in layer.active_adapters:
         if adapter not in layer._available_adapters or _drops_module(layer, adapter):
             continue
-        if isinstance(layer, Linear) and not _drops_rows(layer, adapter) and not _unsupported(layer, adapter):
+        if isinstance(layer, Linear) and not _drops_rows(layer, adapter) and not _unsupported_reason(layer, adapter):
             result = _add_product(layer, adapter, x, result, in_place)
         else:
             result = result + layer._get_delta_activations(adapter, x, *args, **kwargs)
-        in_place = not in_place_is_observed()  # the result is now our own
+        in_place = not in_place_is_observed()  # the result is a new tensor by now
     return result.to(x.dtype)
 
 
 def _only_adapter(layer: Any, x: Tensor) -> str:
-    """The adapter that alone is added to a plain frozen layer, all of one dtype; "" where that is not so."""
+    """The one active adapter of a plain frozen layer, all tensors of one dtype; "" for any other case."""
     adapters = [adapter for adapter in layer.active_adapters if adapter in layer._available_adapters]
     if len(adapters) != 1 or not isinstance(layer, Linear) or in_place_is_observed():
         return ""
     (adapter,) = adapters
     frozen = layer.base_layer
-    if not is_plain_frozen(frozen) or _drops_rows(layer, adapter) or _unsupported(layer, adapter):
+    if not is_plain_frozen(frozen) or _drops_rows(layer, adapter) or _unsupported_reason(layer, adapter):
         return ""
     factors = (getattr(layer, name) for name in layer.adapter_layer_names)
     used = [frozen.weight, *(factor[adapter] for factor in factors if adapter in factor)]
@@ -146,7 +146,7 @@ def _only_adapter(layer: Any, x: Tensor) -> str:
 
 
 def _add_product(layer: Any, adapter: str, x: Tensor, result: Tensor, in_place: bool) -> Tensor:
-    """``result (..., m)`` with the product of ``x (..., n)`` added, into ``result`` itself where it may be."""
+    """``result (..., m)`` plus the product of ``x (..., n)``, written into ``result`` where ``in_place``."""
     x, a, b = _operands(layer, adapter, x)
     dtype = _computed_dtype(x)
     if torch.promote_types(result.dtype, dtype) != dtype:  # the sum has a wider dtype than the product
@@ -161,16 +161,16 @@ def _add_product(layer: Any, adapter: str, x: Tensor, result: Tensor, in_place: 
         return kron_addmm_(result, x, a, b, alpha=alpha)
     # Of batched x, F.linear with a bias gives a view of a matrix: writing through it, autograd would copy the gradient.
     matrix: Any = result._base
-    return kron_addmm_(matrix, x.reshape(matrix.shape[0], -1), a, b, alpha=alpha).view(result.shape)
+    return kron_addmm_(matrix, x.reshape(-1, x.shape[-1]), a, b, alpha=alpha).view(result.shape)
 
 
 def _get_delta_activations(layer: Any, adapter: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """The adapter's part alone, in the layout of the layer: what PEFT's own ``forward`` and dropout ask for."""
-    if reason := _unsupported(layer, adapter):
+    """The adapter's term only, in the layout of the layer, as PEFT's own ``forward`` and dropout use it."""
+    if reason := _unsupported_reason(layer, adapter):
         if not torch.compiler.is_compiling():
             _warn(reason)
         owner = next(plain for plain in _BY_FACTORS if isinstance(layer, plain))
-        return _own(owner, "_get_delta_activations")(layer, adapter, x, *args, **kwargs)
+        return _original(owner, "_get_delta_activations")(layer, adapter, x, *args, **kwargs)
     x, a, b = _operands(layer, adapter, x)
     base_layer = layer.get_base_layer()
     space = 0 if isinstance(layer, Linear) else len(base_layer.kernel_size)
@@ -212,7 +212,7 @@ def _computed_dtype(x: Tensor) -> torch.dtype:
 def _drops_module(layer: Any, adapter: str) -> bool:
     """Whether module dropout leaves the adapter out now; one draw from torch's generator, as PEFT's."""
     probability = layer.module_dropout[adapter]
-    # A draw that decides nothing would break a compiled graph in two.
+    # A draw without effect would break a compiled graph in two.
     if not layer.training or (probability == 0 and torch.compiler.is_compiling()):
         return False
     return not torch.rand(1) > probability
@@ -228,8 +228,8 @@ def _row_mask(layer: Any, adapter: str) -> Tensor:
     return mask / mask.mean() if layer.rank_dropout_scale[adapter] else mask
 
 
-def _unsupported(layer: Any, adapter: str) -> str:
-    """What keeps the adapter on PEFT's own path, "" where nothing does."""
+def _unsupported_reason(layer: Any, adapter: str) -> str:
+    """Why the adapter keeps PEFT's own computation; "" where it is supported."""
     if type(layer) not in _BY_FACTORS and not isinstance(layer, _ByFactors):
         return f"a LoKr layer of class {type(layer).__name__}"
     base_layer = layer.get_base_layer()
@@ -252,16 +252,16 @@ def _unsupported(layer: Any, adapter: str) -> str:
 def _warn(reason: str) -> None:
     if reason not in _warned:
         _warned.add(reason)
-        warnings.warn(f"PEFT LoKr: {reason} keeps PEFT's own path, which builds the weight", stacklevel=3)
+        warnings.warn(f"PEFT LoKr: {reason} keeps PEFT's own computation, which builds the weight", stacklevel=3)
 
 
-def _own(owner: type, name: str) -> Callable[..., Tensor]:
-    """A method of PEFT's, patched or not."""
+def _original(owner: type, name: str) -> Callable[..., Tensor]:
+    """PEFT's own method, whether its class is patched or not."""
     return _saved.get((owner, name)) or owner.__dict__[name]
 
 
 class _ByFactors:
-    """Before one of PEFT's classes: its methods by the factors. Neither state nor parameters are added."""
+    """Mixin before one of PEFT's classes: methods that use the factors. It adds neither state nor parameters."""
 
     forward: Any = _forward
     _get_delta_activations: Any = _get_delta_activations

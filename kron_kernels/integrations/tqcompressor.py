@@ -1,9 +1,9 @@
-"""Layers of TQCompressor's published form (Abronin et al., 2024) as KronLinear, their gathers folded away.
+"""Convert layers of TQCompressor's published form (Abronin et al., 2024) to KronLinear, gathers folded away.
 
 A layer there is ``y = (sum_r A_r (x) B_r^T)(x[p_inv])[q] + bias`` with ``A (r, n1, m1)`` and ``B (r, m2, n2)``, for
 ``m1*m2`` inputs and ``n1*n2`` outputs: the channels are gathered before and after the product. An order that permutes
-whole groups, and the places inside every group alike, is one of the factors' own rows and columns and costs nothing.
-The order between the two layers of a feed-forward counts as one, for hidden units have no order of their own.
+whole groups, and the places inside every group alike, only reorders the factors' rows and columns and costs nothing.
+The order between the two layers of a feed-forward counts as one, since hidden units have no order of their own.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ def linear_from_tq(
     input_order: Tensor | None = None,
     output_order: Tensor | None = None,
 ) -> KronLinear:
-    """The KronLinear of a layer ``A (r, n1, m1)``, ``B (r, m2, n2)``, ``bias (n1*n2,)``, ``p_inv`` and ``q``.
+    """Return the KronLinear of a layer ``A (r, n1, m1)``, ``B (r, m2, n2)``, ``bias (n1*n2,)``, ``p_inv`` and ``q``.
 
-    ``input_order (m1*m2,)`` is p_inv and ``output_order (n1*n2,)`` q, None for none. Dtype and device are those of
-    ``a``. Raises ValueError for shapes that do not fit and for an order that only a gather could follow.
+    ``input_order (m1*m2,)`` is p_inv and ``output_order (n1*n2,)`` is q; None means the identity. Dtype and device are
+    those of ``a``. Raises ValueError for shapes that do not fit and for an order that does not fold into the factors.
     """
     if a.ndim != 3 or b.ndim != 3 or a.shape[0] != b.shape[0]:
         raise ValueError(f"a, b: expected (r, n1, m1) and (r, m2, n2), got {tuple(a.shape)} and {tuple(b.shape)}")
@@ -50,10 +50,10 @@ def linear_from_tq(
 
 
 def feed_forward_from_tq(c_fc: dict[str, Tensor], c_proj: dict[str, Tensor]) -> tuple[KronLinear, KronLinear]:
-    """The two layers of a feed-forward, each from its ``A``, ``B``, ``b`` and, where there are, ``p_inv`` and ``q``.
+    """Return the two layers of a feed-forward, each from its ``A``, ``B``, ``b`` and optional ``p_inv`` and ``q``.
 
-    The hidden units come in the order that c_fc's factors give them: its ``q`` and c_proj's ``p_inv`` are folded as one
-    order. Raises ValueError as ``linear_from_tq``, the layer's name before the message.
+    The hidden units have the order of c_fc's factors: its ``q`` and c_proj's ``p_inv`` are folded as one order. Raises
+    ValueError as ``linear_from_tq``, with the layer's name before the message.
     """
     hidden, q, p_inv = c_fc["b"], c_fc.get("q"), c_proj.get("p_inv")
     if q is not None:
@@ -80,13 +80,13 @@ def _permutation(name: str, order: Tensor, size: int) -> Tensor:
 
 
 def _split(name: str, order: Tensor, groups: int, places: int) -> tuple[Tensor, Tensor]:
-    """(g, t) with order[i*places + k] = g[i]*places + t[k]; ValueError where there are none."""
+    """Return (g, t) with order[i*places + k] = g[i]*places + t[k]; ValueError where none exist."""
     grid = _permutation(name, order, groups * places).view(groups, places)
     group, place = grid[:, 0] // places, grid[0] % places
     if not torch.equal(grid, group[:, None] * places + place):
         raise ValueError(
-            f"{name}: expected an order of whole groups of {places} and of the places in them, which the factors take "
-            "over, got one that needs a gather of the channels in every call; reorder the neighbouring weights by it "
-            "(permute_gpt2_) and pass None"
+            f"{name}: expected an order of whole groups of {places} and of the places in them, which fold into "
+            "the factors, got one that needs a gather of the channels in every call; reorder the neighbouring weights "
+            "by it (permute_gpt2_) and pass None"
         )
     return group, place

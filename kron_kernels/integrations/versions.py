@@ -1,4 +1,4 @@
-"""Which version of an optional library is installed, and whether it is one we know."""
+"""Check the versions of optional libraries."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib.metadata
 
 from packaging.specifiers import SpecifierSet
 
-# Where GPT-2's and ViT's modules have the names and options that are used here; tested with 5.24.
+# The versions whose GPT-2 and ViT modules have the names and options used here; tested with 5.24.
 TRANSFORMERS_VERSIONS = ">=5.24,<6"
 
 

@@ -1,4 +1,4 @@
-"""KronA adapters: the products by their definition; only they are trained, saved and loaded; they leave no trace."""
+"""KronA adapters: the products by their definition; only they are trained, saved and loaded."""
 
 from __future__ import annotations
 
@@ -58,14 +58,7 @@ def run(function, x, layer, grad):
 
 
 def by_definition(x, layer):
-    """Frozen layer and product, one after the other, in the dtype of x."""
-    y = layer.base(x) + layer.scale * reference.kron_matmul(x, layer.a, layer.b)
-    residual = getattr(layer, "residual_scale", None)
-    return y if residual is None else y + residual * x
-
-
-def through_the_weight(x, layer):
-    """The oracle: the product built, in fp64."""
+    """The frozen layer and the built product, one after the other."""
     y = layer.base(x) + layer.scale * F.linear(x, reference.kron_weight(layer.a, layer.b))
     residual = getattr(layer, "residual_scale", None)
     return y if residual is None else y + residual * x
@@ -77,12 +70,12 @@ def assert_by_definition(layer: KronAdapter, dtype: torch.dtype, width: int, out
     x, grad = torch.randn(5, 7, width).to(dtype), torch.randn(5, 7, out).to(dtype)
     actual = run(lambda x, layer: layer(x), x, layer, grad)
     own = run(by_definition, x, layer, grad)
-    oracle = run(through_the_weight, x.double(), copy.deepcopy(layer).double(), grad.double())
+    oracle = run(by_definition, x.double(), copy.deepcopy(layer).double(), grad.double())
     for what, *tensors in zip(("y", "dx", *layer.own_tensors()), actual, own, oracle, strict=True):
         assert_accurate(*tensors, what)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("form", FORMS)
 def test_krona_is_the_layer_and_its_product(form, dtype):
     assert_by_definition(KronA(nn.Linear(24, 36), *FORMS[form], scale=1.7), dtype, 24, 36)
@@ -114,26 +107,7 @@ def test_a_block_gets_what_else_is_passed_and_keeps_what_it_gives():
     assert torch.equal(x, before)
 
 
-@pytest.mark.parametrize("trained", [False, True])
-def test_the_product_is_added_in_the_layers_own_output_where_no_hook_keeps_it(trained, monkeypatch):
-    layer, x = KronA(nn.Linear(24, 36), *FORMS["balanced"]), torch.randn(5, 24)
-    draw(layer)
-    layer.base.requires_grad_(trained)
-    made = []
-
-    def linear(*args):
-        made.append(torch._C._nn.linear(*args))
-        return made[-1]
-
-    monkeypatch.setattr(F, "linear", linear)
-    y = layer(x)
-    assert y.data_ptr() == made[0].data_ptr()
-    layer.base.register_forward_hook(lambda module, args, kept: made.append(kept))
-    torch.testing.assert_close(layer(x), y)
-    torch.testing.assert_close(made[-1], torch._C._nn.linear(x, layer.base.weight, layer.base.bias))
-
-
-def test_adapters_start_as_nothing_and_are_all_that_is_trained():
+def test_adapters_change_nothing_at_first_and_only_they_are_trained():
     model, x = make_model(), torch.randn(6, 8)
     wanted, dense = output(model, x), copy.deepcopy(model.state_dict())
     names = add_krona_(model, CONFIG, scale=3.0)
@@ -150,13 +124,6 @@ def test_adapters_start_as_nothing_and_are_all_that_is_trained():
     assert not torch.allclose(output(model, x), wanted, atol=1e-3)
     remove_krona_(model, merge=False)
     assert all(torch.equal(tensor, dense[name]) for name, tensor in model.state_dict().items())
-
-
-def test_adapters_take_dtype_device_and_mode_of_the_layer():
-    layer = KronA(nn.Linear(24, 36, dtype=torch.bfloat16, device="meta").eval(), *FORMS["balanced"])
-    assert layer.a.dtype is layer.b.dtype is torch.bfloat16
-    assert layer.a.is_meta
-    assert not layer.training
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
@@ -200,7 +167,7 @@ def nested(model: nn.Module) -> nn.Module:
     return model
 
 
-def test_the_file_has_the_adapters_alone_and_makes_them_anew(tmp_path):
+def test_the_file_has_only_the_adapters_and_restores_them(tmp_path):
     model, x = nested(make_model()), torch.randn(6, 8)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert "blocks.1.residual_scale" in trained
@@ -244,7 +211,6 @@ SHAPES = ((6, 4), (6, 6))
             ValueError,
             r"shapes: expected a product of shape .* = \(35, 24\), got 6x4 \(x\) 6x6 of shape \(36, 24\)",
         ),
-        (lambda: KronA(nn.Linear(24, 36), SHAPES, 0), ValueError, "terms: expected an integer of at least 1, got 0"),
         (
             lambda: KronA(nn.Linear(24, 36), SHAPES, scale=float("nan")),
             ValueError,
@@ -276,7 +242,6 @@ def test_bad_input_is_named(make, error, match):
 @pytest.mark.parametrize(
     ("config", "match"),
     [
-        (KronConfig({"no": ShapeRule(b=(2, 2))}, patterns={"no": ("none",)}), "no module plays the role 'no'.*none"),
         (
             KronConfig({"all": ShapeRule(b=(2, 2))}, patterns={"all": (r"\.1$",)}),
             r"model: expected blocks.0.1 \(all\) to be nn.Linear, got GELU",
@@ -285,7 +250,6 @@ def test_bad_input_is_named(make, error, match):
             KronConfig({"all": ShapeRule(b=(2, 2))}, patterns={"all": (r"\.0\.0$", "head")}),
             r"head \(all\): b: a factor of 2x2 does not divide a weight of 3x8",
         ),
-        ("K9", "preset: expected one of K8"),
     ],
 )
 def test_errors_leave_the_model_as_it_was(config, match):
@@ -298,12 +262,6 @@ def test_errors_leave_the_model_as_it_was(config, match):
 def assert_bare(model: nn.Module) -> None:
     assert list(model.state_dict()) == list(make_model().state_dict())
     assert all(parameter.requires_grad for parameter in model.parameters())
-
-
-def test_skipped_layers_get_no_adapter():
-    model = make_model()
-    rules = {"in": ShapeRule(b=(4, 2))}
-    assert add_krona_(model, KronConfig(rules, patterns=CONFIG.patterns, skip=(r"blocks\.0",))) == ["blocks.1.0"]
 
 
 def test_adapters_are_put_on_once(tmp_path):
