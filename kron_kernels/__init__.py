@@ -1,6 +1,7 @@
 """Kronecker-factored linear layers: the product, its gradients, and compressed encoders built on them."""
 
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 try:
     __version__ = version("kron_kernels")
@@ -33,5 +34,14 @@ __all__ = [
     "kron_matmul",
     "kron_matmul_norm",
     "kron_qkv",
+    "optimize_for_inference",
     "pack_factors",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "optimize_for_inference":  # imports transformers
+        from .models.inference import optimize_for_inference
+
+        return optimize_for_inference
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,6 +11,7 @@ from .bert import (
 )
 from .bert_layers import fuse_
 from .cuda_graph import CapturedModel, capture
+from .inference import optimize_for_inference
 
 __all__ = [
     "CapturedModel",
@@ -23,4 +24,5 @@ __all__ = [
     "KronBertPreTrainedModel",
     "capture",
     "fuse_",
+    "optimize_for_inference",
 ]

@@ -28,11 +28,12 @@ from transformers.models.bert.modeling_bert import (
 )
 from transformers.pytorch_utils import apply_chunking_to_forward
 
-from ..nn import Int8KronLinear, KronEmbedding, KronLinear
-from ..ops import AddNorm, kron_embedding, kron_ffn, kron_matmul_norm, kron_qkv
+from ..nn import KronEmbedding
+from ..ops import AddNorm, kron_embedding
 from ..schemas.reference import index_error
 from ..schemas.registry import HUGGING_FACE_ACTIVATIONS
 from ..schemas.torch_internals import needs_autograd
+from .blocks import are_factored, ffn, is_unhooked, matmul_norm, project
 from .padding import Packing, remove_padding
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -41,27 +42,12 @@ _Model = TypeVar("_Model", bound=nn.Module)
 _ACTIVATIONS = {type(ACT2FN[theirs]): ours for theirs, ours in HUGGING_FACE_ACTIVATIONS.items()}
 
 
-def _unhooked(module: nn.Module) -> bool:
-    """Whether a call of ``module`` runs its class's forward and nothing else, so that it may be left out."""
-    return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
-
-
-def _factored(module: Any) -> bool:
-    return type(module) in (KronLinear, Int8KronLinear) and module.activation is None and _unhooked(module)
-
-
 def _norm_of(module: Any, factors: Any) -> tuple[Tensor, Tensor, float] | None:
     """Weight, bias and eps of a plain LayerNorm in the dtype of a Kronecker layer, else None."""
-    if type(module) is not nn.LayerNorm or not _unhooked(module):
+    if type(module) is not nn.LayerNorm or not is_unhooked(module):
         return None
-    parameters = module._parameters  # nn.Module's own way to an attribute costs as much as a small op
-    weight, bias = parameters.get("weight"), parameters.get("bias")
+    tensors = module._parameters or module._buffers  # nn.Module's attribute look-up costs as much as a small op
+    weight, bias = tensors.get("weight"), tensors.get("bias")
     if weight is None or bias is None or weight.dtype is not factors.dtype:
         return None
     return weight, bias, module.eps
@@ -69,7 +55,7 @@ def _norm_of(module: Any, factors: Any) -> tuple[Tensor, Tensor, float] | None:
 
 def _drops(module: Any) -> bool:
     """Whether a dropout does anything, or has a hook to be called."""
-    return type(module) is not nn.Dropout or (module.training and module.p > 0) or not _unhooked(module)
+    return type(module) is not nn.Dropout or (module.training and module.p > 0) or not is_unhooked(module)
 
 
 class FusedBertEmbeddings(BertEmbeddings):
@@ -126,11 +112,11 @@ class FusedBertEmbeddings(BertEmbeddings):
         words: Any = self.word_embeddings
         return (
             type(words) is KronEmbedding
-            and _unhooked(words)
+            and is_unhooked(words)
             # The op gives a gradient to every row that it reads, a padding row too.
             and (words.padding_idx is None or not needs_autograd(words.a, words.b))
             and all(
-                type(table) is nn.Embedding and _unhooked(table) and table.weight.dtype is words.a.dtype
+                type(table) is nn.Embedding and is_unhooked(table) and table.weight.dtype is words.a.dtype
                 for table in (self.position_embeddings, self.token_type_embeddings)
             )
             and _norm_of(self.LayerNorm, words) is not None
@@ -173,7 +159,8 @@ class FusedBertSelfAttention(BertSelfAttention):
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         kwargs["dropout"] = self.dropout.p if self.training else 0.0
         kwargs["scaling"] = self.scaling
-        projected = self._project(hidden_states)
+        modules: Any = self._modules
+        projected = project(hidden_states, (modules["query"], modules["key"], modules["value"]))
         lead = hidden_states.shape[:-1]
         if packing is None:
             heads = (*lead, -1, self.attention_head_size)
@@ -186,16 +173,6 @@ class FusedBertSelfAttention(BertSelfAttention):
         ]
         return torch.cat(contexts).unsqueeze(0), None
 
-    def _project(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
-        modules: Any = self._modules
-        layers = (modules["query"], modules["key"], modules["value"])
-        if _factored(layers[0]) and _factored(layers[1]) and _factored(layers[2]):
-            lefts, rights, biases = zip(*[layer.operands() for layer in layers], strict=True)
-            missing = sum(bias is None for bias in biases)
-            if missing in (0, 3):
-                return kron_qkv(hidden_states, lefts, rights, None if missing else biases)
-        return tuple(layer(hidden_states) for layer in layers)
-
 
 class _FusedOutput(nn.Module):
     """The end of a block: a product, the residual and the norm in one op."""
@@ -207,10 +184,10 @@ class _FusedOutput(nn.Module):
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
         modules: Any = self._modules
         dense = modules["dense"]
-        norm = _norm_of(modules["LayerNorm"], dense) if _factored(dense) else None
+        norm = _norm_of(modules["LayerNorm"], dense) if are_factored(dense) else None
         if norm is None or _drops(modules["dropout"]):
             return super().forward(hidden_states, input_tensor)
-        return kron_matmul_norm(hidden_states, *dense.operands(), AddNorm(input_tensor, *norm))
+        return matmul_norm(hidden_states, dense, AddNorm(input_tensor, *norm))
 
 
 class FusedBertSelfOutput(_FusedOutput, BertSelfOutput):
@@ -233,7 +210,7 @@ class FusedBertLayer(BertLayer):
         attention = modules["attention"]
         # The arguments left out here serve cross-attention, which an encoder has not.
         kwargs.pop("encoder_attention_mask", None)
-        if type(attention) is BertAttention and _unhooked(attention):
+        if type(attention) is BertAttention and is_unhooked(attention):
             parts: Any = attention._modules
             context, _ = parts["self"](hidden_states, attention_mask, **kwargs)
             hidden_states = parts["output"](context, hidden_states)
@@ -249,29 +226,27 @@ class FusedBertLayer(BertLayer):
         modules: Any = self._modules
         intermediate, output = modules["intermediate"], modules["output"]
         activation = _activation_of(intermediate)
-        if activation is None or type(output) is not FusedBertOutput or not _unhooked(output):
+        if activation is None or type(output) is not FusedBertOutput or not is_unhooked(output):
             return super().feed_forward_chunk(attention_output)
         parts: Any = output._modules
-        dense, layer_norm, dropout = parts["dense"], parts["LayerNorm"], parts["dropout"]
-        norm = _norm_of(layer_norm, dense) if _factored(dense) else None
+        layers = (intermediate._modules["dense"], parts["dense"])
+        layer_norm, dropout = parts["LayerNorm"], parts["dropout"]
+        norm = _norm_of(layer_norm, layers[1]) if are_factored(*layers) else None
         if norm is None:
             return super().feed_forward_chunk(attention_output)
-        operands = (attention_output, *intermediate._modules["dense"].operands(), *dense.operands())
         if _drops(dropout):
-            y = kron_ffn(*operands, activation=activation)
+            y = ffn(attention_output, *layers, activation, None)
             return layer_norm(dropout(y) + attention_output)
-        return kron_ffn(*operands, activation=activation, norm=AddNorm(attention_output, *norm))
+        return ffn(attention_output, *layers, activation, AddNorm(attention_output, *norm))
 
 
 def _activation_of(intermediate: Any) -> str | None:
     """The ops' name for the activation of a first half that may be fused, else None."""
-    if type(intermediate) is not BertIntermediate or not _unhooked(intermediate):
-        return None
-    if not _factored(intermediate._modules["dense"]):
+    if type(intermediate) is not BertIntermediate or not is_unhooked(intermediate):
         return None
     function: Any = intermediate.intermediate_act_fn
     name = _ACTIVATIONS.get(type(function))
-    return name if name is not None and _unhooked(function) else None
+    return name if name is not None and is_unhooked(function) else None
 
 
 class FusedBertEncoder(BertEncoder):

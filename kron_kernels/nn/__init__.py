@@ -7,6 +7,7 @@ as int8.
 
 from .embedding import KronDecoder, KronEmbedding, fit_embedding
 from .factored import Shape, Shapes
+from .inference import PackedKronLinear
 from .int8 import Int8Factored, Int8KronDecoder, Int8KronEmbedding, Int8KronLinear
 from .linear import KronLinear, fit_linear
 
@@ -18,6 +19,7 @@ __all__ = [
     "KronDecoder",
     "KronEmbedding",
     "KronLinear",
+    "PackedKronLinear",
     "Shape",
     "Shapes",
     "fit_embedding",

@@ -171,4 +171,19 @@ def to_int8_(module: KronLinear | KronEmbedding) -> None:
     module.__class__ = _INT8[type(module)]  # type: ignore[assignment]
 
 
-__all__ = ["Int8Factored", "Int8KronDecoder", "Int8KronEmbedding", "Int8KronLinear", "large_factors", "to_int8_"]
+@torch.no_grad()
+def from_int8_(module: Int8Factored) -> None:
+    """Convert an int8-stored module back to floating point in place; an Int8KronDecoder after its embedding."""
+    if isinstance(module, Int8KronDecoder):
+        embedding: Any = vars(module).pop("embedding")
+        factors = (embedding.a, embedding.b)
+    else:
+        factors = (module.a, module.b)
+        for name in module.factor_names():
+            module._buffers.pop(name, None)
+    module.__class__ = _FLOAT[type(module)]  # type: ignore[assignment]
+    for name, factor in zip("ab", factors, strict=True):
+        module._parameters[name] = factor if isinstance(factor, nn.Parameter) else nn.Parameter(factor)
+
+
+_FLOAT = {Int8KronDecoder: KronDecoder, **{int8: plain for plain, int8 in _INT8.items()}}

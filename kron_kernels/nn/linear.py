@@ -20,6 +20,8 @@ from .factored import KronFactored, Shape, Shapes, check_product_shape, empty_fa
 _MANY_TOKENS = 512
 # The share of the dense multiply-adds from which on nothing is saved: the dense product runs at a higher rate.
 _NO_SAVING = 0.9
+# Dtypes whose dense product on the CPU runs at that rate.
+DENSE_DTYPES = (torch.float32, torch.float64)
 
 
 class KronLinear(KronFactored):
@@ -126,20 +128,33 @@ def kron_linear(
     tokens, on the CPU in float32 or float64, the weight is then built and multiplied whole. It and its gradient take
     memory as in a dense layer. Few tokens read the factors alone.
     """
-    terms = a.shape[0]
-    if terms > 1 and activation is None and _many_tokens(x):
-        (_, m1, n1), (_, m2, n2) = a.shape, b.shape
-        fits = x.shape[-1] == n1 * n2 and x.dtype is a.dtype  # kron_matmul says what does not
-        if fits and min(order_cost(m1, n1, m2, n2, terms)) >= _NO_SAVING * m1 * m2 * n1 * n2:
-            return F.linear(x, kron_weight(a, b), bias)
+    if a.shape[0] > 1 and takes_dense_product(x, a, b, activation):
+        return F.linear(x, kron_weight(a, b), bias)
     return kron_matmul(x, a, b, bias, activation=activation)
+
+
+def takes_dense_product(x: Tensor, a: Tensor, b: Tensor, activation: str | None) -> bool:
+    """Tell whether ``kron_linear`` multiplies these operands by the dense weight."""
+    if not _many_tokens(x):
+        return False
+    (terms, m1, n1), (_, m2, n2) = a.shape, b.shape
+    fits = x.shape[-1] == n1 * n2 and x.dtype is a.dtype  # kron_matmul names what does not
+    return fits and takes_dense_products(((m1, n1), (m2, n2)), terms, activation)
+
+
+def takes_dense_products(shapes: Shapes, terms: int, activation: str | None) -> bool:
+    """Tell whether a layer multiplies many tokens by its dense weight: its terms together save nothing."""
+    (m1, n1), (m2, n2) = shapes
+    if terms == 1 or activation is not None:
+        return False
+    return min(order_cost(m1, n1, m2, n2, terms)) >= _NO_SAVING * m1 * m2 * n1 * n2
 
 
 def _many_tokens(x: Tensor) -> bool:
     # A captured graph should not depend on the number of tokens, and autocast computes in another dtype.
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
-    if not isinstance(x, Tensor) or not x.is_cpu or x.dtype not in (torch.float32, torch.float64):
+    if not isinstance(x, Tensor) or not x.is_cpu or x.dtype not in DENSE_DTYPES:
         return False
     return x.numel() >= _MANY_TOKENS * x.shape[-1]
 

@@ -1,0 +1,164 @@
+"""``optimize_for_inference``: the same results, nothing to write to, and a clear error for what its form cannot do."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from kron_kernels import optimize_for_inference
+from kron_kernels.convert.quantize import quantize_
+from kron_kernels.models import (
+    KronBertForMaskedLM,
+    KronBertForSequenceClassification,
+    KronBertModel,
+    blocks,
+)
+from kron_kernels.nn import KronEmbedding, KronLinear, PackedKronLinear
+from tests.models.bert_cases import IDS, make, run
+
+assert_equal = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", [KronBertModel, KronBertForMaskedLM, KronBertForSequenceClassification])
+@pytest.mark.parametrize("kron", ["K8", "K21"])
+def test_results_are_those_of_the_training_form(kind: Any, kron: str) -> None:
+    model = make(kron, kind)
+    wanted = run(model)
+    assert optimize_for_inference(model) is model
+    torch.testing.assert_close(run(model), wanted, rtol=1e-5, atol=1e-5)
+    assert list(model.parameters()) == []
+    assert (model.dtype, model.device.type, model.training) == (torch.float32, "cpu", False)
+    assert isinstance(model, kind)
+    assert optimize_for_inference(model) is model
+
+
+def test_packed_factors_of_a_block_reach_the_fused_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = optimize_for_inference(make())
+    for name in ("kron_qkv", "kron_matmul_norm", "kron_ffn"):
+        monkeypatch.setattr(blocks, name, None)  # only ops that take packed factors are left
+    assert all(output.isfinite().all() for output in run(model))
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_a_dtype_converts_first(dtype: str, expected: torch.dtype) -> None:
+    model = make()
+    wanted = run(copy.deepcopy(model).to(expected))
+    torch.testing.assert_close(run(optimize_for_inference(model, dtype)), wanted, rtol=0.1, atol=0.1)
+    assert model.dtype is expected
+
+
+def test_int8_factors_become_floating_point() -> None:
+    model = make("K8", KronBertForMaskedLM)
+    quantize_(model)
+    wanted = run(model)
+    optimize_for_inference(model)
+    torch.testing.assert_close(run(model), wanted, rtol=1e-4, atol=1e-4)
+    decoder: Any = model.get_output_embeddings()
+    words: Any = model.get_input_embeddings()
+    assert type(words) is KronEmbedding
+    assert decoder.a is words.a
+
+
+def test_a_converted_model_of_another_kind() -> None:
+    model = nn.Sequential(nn.Linear(48, 48), nn.LayerNorm(48), KronLinear(48, 96, ((8, 4), (12, 12))), nn.Dropout(0.5))
+    x = torch.randn(3, 48)
+    wanted = model.eval()(x)
+    optimize_for_inference(model.train())
+    torch.testing.assert_close(model(x), wanted)
+    assert type(model[2]) is PackedKronLinear
+
+
+def test_copies_and_pickles() -> None:
+    model = optimize_for_inference(make("K8", KronBertForMaskedLM))
+    wanted = run(model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(other) is type(model)
+        assert_equal(run(other), wanted)
+        with pytest.raises(RuntimeError, match="training form"):
+            other.train()
+
+
+REFUSED: dict[str, Any] = {
+    "half": lambda model: model.half(),
+    "meta": lambda model: model.to("meta"),
+    "to_empty": lambda model: model.to_empty(device="cpu"),
+    "part": lambda model: model.encoder.layer[0].attention.self.query.double(),
+    "state_dict": lambda model: model.state_dict(),
+    "state_dict of a part": lambda model: model.encoder.state_dict(),
+    "load_state_dict": lambda model: model.load_state_dict({}),
+    "load a part": lambda model: model.encoder.load_state_dict({}, strict=False),
+    "train": lambda model: model.train(),
+    "train a part": lambda model: model.encoder.layer[0].train(),
+    "requires_grad_": lambda model: model.requires_grad_(),
+    "resize": lambda model: model.resize_token_embeddings(60),
+    "another dtype": lambda model: optimize_for_inference(model, "bf16"),
+    "gradients": lambda model: model(inputs_embeds=torch.randn(2, 5, 48, requires_grad=True)),
+}
+
+
+@pytest.mark.parametrize("use", REFUSED)
+def test_what_the_inference_form_cannot_do_is_an_error(use: str) -> None:
+    model = optimize_for_inference(make())
+    wanted = run(model)
+    with pytest.raises(RuntimeError, match="expected a model in training form, got one that optimize_for_inference"):
+        REFUSED[use](model)
+    assert_equal(run(model), wanted)
+
+
+def test_saving_leaves_no_file(tmp_path: Any) -> None:
+    with pytest.raises(RuntimeError, match=r"save_pretrained\(\): expected a model in training form"):
+        optimize_for_inference(make()).save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_op_moves_are_allowed() -> None:
+    model = optimize_for_inference(make())
+    assert model.to("cpu") is model
+    assert model.float().eval().requires_grad_(False) is model
+
+
+def test_an_optimizer_finds_nothing_and_autocast_is_refused() -> None:
+    model = optimize_for_inference(make())
+    with pytest.raises(ValueError, match="empty parameter list"):
+        torch.optim.SGD(model.parameters(), lr=0.1)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="autocast: expected it off"):
+        model(IDS)
+
+
+def hook(model: Any) -> None:
+    model.encoder.layer[0].output.dense.register_forward_hook(print)
+
+
+def parametrize(model: Any) -> None:
+    nn.utils.parametrize.register_parametrization(model.encoder.layer[0].output.dense, "a", nn.Identity())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (hook, r"Kronecker layers without hooks, got encoder\.layer\.0\.output\.dense"),
+        (parametrize, r"plain factors, got a parametrization of encoder\.layer\.0\.output\.dense"),
+        (lambda model: model.to("meta"), r"whole weights in memory, got embeddings\.\S+ as the meta device"),
+    ],
+)
+def test_models_that_cannot_be_frozen_stay_as_they_are(change: Any, message: str) -> None:
+    model = make()
+    change(model)
+    with pytest.raises(ValueError, match=message):
+        optimize_for_inference(model)
+    assert not any(isinstance(module, PackedKronLinear) for module in model.modules())
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(ValueError, match="dtype: expected None or one of 'fp32', 'bf16', 'fp16', got 'int8'"):
+        optimize_for_inference(make(), "int8")
+    with pytest.raises(ValueError, match="model: expected Kronecker layers, as of kronify_, got a Linear without any"):
+        optimize_for_inference(nn.Linear(2, 2))
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="autocast: expected it off"):
+        optimize_for_inference(make())
