@@ -63,7 +63,7 @@ void kron_addmm_(const Kernels& kernels, Tensor base, const Tensor& x, const Ten
     add_product(kernels, base, x, a, b, alpha, base);
 }
 
-// Gradients of x, a, b, bias by the bits of `needs`, bit 0 that of x; one not asked for has shape (0,).
+// Gradients of x, a, b, bias by the bits of `needs`, bit 0 that of x; one that is not wanted has shape (0,).
 template <class Kernels>
 std::tuple<Tensor, Tensor, Tensor, Tensor> kron_matmul_backward(const Kernels& kernels, const Tensor& grad_any,
                                                                 const Tensor& x_any, const Tensor& a, const Tensor& b,

@@ -1,4 +1,4 @@
-// Checks of the operands, and their memory as the kernels want it. Only the stable ABI is used, so that one
+// Checks of the operands, and their memory layout. Only the stable ABI is used, so that one
 // binary serves every torch from 2.11 on.
 #pragma once
 

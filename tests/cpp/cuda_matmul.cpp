@@ -11,7 +11,7 @@ constexpr double kAlpha = 0.75;
 
 // Runs the product of a case; empty, or the error of the launch.
 std::string run(Mm& matmul) {
-    const MmCase& c = matmul.c;
+    const MatmulCase& c = matmul.c;
     std::vector<kron::Projection> projections;
     for (auto& pair : matmul.pairs) {
         for (int64_t i = 0; i < pair->y.count; ++i) test::write(pair->y.get(), i, c.dtype, std::nan(""));
@@ -28,7 +28,7 @@ std::string run(Mm& matmul) {
     return kron::cuda::kron_matmul(args, launch).what;
 }
 
-void check(const MmCase& c, int schedules = 1) {
+void check(const MatmulCase& c, int schedules = 1) {
     Mm matmul(c);
     std::vector<std::vector<double>> expected;
     for (int64_t i = 0; i < c.count; ++i) expected.push_back(matmul.expected(i, kAlpha));
@@ -51,7 +51,7 @@ void test_matmul() {
     const DType types[] = {DType::bf16, DType::f16, DType::f32};
     const int64_t tokens[] = {1, 5, 33, 70};
     int n = 0;
-    for (MmCase c : kShapes)
+    for (MatmulCase c : kShapes)
         for (int variant = 0; variant < 6; ++variant, ++n) {
             c.dtype = types[n % 3];
             c.tokens = tokens[n % 4];
@@ -65,18 +65,18 @@ void test_matmul() {
             c.shared = variant == 3 ? 49 * 1024 : 100 * 1024;
             check(c, variant == 0 ? 3 : 1);
         }
-    MmCase attention{"k8-attention", 384, 384, 2, 2, 20};
+    MatmulCase attention{"k8-attention", 384, 384, 2, 2, 20};
     check(attention);
-    MmCase expanding{"k8-w1", 8, 2, 384, 384, 20};
+    MatmulCase expanding{"k8-w1", 8, 2, 384, 384, 20};
     expanding.activation = Activation::gelu;
     check(expanding);
-    check(MmCase{"no tokens", 48, 48, 2, 2, 0});
+    check(MatmulCase{"no tokens", 48, 48, 2, 2, 0});
 }
 
 void test_barriers() {
-    for (const MmCase& c : {MmCase{"k8-attention", 200, 200, 2, 2}, MmCase{"k8-w1", 8, 2, 200, 200}})
+    for (const MatmulCase& c : {MatmulCase{"k8-attention", 200, 200, 2, 2}, MatmulCase{"k8-w1", 8, 2, 200, 200}})
         for (const int64_t shared : {int64_t(100), int64_t(48)}) {  // the second: in two panels
-            MmCase one = c;
+            MatmulCase one = c;
             one.shared = shared * 1024;
             Mm matmul(one);
             const std::vector<double> expected = matmul.expected(0, kAlpha);
@@ -85,14 +85,14 @@ void test_barriers() {
 }
 
 void test_unsupported() {
-    const auto expect = [](MmCase c, const char* reason) {
+    const auto expect = [](MatmulCase c, const char* reason) {
         Mm matmul(c);
         test::check(run(matmul) == reason, reason, run(matmul).c_str());
     };
     expect({"balanced", 24, 24, 32, 32}, "no factor is tiny (at most 16 x 16)");
     expect({"doubles", 48, 48, 2, 2, 3, 1, DType::f64}, "the CUDA kernels have no float64");
     expect({"terms", 4, 4, 2, 2, 3, 17}, "more than 16 terms");
-    MmCase narrow{"narrow", 48, 48, 2, 2};
+    MatmulCase narrow{"narrow", 48, 48, 2, 2};
     narrow.shared = 40 * 1024;
     expect(narrow, "the device has too little shared memory for a block of the CUDA product");
 

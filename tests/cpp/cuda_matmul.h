@@ -14,7 +14,7 @@ namespace cuda_test {
 using kron::Activation;
 using kron::DType;
 
-struct MmCase {
+struct MatmulCase {
     const char* name;
     int64_t m1, n1, m2, n2;
     int64_t tokens = 33, terms = 1;
@@ -36,7 +36,7 @@ struct MmCase {
     }
 };
 
-inline kron::cuda::Launch launch_of(const MmCase& c) {
+inline kron::cuda::Launch launch_of(const MatmulCase& c) {
     const int multiprocessors = c.tokens > 60 ? 1 : 4;  // one: a block has several tiles, or steps of tokens
     return kron::cuda::Launch{nullptr, 80, multiprocessors, c.shared, true, nullptr, 0};
 }
@@ -47,7 +47,7 @@ inline double allowed(DType dtype, int64_t depth) {
 }
 
 struct Pair {
-    Pair(const MmCase& c)
+    Pair(const MatmulCase& c)
         : a(c.terms * c.m1 * c.n1, c.dtype),
           b(c.terms * c.m2 * c.n2, c.dtype),
           bias(c.m1 * c.m2, c.dtype),
@@ -59,11 +59,11 @@ struct Pair {
 };
 
 struct Mm {
-    explicit Mm(const MmCase& c) : c(c), x(c.shift + c.tokens * (c.n1 * c.n2 + c.gap), c.dtype) {
+    explicit Mm(const MatmulCase& c) : c(c), x(c.shift + c.tokens * (c.n1 * c.n2 + c.gap), c.dtype) {
         x.randomise();
         for (int64_t i = 0; i < c.count; ++i) pairs.push_back(std::make_unique<Pair>(c));
     }
-    static kron::Factor factor(const MmCase& c, const test::Buffer& f, int64_t rows, int64_t columns) {
+    static kron::Factor factor(const MatmulCase& c, const test::Buffer& f, int64_t rows, int64_t columns) {
         const int64_t size = rows * columns;
         return c.transposed ? kron::Factor{f.get(), size, 1, rows} : kron::Factor{f.get(), size, columns, 1};
     }
@@ -102,7 +102,7 @@ struct Mm {
         return y;
     }
 
-    MmCase c;
+    MatmulCase c;
     test::Buffer x;
     std::vector<std::unique_ptr<Pair>> pairs;
 };
@@ -118,7 +118,7 @@ inline double worst_error(const std::vector<double>& expected, const test::Buffe
     return worst / scale;
 }
 
-inline const MmCase kShapes[] = {
+inline const MatmulCase kShapes[] = {
     {"k8-attention", 48, 48, 2, 2},
     {"k21-attention", 96, 12, 2, 16},
     {"k21-attention^T", 12, 96, 16, 2},

@@ -7,7 +7,7 @@ namespace {
 using namespace cuda_test;
 
 struct Gradients {
-    explicit Gradients(const MmCase& c)
+    explicit Gradients(const MatmulCase& c)
         : matmul(c),
           grad(c.shift + c.tokens * (c.m1 * c.m2 + c.gap), c.dtype),
           dx(c.tokens * c.n1 * c.n2, c.dtype),
@@ -26,7 +26,7 @@ struct Gradients {
 
 struct Expected {
     explicit Expected(const Gradients& g) : dx(g.dx.count), da(g.da.count), db(g.db.count), dbias(g.dbias.count) {
-        const MmCase& c = g.matmul.c;
+        const MatmulCase& c = g.matmul.c;
         const int64_t m = c.m1 * c.m2, n = c.n1 * c.n2;
         std::vector<double> z(size_t(c.n1 * c.m2)), v(size_t(c.n1 * c.m2));
         for (int64_t t = 0; t < c.tokens; ++t) {
@@ -58,7 +58,7 @@ struct Expected {
 constexpr int kNeedX = 1, kNeedA = 2, kNeedB = 4, kNeedBias = 8, kAll = 15;
 
 std::string run(Gradients& g, int needs) {
-    const MmCase& c = g.matmul.c;
+    const MatmulCase& c = g.matmul.c;
     for (test::Buffer* out : {&g.dx, &g.da, &g.db, &g.dbias})
         for (int64_t i = 0; i < out->count; ++i) test::write(out->get(), i, c.dtype, std::nan(""));
     const auto wanted = [&](int need, test::Buffer& out) { return needs & need ? out.get() : nullptr; };
@@ -88,7 +88,7 @@ struct Output {
     double tolerance;
 };
 std::vector<Output> outputs(const Gradients& g, const Expected& e) {
-    const MmCase& c = g.matmul.c;
+    const MatmulCase& c = g.matmul.c;
     const double x = allowed(c.dtype, c.m1 * c.m2 * c.terms), sums = allowed(c.dtype, c.tokens * c.m1 * c.m2);
     return {{kNeedX, "dx", e.dx, g.dx, x},
             {kNeedA, "da", e.da, g.da, sums},
@@ -96,7 +96,7 @@ std::vector<Output> outputs(const Gradients& g, const Expected& e) {
             {kNeedBias, "dbias", e.dbias, g.dbias, sums}};
 }
 
-void check(const MmCase& c, int needs = kAll, int schedules = 1) {
+void check(const MatmulCase& c, int needs = kAll, int schedules = 1) {
     Gradients g(c);
     const Expected expected(g);
     for (int s = 0; s < schedules; ++s) {
@@ -114,7 +114,7 @@ void test_backward() {
     const DType types[] = {DType::bf16, DType::f16, DType::f32};
     const int64_t tokens[] = {1, 5, 33, 70};
     int n = 0;
-    for (MmCase c : kShapes)
+    for (MatmulCase c : kShapes)
         for (int variant = 0; variant < 4; ++variant, ++n) {
             c.dtype = types[n % 3];
             c.tokens = tokens[(n + variant) % 4];
@@ -124,15 +124,16 @@ void test_backward() {
             c.transposed = variant % 2;
             check(c, variant == 1 ? 1 + n % 15 : kAll, variant == 0 ? 3 : 1);
         }
-    MmCase terms{"nine terms", 24, 16, 2, 2, 20, 9};
+    MatmulCase terms{"nine terms", 24, 16, 2, 2, 20, 9};
     check(terms);
-    check(MmCase{"k8-attention", 384, 384, 2, 2, 10});
-    check(MmCase{"many tokens", 2, 8, 136, 72, 230});
-    check(MmCase{"more blocks than threads that add them", 8, 8, 17, 20, 1100}, kNeedA);
+    check(MatmulCase{"k8-attention", 384, 384, 2, 2, 10});
+    check(MatmulCase{"many tokens", 2, 8, 136, 72, 230});
+    check(MatmulCase{"more blocks than threads that add them", 8, 8, 17, 20, 1100}, kNeedA);
 }
 
 void test_barriers() {
-    for (const MmCase& c : {MmCase{"k8-attention", 136, 72, 2, 2, 110}, MmCase{"k8-w1", 8, 2, 136, 72, 110}}) {
+    for (const MatmulCase& c :
+         {MatmulCase{"k8-attention", 136, 72, 2, 2, 110}, MatmulCase{"k8-w1", 8, 2, 136, 72, 110}}) {
         Gradients g(c);
         const Expected expected(g);
         const auto right = [&] {
@@ -146,7 +147,7 @@ void test_barriers() {
 }
 
 void test_unsupported() {
-    Gradients none(MmCase{"no tokens", 48, 48, 2, 2, 0}), balanced(MmCase{"balanced", 24, 24, 32, 32, 2});
+    Gradients none(MatmulCase{"no tokens", 48, 48, 2, 2, 0}), balanced(MatmulCase{"balanced", 24, 24, 32, 32, 2});
     test::check(run(none, kAll) == "gradients of no tokens", "unsupported", "no tokens");
     test::check(run(balanced, kAll) == "no factor is tiny (at most 16 x 16)", "unsupported", "balanced");
 }

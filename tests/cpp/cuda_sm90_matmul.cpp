@@ -10,15 +10,15 @@
 namespace {
 
 using namespace kron::cuda;
+using cuda_test::MatmulCase;
 using cuda_test::Mm;
-using cuda_test::MmCase;
 using kron::Activation;
 using kron::DType;
 
 constexpr double kAlpha = 0.75;
 
 struct Call {
-    explicit Call(const MmCase& c) : matmul(c) {
+    explicit Call(const MatmulCase& c) : matmul(c) {
         for (const auto& pair : matmul.pairs)
             projections.push_back({Mm::factor(c, pair->a, c.m1, c.n1), Mm::factor(c, pair->b, c.m2, c.n2),
                                    c.bias ? pair->bias.get() : nullptr, nullptr, 0, pair->y.get()});
@@ -64,7 +64,7 @@ struct Call {
     std::vector<std::vector<double>> expected;
 };
 
-void test_case(const MmCase& c, bool large_ring = false) {
+void test_case(const MatmulCase& c, bool large_ring = false) {
     const Call call(c);
     Launch launch = call.tight();
     if (large_ring) launch.shared_per_block = 227 * 1024;
@@ -79,7 +79,7 @@ void test_case(const MmCase& c, bool large_ring = false) {
     }
 }
 
-MmCase with(MmCase c, DType dtype, int64_t tokens = 70) {
+MatmulCase with(MatmulCase c, DType dtype, int64_t tokens = 70) {
     c.dtype = dtype, c.tokens = tokens;
     return c;
 }
@@ -129,7 +129,7 @@ void test_unsupported() {
 // kron_matmul takes the kernel where it can, with a packed copy of a factor that is not row-major.
 void test_choice() {
     for (const bool transposed : {false, true}) {
-        MmCase c{"attention", 72, 64, 2, 2, 40};
+        MatmulCase c{"attention", 72, 64, 2, 2, 40};
         c.transposed = transposed;
         const Call call(c);
         const auto on_hopper = [&](int multiprocessors) {
@@ -152,12 +152,12 @@ void test_choice() {
 }
 
 void test_matmul() {
-    const MmCase attention{"attention of K8", 136, 200, 2, 2};
-    const MmCase thin{"attention of K21", 136, 48, 2, 16};
-    const MmCase widened{"its gradient", 48, 136, 16, 2};
-    const MmCase expanding{"W1", 8, 2, 136, 192};
-    const MmCase contracting{"W2", 2, 8, 136, 104};
-    for (const MmCase& c : {attention, thin, widened, expanding, contracting}) {
+    const MatmulCase attention{"attention of K8", 136, 200, 2, 2};
+    const MatmulCase thin{"attention of K21", 136, 48, 2, 16};
+    const MatmulCase widened{"its gradient", 48, 136, 16, 2};
+    const MatmulCase expanding{"W1", 8, 2, 136, 192};
+    const MatmulCase contracting{"W2", 2, 8, 136, 104};
+    for (const MatmulCase& c : {attention, thin, widened, expanding, contracting}) {
         test_case(with(c, DType::bf16));
         test_case(with(c, DType::f16, 1), true);
     }
@@ -165,16 +165,16 @@ void test_matmul() {
     test_case({"right", 136, 72, 2, 4, 40});
     test_case({"left", 3, 2, 64, 64, 300}, true);
     test_case({"left", 2, 4, 72, 64, 40});
-    MmCase several = attention;
+    MatmulCase several = attention;
     several.count = 3, several.gap = 8, several.bias = false, several.tokens = 200;
     test_case(several);
     several = thin, several.count = 2;
     test_case(several);
-    MmCase gelu = expanding;
+    MatmulCase gelu = expanding;
     gelu.activation = Activation::gelu;
     test_case(gelu);
     test_case(with(attention, DType::bf16, 0));
-    for (MmCase c : {attention, thin}) {
+    for (MatmulCase c : {attention, thin}) {
         c.tokens = 300;
         const Call call(c);
         // Where the ring holds a tile's factors the next x may come while this one is read; in the least one its stages

@@ -36,13 +36,13 @@ struct Pair {
     kron::Shape shape(int64_t tokens) const { return {tokens, terms, m1, n1, m2, n2, dtype}; }
     kron::Factor factor_a() const { return {a.get(), m1 * n1, n1, 1}; }
     kron::Factor factor_b() const { return {b.get(), m2 * n2, n2, 1}; }
-    // With packed bytes, the plain factor that they hold is one NaN of stride 0: a kernel that reads it is found out.
+    // With packed bytes, the plain factor that they hold is one NaN of stride 0: a kernel that reads it gives NaN.
     kron::Projection projection(void* y, const std::vector<char>* packed = nullptr) const {
         static const uint64_t nan = ~uint64_t{0};  // in every dtype
         kron::Projection p{factor_a(), factor_b(), bias.get(), nullptr, 0, y};
         if (packed) {
             p.packed = aligned(*packed);
-            p.packed_bytes = kron::kron_packed_bytes(shape(1));
+            p.packed_bytes = static_cast<int64_t>(packed->size()) - 64;
             (kron::kron_packs_a(p.packed) ? p.a : p.b) = {&nan, 0, 0, 0};
         }
         return p;
@@ -51,9 +51,11 @@ struct Pair {
     static const char* aligned(const std::vector<char>& bytes) {
         return bytes.data() + (64 - reinterpret_cast<uintptr_t>(bytes.data()) % 64) % 64;
     }
-    std::vector<char> pack(const kron::Executor& executor) const {
-        std::vector<char> bytes(size_t(kron::kron_packed_bytes(shape(1))) + 64);
-        kron::kron_pack(shape(1), factor_a(), factor_b(), const_cast<char*>(aligned(bytes)), executor);
+    std::vector<char> pack(const kron::Executor& executor, bool emulated_amx = false) const {
+        const auto bytes_of = emulated_amx ? amx_emulated_packed_bytes : kron::kron_packed_bytes;
+        std::vector<char> bytes(size_t(bytes_of(shape(1))) + 64);
+        char* const place = const_cast<char*>(aligned(bytes));
+        (emulated_amx ? amx_emulated_pack : kron::kron_pack)(shape(1), factor_a(), factor_b(), place, executor);
         return bytes;
     }
     double weight(int64_t row, int64_t col) const {
@@ -115,18 +117,17 @@ void test_ffn(int64_t tokens, const Pair& first, const Pair& second, Activation 
     for (double& h : hidden) h = activate(activation, h);
     Values expected = second.times(hidden, tokens);
     if (with_norm) expected = norm.of(expected, second.m());
-    const auto run = [&](auto&& ffn, const kron::Executor& executor, const char* level, int packed) {
+    const auto run = [&](auto&& ffn, const kron::Executor& executor, const char* level, int packed,
+                         bool emulated_amx = false) {
+        const char* const packs[] = {"", " first packed", " second packed", " packed"};
         char where[200];
         std::snprintf(where, sizeof where,
                       "ffn at %s, %d threads, T=%ld S=%ld,%ld A=%ldx%ld B=%ldx%ld, %ldx%ld dtype=%d act=%d%s%s", level,
                       executor.threads, long(tokens), long(first.terms), long(second.terms), long(first.m1),
                       long(first.n1), long(first.m2), long(first.n2), long(second.m1), long(second.m2), int(dtype),
-                      int(activation), with_norm ? " norm" : "",
-                      packed == 0   ? ""
-                      : packed == 3 ? " packed"
-                      : packed == 1 ? " first packed"
-                                    : " second packed");
-        const std::vector<char> bytes1 = first.pack(executor), bytes2 = second.pack(executor);
+                      int(activation), with_norm ? " norm" : "", packs[packed]);
+        const std::vector<char> bytes1 = first.pack(executor, emulated_amx),
+                                bytes2 = second.pack(executor, emulated_amx);
         const Buffer y(tokens * second.m(), dtype);
         ffn({first.shape(tokens), second.shape(tokens), x.get(), first.n(),
              first.projection(nullptr, packed & 1 ? &bytes1 : nullptr),
@@ -138,8 +139,10 @@ void test_ffn(int64_t tokens, const Pair& first, const Pair& second, Activation 
     at_every_level([&](const kron::Executor& executor, const char* level) {
         for (int packed = 0; packed < 4; ++packed) run(kron::kron_ffn_forward, executor, level, packed);
     });
-    if (dtype == DType::bf16 && tokens > 0 && kron::kron_ffn_is_fused(first.shape(1), second.shape(1)))
-        run(amx_emulated_ffn, kThreads, "emulated AMX", 0);
+    if (dtype != DType::bf16 || tokens == 0) return;
+    for (const int packed : {0, 3})
+        if (amx_emulated_ffn_is_fused(first.shape(1), second.shape(1), packed))
+            run(amx_emulated_ffn, kThreads, "emulated AMX", packed, true);
 }
 
 // Along a random direction of each operand, the gradient's product with it is the derivative of <grad, y>.
@@ -202,7 +205,8 @@ void test_projections(int64_t tokens, const std::vector<const Pair*>& pairs) {
     std::vector<Values> expected;
     for (const Pair* pair : pairs) expected.push_back(pair->times(values_of(x), tokens));
     const NormOperands norm(tokens, one.m(), one.dtype);
-    const auto run = [&](auto&& forward, const kron::Executor& executor, const char* level, bool packed) {
+    const auto run = [&](auto&& forward, const kron::Executor& executor, const char* level, bool packed,
+                         bool emulated_amx = false) {
         char where[120];
         std::snprintf(where, sizeof where, "%zu projections at %s, %d threads, T=%ld A=%ldx%ld B=%ldx%ld dtype=%d%s",
                       pairs.size(), level, executor.threads, long(tokens), long(one.m1), long(one.n1), long(one.m2),
@@ -210,7 +214,7 @@ void test_projections(int64_t tokens, const std::vector<const Pair*>& pairs) {
         std::vector<std::vector<char>> bytes;
         std::vector<Buffer*> outputs;
         std::vector<kron::Projection> projections;
-        for (const Pair* pair : pairs) bytes.push_back(pair->pack(executor));
+        for (const Pair* pair : pairs) bytes.push_back(pair->pack(executor, emulated_amx));
         for (size_t i = 0; i < pairs.size(); ++i) {
             outputs.push_back(new Buffer(tokens * one.m(), one.dtype));
             projections.push_back(pairs[i]->projection(outputs[i]->get(), packed ? &bytes[i] : nullptr));
@@ -228,7 +232,8 @@ void test_projections(int64_t tokens, const std::vector<const Pair*>& pairs) {
     at_every_level([&](const kron::Executor& executor, const char* level) {
         for (const bool packed : {false, true}) run(kron::kron_matmul_forward, executor, level, packed);
     });
-    if (one.dtype == DType::bf16) run(amx_emulated_forward, kThreads, "emulated AMX", false);
+    if (one.dtype == DType::bf16)
+        for (const bool packed : {false, true}) run(amx_emulated_forward, kThreads, "emulated AMX", packed, true);
 }
 
 // What kron_pack made of other shapes or dtypes, at another level, in part or out of line is an error.

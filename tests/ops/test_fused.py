@@ -18,7 +18,6 @@ from kron_kernels import (
     kron_ffn,
     kron_matmul_norm,
     kron_qkv,
-    pack_factors,
 )
 from kron_kernels.schemas import reference
 from tests.ops import block_cases
@@ -207,22 +206,6 @@ def test_two_runs_give_the_same_bits(shape: str) -> None:
     runs = [(kron_ffn(*o.layers), *OPS.kron_ffn_backward(o.grad, *o.layers[:6], 1, 0b1111111)) for _ in range(2)]
     for first, second in zip(*runs, strict=True):
         assert torch.equal(first, second)
-
-
-@pytest.mark.skipif(not HAS_CPU, reason="no extension")
-def test_packed_factors_change_no_result_and_stale_ones_are_not_used() -> None:
-    o = block_cases.make_ffn(block_cases.FfnCase("k8", 40), torch.float32)
-    packs = pack_factors(o.a1, o.b1), pack_factors(o.a2, o.b2)
-    assert all(pack.dtype is torch.uint8 and pack.numel() > 4 * o.b1.numel() for pack in packs)
-    plain = kron_ffn(*o.layers)
-    assert torch.equal(kron_ffn(*o.layers, packed=packs), plain)
-    changed = [tensor.clone() for tensor in o.layers]
-    changed[2].data.mul_(2)  # no version counter sees this
-    torch.testing.assert_close(kron_ffn(*changed, packed=packs), kron_ffn(*changed))
-    for foreign in ((packs[1], packs[0]), (packs[0][:-1], packs[1]), (torch.zeros(9, dtype=torch.uint8),) * 2):
-        assert torch.equal(kron_ffn(*o.layers, packed=foreign), plain)
-    with pytest.raises(ValueError, match="packed: expected dtype uint8"):
-        OPS.kron_ffn(*o.layers, 1, None, None, None, 0.0, packs[0].to(torch.int32), None)
 
 
 @pytest.mark.parametrize("shape", [(0, 24), (2, 0, 24)])

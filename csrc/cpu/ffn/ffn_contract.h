@@ -18,7 +18,7 @@ struct Middle {
     const C* bias;   // (m1, bias_step), zero padded
     int64_t bias_step;
     Act act;
-    const void *tile_left1, *tile_left2;  // both left factors as a GEMM on tiles wants them, or null
+    const void *tile_left1, *tile_left2;  // both left factors in the layout of a GEMM on tiles, or null
 };
 
 // z rows (t, n1), m rows (t, p1), `lanes` a whole number of vectors; bias from lane `lane` on.

@@ -1,4 +1,4 @@
-// The factors as the kernels want them: the left one compact, the right one packed in panels, or read in place by dot
+// The factors in the kernels' layout: the left one compact, the right one packed in panels, or read in place by dot
 // products when there are too few rows to pay for the packing.
 #pragma once
 

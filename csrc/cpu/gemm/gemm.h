@@ -16,7 +16,6 @@ constexpr int kMaxRows[4] = {0, 12, 12, 8};
 #else
 constexpr int kMaxRows[4] = {0, 8, 6, 4};
 #endif
-constexpr int kMaxPanelVectors = 3;
 
 // Added to the finished sums (not their starting value: a long accumulation then rounds at the size of its own block):
 // base[rows[r] + lane] for row r, nothing when base is null.

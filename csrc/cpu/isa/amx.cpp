@@ -52,8 +52,7 @@ static void activation_entry(Activation kind, DType dtype, const void* h, const 
 
 }  // namespace amx
 
-const Kernels kAmxKernels{amx::forward_entry,      amx::backward_entry,   amx::ffn_entry,
-                          amx::ffn_is_fused_entry, amx::embedding_entry,  amx::packed_bytes_entry,
-                          amx::pack_entry,         amx::activation_entry, amx::Simd<float>::W};
+const Kernels kAmxKernels{amx::forward_entry,   amx::backward_entry,     amx::ffn_entry,  amx::ffn_is_fused_entry,
+                          amx::embedding_entry, amx::packed_bytes_entry, amx::pack_entry, amx::activation_entry};
 
 }  // namespace kron

@@ -15,7 +15,7 @@ namespace kron {
 namespace {
 
 #if defined(__x86_64__)
-// AMX needs the processor, and the kernel's leave to use the tile registers (asked for once a process).
+// AMX needs the processor, and the kernel's permission to use the tile registers (requested once a process).
 bool amx_usable() {
 #if defined(__linux__)
     unsigned a = 0, b = 0, c = 0, d = 0;

@@ -91,8 +91,8 @@ static void activation_entry(Activation kind, DType dtype, const void* h, const 
     });
 }
 
-constexpr Kernels kKernels{forward_entry,      backward_entry, ffn_entry,        ffn_is_fused_entry, embedding_entry,
-                           packed_bytes_entry, pack_entry,     activation_entry, Simd<float>::W};
+constexpr Kernels kKernels{forward_entry,   backward_entry,     ffn_entry,  ffn_is_fused_entry,
+                           embedding_entry, packed_bytes_entry, pack_entry, activation_entry};
 
 }  // namespace KRON_ISA
 }  // namespace kron

@@ -15,7 +15,6 @@ struct Kernels {
     void (*pack)(const Shape&, const Factor& a, const Factor& b, void* out, const Executor&);
     // Elements [from, to): out = act(h), or grad * act'(h) where grad is given; out may be grad.
     void (*activation)(Activation, DType, const void* h, const void* grad, void* out, int64_t from, int64_t to);
-    int float_lanes;
 };
 
 extern const Kernels kPortableKernels;

@@ -39,8 +39,6 @@ struct Simd<float> {
     typedef float U __attribute__((vector_size(KRON_VEC_BYTES), aligned(4), may_alias));
     typedef int32_t I __attribute__((vector_size(KRON_VEC_BYTES)));
     typedef uint16_t H __attribute__((vector_size(KRON_VEC_BYTES / 2), aligned(2), may_alias));
-    typedef int16_t S __attribute__((vector_size(KRON_VEC_BYTES / 2)));
-    typedef int8_t B __attribute__((vector_size(KRON_VEC_BYTES / 4), aligned(1), may_alias));
     static constexpr int W = KRON_VEC_BYTES / 4;
 };
 
@@ -49,9 +47,6 @@ struct Simd<double> {
     typedef double V __attribute__((vector_size(KRON_VEC_BYTES)));
     typedef double U __attribute__((vector_size(KRON_VEC_BYTES), aligned(8), may_alias));
     typedef int64_t I __attribute__((vector_size(KRON_VEC_BYTES)));
-    typedef int32_t L __attribute__((vector_size(KRON_VEC_BYTES / 2)));
-    typedef int16_t S __attribute__((vector_size(KRON_VEC_BYTES / 4)));
-    typedef int8_t B __attribute__((vector_size(KRON_VEC_BYTES / 8), aligned(1), may_alias));
     static constexpr int W = KRON_VEC_BYTES / 8;
 };
 

@@ -74,7 +74,7 @@ struct Forward {
         int64_t step;
     };
 
-    // Right first: X as the GEMM wants it.
+    // Right first: X in the GEMM's layout.
     Rows load_rows(int64_t first, int64_t tokens, const Tile& tile) const {
         const E* from = x + first * x_stride;
         // A GEMM of whole blocks of rows would read past the last one.

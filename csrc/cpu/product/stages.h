@@ -26,7 +26,7 @@ KRON_INLINE int64_t row_step(int64_t n) {
 template <class C, class E>
 constexpr bool kShuffles = __is_same(C, float) && !__is_same(E, f16);
 
-// The functions below read E, compute in C and write O: C, or the type in which a GEMM wants its rows.
+// The functions below read E, compute in C and write O: C, or the type of a GEMM's rows.
 
 // in: (rows, cols) row-major, row stride in_step -> out: same, row stride out_step, padded with zeros to whole vectors.
 template <class C, class E, class O>

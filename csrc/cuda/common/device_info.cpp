@@ -55,7 +55,7 @@ cudaError_t read_info(int device, DeviceInfo* info) {
     return cudaSuccess;
 }
 
-// Every call of an op asks: the driver only once for each device.
+// Needed by every call of an op; the driver is queried once a device.
 constexpr int kKeptDevices = 64;
 DeviceInfo kept[kKeptDevices];
 std::atomic<bool> is_kept[kKeptDevices];
@@ -74,7 +74,7 @@ bool runs_on(const char* architectures, int sm) {
         const char* end = std::strchr(rest, ' ');
         if (!end) end = rest + std::strlen(rest);
         const bool ptx = std::string_view(rest, size_t(end - rest)).find("PTX") != std::string_view::npos;
-        // Machine code serves later minor versions of its major one, PTX whatever is later.
+        // Machine code serves later minor versions of its major one, PTX all later ones.
         if (sm >= number && (ptx || sm / 10 == number / 10)) return true;
         item = *end ? end + 1 : end;
     }

@@ -26,7 +26,7 @@ inline Status status_of(cudaError_t error) {
 template <class Params>
 Status start(void (*kernel)(Params), const Grid& grid, int threads, int64_t shared_bytes, const Launch& launch,
              const Params& params) {
-    if (shared_bytes > 48 * 1024) {  // more has to be asked for
+    if (shared_bytes > 48 * 1024) {  // more must be requested
         const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                        cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
         if (error != cudaSuccess) return status_of(error);

@@ -73,6 +73,7 @@ const char* unsupported_ffn_pairs(const Shape& first, const Shape& second, const
 }
 
 const char* unsupported_kron_ffn(const FfnArgs& args, const Launch& launch) {
+    if (args.w1.packed || args.w2.packed) return "packed factors are for the CPU kernels";
     if (!sm90::unsupported_kron_ffn(args, launch)) return nullptr;
     if (const char* reason = unsupported_ffn_pairs(args.first, args.second, launch)) return reason;
     if (args.w1.base || args.w2.base) return "a tensor is to be added before the activation";

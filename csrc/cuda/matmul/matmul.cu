@@ -153,6 +153,8 @@ Status run_matmul(const ForwardArgs& args, const MmPlan& plan, const Launch& lau
 }
 
 const char* unsupported_kron_matmul(const ForwardArgs& args, const Launch& launch) {
+    for (int64_t p = 0; p < args.count; ++p)
+        if (args.projections[p].packed) return "packed factors are for the CPU kernels";
     if (!sm90::unsupported_kron_matmul(args, launch)) return nullptr;
     return unsupported_matmul(args, launch);
 }

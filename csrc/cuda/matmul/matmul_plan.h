@@ -32,7 +32,7 @@ inline int64_t workspace_matmul(const MmPlan& plan) {
 // Packs if the plan says so and runs the product; `workspace` holds workspace_matmul bytes.
 Status run_matmul(const ForwardArgs& args, const MmPlan& plan, const Launch& launch, void* workspace);
 
-// Whether words of 16 bytes of a tensor of tokens hold whole values of its parts: what RowFiller asks of x.vector.
+// Whether words of 16 bytes of a tensor of tokens hold whole values of its parts: what RowFiller needs for x.vector.
 bool tokens_are_aligned(const void* data, int64_t stride, DType dtype, bool right, int64_t parts, int64_t width);
 int power_of_two_from(int64_t n);
 

@@ -1,4 +1,4 @@
-// Picks the instance of the kernel that a plan asks for.
+// Picks the instance of the kernel for a plan.
 #pragma once
 
 #include "cuda/common/launch.h"

@@ -13,12 +13,11 @@ namespace kron {
 namespace cuda {
 
 struct Launch {
-    void* stream;         // a cudaStream_t
-    int sm;               // compute capability of the device: 80, 90, ...
-    int multiprocessors;  // of the device
-    int64_t
-        shared_per_block;  // most bytes of shared memory a block may ask for (cudaDevAttrMaxSharedMemoryPerBlockOptin)
-    bool tf32;             // whether products of float32 may be rounded to TF32; without it they are not supported
+    void* stream;              // a cudaStream_t
+    int sm;                    // compute capability of the device: 80, 90, ...
+    int multiprocessors;       // of the device
+    int64_t shared_per_block;  // most bytes of shared memory of a block (cudaDevAttrMaxSharedMemoryPerBlockOptin)
+    bool tf32;                 // whether products of float32 may be rounded to TF32; without it they are not supported
     void* workspace;
     int64_t workspace_bytes;
 };

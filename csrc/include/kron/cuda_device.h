@@ -10,12 +10,12 @@ namespace cuda {
 struct DeviceInfo {
     int sm;  // 10 * major + minor: 80, 90, ...
     int multiprocessors;
-    int64_t shared_per_block;  // bytes of shared memory that a block may ask for
+    int64_t shared_per_block;  // most bytes of shared memory of a block
 };
 
 // Null where the kernels run on the device, whose `info` is then filled in; otherwise why not: no driver, too old a
 // driver, no such device, an architecture without machine code or PTX in this library. The text stays until this thread
-// asks again.
+// calls again.
 const char* unsupported_device(int device, DeviceInfo* info);
 
 // Devices that the driver shows, or -1 and why they cannot be counted.

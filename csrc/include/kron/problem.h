@@ -165,7 +165,7 @@ void kron_pack(const Shape& shape, const Factor& a, const Factor& b, void* out, 
 // Whether the factor that kron_pack's bytes hold is a; otherwise it is b.
 bool kron_packs_a(const void* packed);
 
-// Bytes of scratch the last call on this thread asked for, all worker threads together (introspection and tests).
+// Bytes of scratch that the last call on this thread used, all worker threads together (introspection and tests).
 int64_t last_scratch_bytes();
 
 }  // namespace kron
