@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeGuard
 
+import torch
+
 from . import select  # defines the ops, which must exist before a library adds kernels to them
 from .base import DEFAULT as _DEFAULT
 from .base import Status, build_info, one_of
@@ -62,6 +64,7 @@ def keep_ops() -> Iterator[None]:
         _keep_ops = before
 
 
+@torch.compiler.assume_constant_result  # what it asks of files and devices, no compiler traces
 def resolve(backend: str | None, device_type: str) -> str:
     """Name of the backend that computes on devices of a type, "cpu" or another of torch's.
 
