@@ -1,4 +1,4 @@
-"""The command line: ``kron-kernels env``, ``compress``, ``export`` and ``bench``."""
+"""The command line ``kron-kernels``, also ``python -m kron_kernels``."""
 
 from .main import main
 

@@ -1,4 +1,4 @@
-"""``kron-kernels env``: the machine, the backends and why, and whether the kernels compute rightly here."""
+"""``kron-kernels env``: show the machine and why each backend is on or off, and check the kernels."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "env",
         help="show the machine and the backends, and check the kernels",
-        description="Show the machine, versions and backends, and check every backend against float64. "
+        description="Show the machine, the versions, which backends are on or off and why, and check the kernels of "
+        "each against float64. "
         "Exit code 1 when a check fails.",
     )
     add_json_flag(parser)
@@ -41,7 +42,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the report; 1 when a backend computes wrongly."""
+    """Print the report; return 1 when a result is wrong."""
     report = collect()
     if arguments.json:
         print_json(report)
@@ -51,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def collect() -> dict[str, Any]:
-    """Everything ``env`` shows, as plain data."""
+    """Return everything that ``env`` shows, as plain data."""
     checks = check_backends()
     return {
         "machine": describe_machine(),
@@ -67,7 +68,7 @@ def collect() -> dict[str, Any]:
 
 
 def check_backends() -> list[dict[str, Any]]:
-    """Largest relative error of each available backend and dtype over a few shapes, against float64."""
+    """Return the largest relative error of each available backend and dtype over a few shapes, against float64."""
     rows = []
     for name, status in backends.available().items():
         if not status.available:
@@ -130,7 +131,7 @@ def _print(report: dict[str, Any]) -> None:
         (row["backend"], row["dtype"], f"{row['error']:.1e}", f"{row['tolerance']:.0e}", "ok" if row["ok"] else "WRONG")
         for row in report["checks"]
     ]
-    print(format_table(("check against float64", "dtype", "error", "allowed", ""), checks))
+    print(format_table(("check against float64", "dtype", "error", "tolerance", ""), checks))
 
 
 def _flat(value: object) -> str:

@@ -1,4 +1,4 @@
-"""``kron-kernels explain``: which backend computes a product, and why."""
+"""``kron-kernels explain``: show which backend computes a product, and why."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..backends import select
 from ..backends.explain import explain
 from .output import add_json_flag, print_json
 
@@ -20,8 +21,8 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "explain",
         help="show which backend computes a product, and why",
-        description="Show which backend computes an op on factors of given sizes on this machine, why, and what form "
-        "each backend's kernels take.",
+        description="Show which backend computes an op on factors of given sizes on this machine, why, and the form of "
+        "its kernels. On a machine without a GPU, --device cuda or --backend shows the GPU backends too.",
     )
     parser.add_argument(
         "products",
@@ -35,13 +36,13 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--dtype", choices=_DTYPES, default="float32")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one, else cpu")
-    parser.add_argument("--backend", help="as asked for by name in a call")
+    parser.add_argument("--backend", help="the backend that a call names")
     add_json_flag(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the explanation."""
+    """Print the explanation; GPU backends are left out where nothing refers to a GPU."""
     explanation = explain(
         *map(_sizes, arguments.products),
         op=arguments.op,
@@ -50,6 +51,9 @@ def run(arguments: argparse.Namespace) -> int:
         device=arguments.device,
         backend=arguments.backend,
     )
+    if not (torch.cuda.is_available() or arguments.device == "cuda" or arguments.backend in select.NAMES):
+        forms = {name: form for name, form in explanation.forms.items() if name not in select.NAMES}
+        explanation = dataclasses.replace(explanation, forms=forms)
     if arguments.json:
         print_json(dataclasses.asdict(explanation))
     else:

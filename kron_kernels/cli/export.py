@@ -19,7 +19,6 @@ def add_parser(commands: Any) -> None:
         help="write a model as one file for serving",
         description="Write a compressed (or dense) BERT as one file that runs without transformers: a program of "
         "torch.export (.pt2), or an ONNX model (.onnx). It is checked against eager torch before it takes its place.",
-        epilog="example: kron-kernels export small small.onnx",
     )
     parser.add_argument("model", type=Path, help="folder of the model")
     parser.add_argument("out", type=Path, help="file to write, its suffix the format: .pt2 or .onnx")

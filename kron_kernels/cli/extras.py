@@ -1,4 +1,4 @@
-"""Commands that need libraries beyond those of the package itself."""
+"""Name the extra of the package that brings a missing library."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def needs_extra(extra: str) -> Iterator[None]:
-    """Turn a failed import of a library into a RuntimeError that tells which extra of the package brings it."""
+    """Turn a failed import of a library into a RuntimeError that names the extra of the package with it."""
     try:
         yield
     except ModuleNotFoundError as error:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from kron_kernels import __version__, backends
-from kron_kernels.cli import cpp_core, main
+from kron_kernels.cli import cmake_dir, main
 
 ROOT = Path(__file__).resolve().parents[2]
 HAS_CPU = backends.available()["cpu"]
@@ -44,7 +44,7 @@ def configure(cmake: list[str], source: Path, build: Path, package: Path) -> sub
 @pytest.mark.slow
 @needs_extension
 def test_the_example_finds_the_installed_package_and_computes_right(cmake: list[str], tmp_path: Path) -> None:
-    done = configure(cmake, ROOT / "examples" / "cpp", tmp_path, cpp_core.cmake_dir())
+    done = configure(cmake, ROOT / "examples" / "cpp", tmp_path, cmake_dir.cmake_dir())
     assert done.returncode == 0, done.stderr
     done = subprocess.run([*cmake, "--build", str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -62,7 +62,7 @@ def test_a_project_gets_only_a_version_of_the_same_abi(cmake: list[str], wanted:
         "cmake_minimum_required(VERSION 3.22)\nproject(asks LANGUAGES NONE)\n"
         f"find_package(kron_kernels {wanted} REQUIRED)\n"
     )
-    done = configure(cmake, tmp_path, tmp_path / "build", cpp_core.cmake_dir())
+    done = configure(cmake, tmp_path, tmp_path / "build", cmake_dir.cmake_dir())
     fits = __version__.split(".")[:2] == wanted.split(".")
     assert (done.returncode == 0) == fits, done.stderr
     if not fits:
@@ -73,10 +73,10 @@ def test_a_project_gets_only_a_version_of_the_same_abi(cmake: list[str], wanted:
 def test_the_library_is_named_by_its_abi() -> None:
     major, minor, _ = __version__.split(".")
     abi = f"{major}.{minor}" if major == "0" else major
-    library = cpp_core._PACKAGE / f"libkron_core.so.{abi}"
+    library = cmake_dir._PACKAGE / f"libkron_core.so.{abi}"
     assert library.is_file()
     # Its SONAME, which the binding asks the loader for.
-    assert library.name.encode() in (cpp_core._PACKAGE / "_C.so").read_bytes()
+    assert library.name.encode() in (cmake_dir._PACKAGE / "_C.so").read_bytes()
 
 
 @needs_extension
@@ -88,10 +88,10 @@ def test_cmake_dir_command(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_package_without_its_compiled_part_says_why(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cpp_core, "_PACKAGE", tmp_path)
-    monkeypatch.setattr(cpp_core, "build_info", lambda: {"missing": "no compiler"})
+    monkeypatch.setattr(cmake_dir, "_PACKAGE", tmp_path)
+    monkeypatch.setattr(cmake_dir, "build_info", lambda: {"missing": "no compiler"})
     with pytest.raises(RuntimeError, match="is absent: no compiler"):
-        cpp_core.cmake_dir()
+        cmake_dir.cmake_dir()
     assert main(["cmake-dir"]) == 2
     assert "is absent: no compiler" in capsys.readouterr().err
 
