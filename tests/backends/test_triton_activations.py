@@ -13,8 +13,8 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
-
 from kron_kernels.backends.triton.kernels.primitives import activate, activate_with_gradient
+
 from kron_kernels.backends.triton.launch import INTERPRETED
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="the kernels are compiled here: the tests of the GPU run them")

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from kron_kernels.backends.triton.configs import Entry, key_of, tuned
 
 from kron_kernels.backends.triton import configs
-from kron_kernels.backends.triton.configs import Entry, key_of, tuned
 
 
 class Tiles(NamedTuple):

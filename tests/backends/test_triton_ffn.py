@@ -15,10 +15,11 @@ from tests.ops.block_cases import FfnCase
 
 pytest.importorskip("triton")
 
-from kron_kernels.backends.triton import ffn, ffn_backward, ffn_plan
 from kron_kernels.backends.triton.ffn_plan import FfnTiles, RowTiles, ZTiles
-from kron_kernels.backends.triton.launch import INTERPRETED, recording
 from kron_kernels.backends.triton.plan import Device
+
+from kron_kernels.backends.triton import ffn, ffn_backward, ffn_plan
+from kron_kernels.backends.triton.launch import INTERPRETED, recording
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="the kernels are compiled here: the tests of the GPU run them")
 

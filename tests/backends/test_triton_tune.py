@@ -13,12 +13,13 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from kron_kernels.backends.triton import configs, tune
-from kron_kernels.backends.triton.launch import INTERPRETED, Device, Launch, recording
 from kron_kernels.backends.triton.offline import Report
 from kron_kernels.backends.triton.ops import IMPLEMENTATIONS
 from kron_kernels.backends.triton.problems import LAYERS, Layer, Problem, problems, run
 from kron_kernels.backends.triton.search import Tools, blocks_around, launches_with, look_ups, search
+
+from kron_kernels.backends.triton import configs, tune
+from kron_kernels.backends.triton.launch import INTERPRETED, Device, Launch, recording
 
 GOOD = Report(registers=128, stack=0, shared=4096, wgmma=8, mma=0, local=0, stores={16: 8})
 HOPPER = Device(90, 132, 227 * 1024)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from kron_kernels.backends.triton.problems import LAYERS
 from torch import Tensor
 
 from kron_kernels import kron_ffn, kron_matmul, kron_qkv
 from kron_kernels.backends.triton import configs, tune
-from kron_kernels.backends.triton.problems import LAYERS
 from tests.cases import Case, make
 from tests.gpu.gpu_support import moved
 

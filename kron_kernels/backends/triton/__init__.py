@@ -1,6 +1,6 @@
 """Kernels in Triton: the portable GPU path. One file an op with its kernels and their launchers.
 
-Which kernel runs and with which tiles is plain Python (``plan.py``); the ops' files alone import Triton.
+Which kernel runs and with which tiles is plain Python (``*tiles.py``); the ops' files alone import Triton.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..base import DEFAULT, Backend, Call, Device, Status
-from . import describe
+from . import forms
 
 
 def interpreted() -> bool:
@@ -45,20 +45,25 @@ def unsupported_reason(call: Call) -> str | None:
     """Why no kernel takes a call; None where one does. Imports no Triton."""
     if interpreted() and call.dtype is torch.bfloat16:
         return "Triton's interpreter is wrong in bfloat16"
-    return describe.unsupported_reason(call.op, call.products, call.dtype)
+    return forms.unsupported_reason(call.op, call.products, call.dtype)
 
 
 def form(call: Call, device: Device) -> str:
     """How the kernels run a call on a device, or why they do not. Imports no Triton."""
-    return describe.form(call.op, call.products, call.dtype, call.tokens, device)
+    return forms.form(call.op, call.products, call.dtype, call.tokens, device)
 
 
 @functools.cache
 def implementations() -> Mapping[str, Callable[..., Any]]:
     """The ops' functions, each with the signature of its op. Imports Triton."""
-    from .ops import IMPLEMENTATIONS
+    from . import embedding, embedding_backward, ffn, ffn_backward, matmul, matmul_backward, norm, qkv
 
-    return IMPLEMENTATIONS
+    functions: tuple[Callable[..., Any], ...] = (
+        *(matmul.kron_matmul, matmul.kron_addmm, matmul.kron_addmm_, matmul_backward.kron_matmul_backward),
+        *(norm.kron_matmul_norm, ffn.kron_ffn, ffn_backward.kron_ffn_backward, qkv.kron_qkv),
+        *(embedding.kron_embedding, embedding_backward.kron_embedding_backward),
+    )
+    return {function.__name__: function for function in functions}
 
 
 def device() -> str:

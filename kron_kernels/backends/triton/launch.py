@@ -1,4 +1,4 @@
-"""One way to start a kernel: compiled once for what it is specialised on, then launched without Triton's own look-ups.
+"""Operands as the kernels take them, and one way to start a kernel: without Triton's own look-ups once it is compiled.
 
 Triton binds, hashes and compares the arguments of every launch in Python. Here the key is made of what changes the
 machine code and nothing else, and a launch that has been seen calls the compiled kernel directly.
@@ -15,8 +15,8 @@ import torch
 import triton
 from torch import Tensor
 
-from ..devices import arch, shared_memory
-from .plan import Device
+from ..base import Device
+from ..devices import allows_tf32, arch, shared_memory
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
@@ -32,6 +32,22 @@ class Options(NamedTuple):
 
 # The interpreter has no device; the numbers are an A100's.
 _INTERPRETER = Device(80, 108, shared_memory(80))
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """``(..., n)`` as ``(T, n)`` with its last dimension contiguous; a copy only where that needs one."""
+    flat = tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
+    return flat if flat.stride(1) == 1 else flat.contiguous()
+
+
+def precision() -> str:
+    """How float32 operands go through the tensor cores: as torch's setting for its own products says."""
+    return "tf32" if allows_tf32() else "ieee"
+
+
+def is_exact(x: Tensor) -> bool:
+    """Whether products are of float32 operands as they are: without the tensor cores."""
+    return x.dtype is torch.float32 and not allows_tf32()
 
 
 class Launch(NamedTuple):
@@ -110,7 +126,7 @@ def launch(
             padded = (*grid, 1, 1)
             runner[padded](*arguments, *constants)
     except Exception as error:
-        raise RuntimeError(f"Triton kernel {describe(kernel, constants, options)} failed: {error}") from error
+        raise RuntimeError(f"Triton kernel {name_of(kernel, constants, options)} failed: {error}") from error
 
 
 def _of_tensor(tensor: Tensor) -> tuple[Any, ...]:
@@ -120,7 +136,7 @@ def _of_tensor(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.dtype, tensor.data_ptr() % 16
 
 
-def describe(kernel: Any, constants: tuple[Any, ...], options: Options) -> str:
+def name_of(kernel: Any, constants: tuple[Any, ...], options: Options) -> str:
     names = kernel.arg_names[-len(constants) :]
     values = ", ".join(f"{name}={value}" for name, value in zip(names, constants, strict=True))
     return f"{kernel.fn.__name__}({values}) with {options.num_warps} warps and {options.num_stages} stages"

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from kron_kernels.backends.triton.offline import DEVICES, Report
+from kron_kernels.backends.triton.ops import IMPLEMENTATIONS
+from kron_kernels.backends.triton.problems import Problem, problems, record
 
 from bench import triton_gates as gates
 from bench.harness import read_rows
 from kron_kernels.backends.triton import configs
-from kron_kernels.backends.triton.offline import DEVICES, Report
-from kron_kernels.backends.triton.ops import IMPLEMENTATIONS
-from kron_kernels.backends.triton.problems import Problem, problems, record
 from tests.backends.triton_matmul import matmul
 
 GOOD = Report(registers=128, stack=0, shared=4096, wgmma=8, mma=0, local=0, stores={16: 8})

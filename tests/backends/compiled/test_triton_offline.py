@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kron_kernels.backends.triton.offline import DEVICES, compile_all, compile_launch, key
 
 from kron_kernels.backends.triton import launch, offline
-from kron_kernels.backends.triton.offline import DEVICES, compile_all, compile_launch, key
 from tests.backends.triton_matmul import matmul
 
 

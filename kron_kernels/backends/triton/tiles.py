@@ -11,7 +11,7 @@ import torch
 
 from ...schemas.product import TINY, Product
 from ..base import Device as Device
-from .configs import tunable
+from .tuned import tunable
 
 # 32-bit registers of a thread that tiles may take: of its 255, what addresses and temporaries leave; and where
 # operands of float32 go through registers besides.
@@ -38,8 +38,8 @@ class HeldTiles(NamedTuple):
     num_stages: int
 
 
-class MixedProduct(NamedTuple):
-    """A product with one tiny factor, as ``kernels/mm.py`` names its sizes."""
+class TinyProduct(NamedTuple):
+    """A product with one tiny factor, as ``matmul.py`` names its sizes."""
 
     terms: int
     tiny_out: int
@@ -54,7 +54,7 @@ class MixedProduct(NamedTuple):
 
 
 @functools.cache
-def mixed(product: Product) -> MixedProduct | None:
+def tiny_product(product: Product) -> TinyProduct | None:
     """The product with its tiny factor apart; None where no factor is tiny, or neither much smaller than the other.
 
     A program takes as many rows of the large factor's product as the tiny one has rows or columns: from some five on,
@@ -64,7 +64,7 @@ def mixed(product: Product) -> MixedProduct | None:
     if right is None:
         return None
     terms, m1, n1, m2, n2 = product
-    apart = MixedProduct(terms, m2, n2, m1, n1, True) if right else MixedProduct(terms, m1, n1, m2, n2, False)
+    apart = TinyProduct(terms, m2, n2, m1, n1, True) if right else TinyProduct(terms, m1, n1, m2, n2, False)
     return None if min(apart.tiny_out, apart.tiny_in) > 4 and chain_fits(product) else apart
 
 
@@ -72,7 +72,7 @@ def unsupported_reason(product: Product, dtype: torch.dtype) -> str | None:
     """Why no kernel takes a product of operands of a dtype; None where one does."""
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the kernels compute float32, bfloat16 and float16, not {dtype}"
-    if mixed(product) is None and not chain_fits(product):
+    if tiny_product(product) is None and not chain_fits(product):
         return (
             f"of {product} neither factor is tiny (at most {TINY} rows and columns), "
             "and a program cannot hold a token's grids"
@@ -90,11 +90,11 @@ def power_of_two(size: int, least: int = 16) -> int:
     return max(least, 1 << (size - 1).bit_length())
 
 
-@tunable("mm_kernel")
-def mm_tiles(
-    product: MixedProduct, tokens: int, element: int, expand: bool, reduces: bool, exact: bool = False
+@tunable("matmul_kernel")
+def matmul_tiles(
+    product: TinyProduct, tokens: int, element: int, expand: bool, reduces: bool, exact: bool = False
 ) -> Tiles:
-    """Tiles of ``mm_kernel`` for a number of tokens (``token_bucket``) and bytes of an element.
+    """Tiles of ``matmul_kernel`` for a number of tokens (``token_bucket``) and bytes of an element.
 
     ``exact``: float32 without the tensor cores, whose operands all go through registers.
     """
@@ -120,13 +120,9 @@ def mm_tiles(
 
 
 def _best_tiles(
-    product: MixedProduct,
-    tokens: int,
-    element: int,
-    rows: int,
-    registers: Callable[[int, int, int], float],
+    product: TinyProduct, tokens: int, element: int, rows: int, registers: Callable[[int, int, int], float],
     exact: bool,
-) -> Tiles:
+) -> Tiles:  # fmt: skip
     """Of the tiles that fit, those that load the fewest values for a multiply-add, edges counted in."""
     most_columns = min(power_of_two(product.large_out), 256)
     most_depth = min(power_of_two(product.large_in), 16 if exact else 128 // element)
@@ -159,7 +155,7 @@ def _best_tiles(
 
 
 @tunable("large_gradient_kernel")
-def large_gradient_tiles(product: MixedProduct, tokens: int, element: int, exact: bool = False) -> Tiles:
+def large_gradient_tiles(product: TinyProduct, tokens: int, element: int, exact: bool = False) -> Tiles:
     """Tiles of ``large_gradient_kernel``: here a step is a number of tokens, and depth the other dimension."""
     columns = min(power_of_two(product.large_out), 64 if exact else 128)
     depth = min(power_of_two(product.large_in), 64)
@@ -193,7 +189,7 @@ def splits(tokens: int, block: int, programs: int, multiprocessors: int) -> tupl
 
 
 def padded(product: Product) -> tuple[int, int, int, int]:
-    """m1, n1, m2, n2 as a program of ``kernels/chain.py`` holds them."""
+    """m1, n1, m2, n2 as a program of ``balanced.py`` holds them."""
     return tuple(power_of_two(size) for size in product[1:])  # type: ignore[return-value]
 
 

@@ -1,4 +1,4 @@
-"""What kernels take of operations on whole rows, and how many a program holds. Like ``plan.py``, plain Python."""
+"""What kernels take of operations on whole rows, and how many a program holds. Like ``tiles.py``, plain Python."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import itertools
 import torch
 
 from ...schemas.product import Product
-from .plan import power_of_two
+from .tiles import power_of_two
 
 # The longest row that a program holds.
 LONGEST_ROW = 16384

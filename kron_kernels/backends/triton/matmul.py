@@ -1,4 +1,4 @@
-"""The product with one large and one tiny factor: a matrix product with the tiny mix in its load or its store.
+"""The product with one large and one tiny factor: a matrix product with the tiny one applied in its load or its store.
 
 With the tiny factor C (CO, CI) and the large one L (LO, LI), a token's row is a grid of CI values for each of LI, its
 result one of CO for each of LO (``primitives.py``):
@@ -7,33 +7,31 @@ result one of CO for each of LO (``primitives.py``):
     expanding     h_c = x_c L^T,           y_g = sum_c C[g, c] h_c  while storing     CI products
 
 The expanding form can also reduce ``sum_tokens <h_c, o_v>`` against a second tensor o of the result's shape: the tiny
-factor's gradient, for which neither h nor anything else of its size is stored.
+factor's gradient, for which neither h nor anything else of its size is stored. Products without a tiny factor are in
+``balanced.py``.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .primitives import (
-    activate,
-    load_mix,
-    load_tile,
-    load_tiles,
-    mix_column,
-    mix_row,
-    zeros,
-    zip_tiles,
-)
+from ...schemas.product import Product, stacks
+from . import balanced
+from .launch import Options, device_of, is_exact, launch, precision, rows
+from .primitives import contract_row, finish, load_tile, load_tiles, load_tiny, zeros, zip_tiles
+from .tiles import TinyProduct, ceil_div, matmul_tiles, tiny_product, token_bucket
 
 
 @triton.jit
 def add_products(
     accs, x, large, factor, t, x_stride, T, large_row, large_col, n0,
-    G: tl.constexpr, CI: tl.constexpr, LO: tl.constexpr, LI: tl.constexpr, RIGHT: tl.constexpr, MIX: tl.constexpr,
+    G: tl.constexpr, CI: tl.constexpr, LO: tl.constexpr, LI: tl.constexpr, RIGHT: tl.constexpr, CONTRACT: tl.constexpr,
     BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds to the G accumulators ``(BT, BN)`` the products of one term, of mixed (MIX) or plain tiles of x."""
+    """Adds to the G accumulators ``(BT, BN)`` the products of one term, of contracted or plain tiles of x."""
     n = n0 + tl.arange(0, BN)
     for k0 in range(0, LI, BK):
         tiles = load_tiles(x, t, x_stride, T, k0, LI, CI, RIGHT, BT, BK)
@@ -45,22 +43,10 @@ def add_products(
         )
         added = ()
         for g in tl.static_range(G):
-            tile = mix_row(tiles, factor, g, CI).to(weight.dtype) if MIX else tiles[g]
+            tile = contract_row(tiles, factor, g, CI).to(weight.dtype) if CONTRACT else tiles[g]
             added = added + (tl.dot(tile, weight, accs[g], input_precision=PRECISION),)
         accs = added
     return accs
-
-
-@triton.jit
-def finish(value, bias, base, y, row_base, columns, alpha, mask, ACT: tl.constexpr):
-    """``activation(alpha * value + bias + base)`` into y; bias, base and alpha may be None."""
-    if alpha is not None:
-        value = value * alpha
-    if bias is not None:
-        value += tl.load(bias + columns, mask=mask, other=0.0).to(tl.float32)
-    if base is not None:
-        value += tl.load(base + row_base + columns, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y + row_base + columns, activate(value, ACT, y.dtype.element_ty).to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -97,7 +83,7 @@ def multiply(
     RIGHT: tl.constexpr, EXPAND: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr,
     BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """One program's tile of the product, as ``mm_kernel`` says."""
+    """One program's tile of the product, as ``matmul_kernel`` says."""
     # Blocks of one token block follow each other, so that x comes from memory once.
     blocks: tl.constexpr = (LO + BN - 1) // BN
     n0 = program % blocks * BN
@@ -105,7 +91,7 @@ def multiply(
     if not EXPAND:
         results = zeros(CO, BT, BN)
         for s in range(S):
-            factor = load_mix(tiny + s * tiny_term, tiny_row, tiny_col, CO, CI)
+            factor = load_tiny(tiny + s * tiny_term, tiny_row, tiny_col, CO, CI)
             results = add_products(
                 results, x, large + s * large_term, factor, t, x_stride, T, large_row, large_col, n0,
                 CO, CI, LO, LI, RIGHT, True, BT, BN, BK, PRECISION,
@@ -113,7 +99,7 @@ def multiply(
         store_tiles(results, bias, base, y, alpha, t, T, n0, CO, LO, RIGHT, ACT, BT, BN)
     elif S == 1 and not RIGHT:
         # One tile of the result at a time: fewer registers.
-        factor = load_mix(tiny, tiny_row, tiny_col, CO, CI)
+        factor = load_tiny(tiny, tiny_row, tiny_col, CO, CI)
         h = add_products(
             zeros(CI, BT, BN), x, large, factor, t, x_stride, T, large_row, large_col, n0,
             CI, CI, LO, LI, RIGHT, False, BT, BN, BK, PRECISION,
@@ -125,12 +111,12 @@ def multiply(
                 o = load_tile(other, t, other_stride, T, n0, row, LO, CO, RIGHT, BT, BN)
                 store_sums(h, o, partial + program.to(tl.int64) * (CI * CO) + row, CI, CO)
             if y is not None:
-                value = mix_row(h, factor, row, CI)
+                value = contract_row(h, factor, row, CI)
                 finish(value, bias, base, y, t[:, None] * (CO * LO), row * LO + n, alpha, mask, ACT)
     else:
         results = zeros(CO, BT, BN)
         for s in range(S):
-            factor = load_mix(tiny + s * tiny_term, tiny_row, tiny_col, CO, CI)
+            factor = load_tiny(tiny + s * tiny_term, tiny_row, tiny_col, CO, CI)
             h = add_products(
                 zeros(CI, BT, BN), x, large + s * large_term, factor, t, x_stride, T, large_row, large_col, n0,
                 CI, CI, LO, LI, RIGHT, False, BT, BN, BK, PRECISION,
@@ -140,16 +126,16 @@ def multiply(
                 for row in tl.static_range(CO):
                     store_sums(h, others[row], partial + (program.to(tl.int64) * S + s) * (CI * CO) + row, CI, CO)
             if y is not None:
-                mixed = ()
+                contracted = ()
                 for row in tl.static_range(CO):
-                    mixed = mixed + (results[row] + mix_row(h, factor, row, CI),)
-                results = mixed
+                    contracted = contracted + (results[row] + contract_row(h, factor, row, CI),)
+                results = contracted
         if y is not None:
             store_tiles(results, bias, base, y, alpha, t, T, n0, CO, LO, RIGHT, ACT, BT, BN)
 
 
 @triton.jit(do_not_specialize=["T"])
-def mm_kernel(
+def matmul_kernel(
     x, large, tiny, bias, base, y, other, partial, alpha,
     T, x_stride, other_stride, large_term, large_row, large_col, tiny_term, tiny_row, tiny_col,
     S: tl.constexpr, CO: tl.constexpr, CI: tl.constexpr, LO: tl.constexpr, LI: tl.constexpr,
@@ -167,40 +153,65 @@ def mm_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["T", "tokens_each"])
-def large_gradient_kernel(
-    u, v, tiny, partial, T, tokens_each, u_stride, v_stride, tiny_term, tiny_row, tiny_col,
-    S: tl.constexpr, CO: tl.constexpr, CI: tl.constexpr, LO: tl.constexpr, LI: tl.constexpr,
-    RIGHT: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """``partial (splits, S, LO, LI)``: each split's tokens of the large factor's gradient, sum_t sum_g u_g v_g^T.
+def kron_matmul(
+    x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, activation: int, packed: Tensor | None = None
+) -> Tensor:
+    """The op ``kron_matmul``; ``packed`` is of the CPU."""
+    y = x.new_empty(*x.shape[:-1], a.shape[-2] * b.shape[-2])
+    run_product(x, a, b, y, bias, activation)
+    return y
 
-    ``u (T, CO * LO)`` is the gradient of the result and ``v (T, CI * LI)`` the input; ``tiny`` mixes whichever has more
-    tiles down to as many as the other has.
-    """
-    blocks: tl.constexpr = (LI + BK - 1) // BK
-    block = tl.program_id(0)
-    split = tl.program_id(1).to(tl.int64)
-    s = tl.program_id(2)
-    n0 = block // blocks * BN
-    k0 = block % blocks * BK
-    factor = load_mix(tiny + s * tiny_term, tiny_row, tiny_col, CO, CI)
-    acc = tl.zeros([BN, BK], dtype=tl.float32)
-    first = split * tokens_each
-    last = tl.minimum(first + tokens_each, T)
-    for t0 in range(first, last, BT):
-        t = t0 + tl.arange(0, BT)
-        us = load_tiles(u, t, u_stride, last, n0, LO, CO, RIGHT, BT, BN)
-        vs = load_tiles(v, t, v_stride, last, k0, LI, CI, RIGHT, BT, BK)
-        if CO <= CI:
-            for g in tl.static_range(CO):
-                mixed = mix_row(vs, factor, g, CI).to(u.dtype.element_ty)
-                acc = tl.dot(tl.trans(us[g]), mixed, acc, input_precision=PRECISION)
-        else:
-            for g in tl.static_range(CI):
-                mixed = mix_column(us, factor, g, CO, CI).to(v.dtype.element_ty)
-                acc = tl.dot(tl.trans(mixed), vs[g], acc, input_precision=PRECISION)
-    n = n0 + tl.arange(0, BN)[:, None]
-    k = k0 + tl.arange(0, BK)[None, :]
-    out = partial + (split * S + s) * (LO * LI) + n * LI + k
-    tl.store(out, acc, mask=(n < LO) & (k < LI))
+
+def kron_addmm(base: Tensor, x: Tensor, a: Tensor, b: Tensor, alpha: float) -> Tensor:
+    """The op ``kron_addmm``."""
+    y = torch.empty_like(base, memory_format=torch.contiguous_format)
+    run_product(x, a, b, y, base=base.contiguous(), alpha=alpha)
+    return y
+
+
+def kron_addmm_(base: Tensor, x: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
+    """The op ``kron_addmm_``; base is contiguous. A program reads of it what it writes, and nothing else."""
+    run_product(x, a, b, base, base=base, alpha=alpha)
+
+
+def run_product(
+    x: Tensor, a: Tensor, b: Tensor, y: Tensor, bias: Tensor | None = None, activation: int = 0,
+    base: Tensor | None = None, alpha: float | None = None,
+) -> None:  # fmt: skip
+    """``activation(alpha * product + bias + base)`` into the contiguous ``y (..., m1 * m2)``."""
+    if y.numel() == 0:
+        return
+    a, b = stacks(a, b)
+    x = rows(x)
+    if bias is not None:
+        bias = bias.contiguous()
+    product = tiny_product(Product.of(a, b))
+    if product is None:
+        balanced.forward(x, a, b, y, bias, activation, base, alpha)
+        return
+    large, tiny = (a, b) if product.right else (b, a)
+    run_tiny(product, x, large, tiny, y, bias=bias, activation=activation, base=base, alpha=alpha)
+
+
+def run_tiny(
+    product: TinyProduct, x: Tensor, large: Tensor, tiny: Tensor, y: Tensor | None, *, bias: Tensor | None = None,
+    activation: int = 0, base: Tensor | None = None, alpha: float | None = None, other: Tensor | None = None,
+) -> Tensor | None:  # fmt: skip
+    """One launch of ``matmul_kernel`` over ``x (T, n)``; with ``other (T, m)`` the tiny gradient in parts."""
+    tokens = x.shape[0]
+    expand = product.expands or other is not None
+    shape = (product, token_bucket(tokens), x.element_size(), expand, other is not None, is_exact(x))
+    tiles = matmul_tiles(device_of(x).arch, *shape)
+    programs = ceil_div(tokens, tiles.tokens) * ceil_div(product.large_out, tiles.columns)
+    partial = None
+    if other is not None:
+        partial = x.new_empty(programs, product.terms, product.tiny_in, product.tiny_out, dtype=torch.float32)
+    strides = (x.stride(0), 0 if other is None else other.stride(0))
+    launch(
+        matmul_kernel,
+        (programs,),
+        (x, large, tiny, bias, base, y, other, partial, alpha, tokens, *strides, *large.stride(), *tiny.stride()),
+        (*product, expand, activation, precision(), *tiles[:3]),
+        Options(*tiles[3:]),
+    )
+    return partial

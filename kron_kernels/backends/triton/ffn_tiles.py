@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 
 from ...schemas.product import Product
-from .configs import tunable
-from .plan import Device, ceil_div, power_of_two, token_bucket
+from .tiles import Device, Tiles, ceil_div, power_of_two, token_bucket
+from .tuned import tunable
 
 # Values of a token that the kernels unroll over: columns of A1, rows of A2; and rows of A1.
 _MOST_GRID, _MOST_MIDDLE = 4, 32
@@ -19,7 +19,7 @@ _MOST_OUTPUTS, _MOST_MIX = 192, 32
 
 
 class Ffn(NamedTuple):
-    """Sizes of a block as ``kernels/ffn.py`` names them: A1 (M, C), B1 (P, K), A2 (Q, M), B2 (N, P)."""
+    """Sizes of a block as ``ffn.py`` names them: A1 (M, C), B1 (P, K), A2 (Q, M), B2 (N, P)."""
 
     c: int
     m: int
@@ -36,36 +36,7 @@ class FfnForm(NamedTuple):
 
 
 class FfnTiles(NamedTuple):
-    """A program's tokens, and columns of z at a time; warps, loads in flight."""
-
-    tokens: int
-    columns: int
-    num_warps: int
-    num_stages: int
-
-
-class ZTiles(NamedTuple):
-    """Of a kernel that ends with z: a program's tokens and columns, depth of a step; warps, loads in flight."""
-
-    tokens: int
-    columns: int
-    depth: int
-    num_warps: int
-    num_stages: int
-
-
-class RowTiles(NamedTuple):
-    """Rows, columns and depth of the product with B2, the second of two kernels; warps, loads in flight."""
-
-    rows: int
-    columns: int
-    depth: int
-    num_warps: int
-    num_stages: int
-
-
-class MiddleTiles(NamedTuple):
-    """Tokens of a step and columns of ``ffn_backward_kernel``; warps, loads in flight."""
+    """A program's tokens, and columns of the middle at a time; warps, loads in flight."""
 
     tokens: int
     columns: int
@@ -84,7 +55,7 @@ def chained(first: Product, second: Product) -> Ffn | str:
     if max(first.n1, second.m1) > _MOST_GRID or first.m1 > _MOST_MIDDLE:
         tiny = f"{first.m1}x{first.n1} and {second.m1}x{second.n1}"
         return (
-            f"two products: left factors of {tiny} are too large to be mixed in (at most {_MOST_MIDDLE} rows of the "
+            f"two products: left factors of {tiny} are too large to be fused (at most {_MOST_MIDDLE} rows of the "
             f"first, {_MOST_GRID} columns, {_MOST_GRID} rows of the second)"
         )
     return Ffn(first.n1, first.m1, second.m1, first.n2, first.m2, second.m2)
@@ -159,26 +130,26 @@ def _held(ffn: Ffn, element: int, kilobytes: int, float16: bool) -> FfnTiles | N
 
 
 @tunable("ffn_middle_kernel")
-def z_tiles(ffn: Ffn, tokens: int, element: int) -> ZTiles:
+def z_tiles(ffn: Ffn, tokens: int, element: int) -> Tiles:
     """Tiles of ``ffn_middle_kernel``: few enough values that several programs of a multiprocessor take turns."""
     block = 64 if element == 2 else 32
     depth, columns = min(power_of_two(ffn.k), block), min(power_of_two(ffn.p), block)
-    return ZTiles(min(power_of_two(tokens), 128 // element), columns, depth, 8 if element == 2 else 4, 3)
+    return Tiles(min(power_of_two(tokens), 128 // element), columns, depth, 8 if element == 2 else 4, 3)
 
 
 @tunable("ffn_rows_kernel")
-def row_tiles(ffn: Ffn, tokens: int, element: int) -> RowTiles:
-    """Tiles of ``ffn_rows_kernel``."""
+def row_tiles(ffn: Ffn, tokens: int, element: int) -> Tiles:
+    """Tiles of ``ffn_rows_kernel``, whose rows are tokens times q."""
     depth = min(power_of_two(ffn.p), 64 if element == 2 else 32)
     columns = min(power_of_two(ffn.n), 128)
     rows = min(power_of_two(ffn.q * tokens), 128)
-    return RowTiles(rows, columns, depth, 8 if rows * columns > 4096 else 4, 3)
+    return Tiles(rows, columns, depth, 8 if rows * columns > 4096 else 4, 3)
 
 
 @tunable("ffn_backward_kernel")
-def middle_tiles(ffn: Ffn, tokens: int, element: int) -> MiddleTiles:
+def middle_tiles(ffn: Ffn, tokens: int, element: int) -> FfnTiles:
     """Two values a thread: beside its sums, of which there are ``m (c + q + 2)`` then, more would not fit."""
-    return MiddleTiles(4, 64, 4, 2)
+    return FfnTiles(4, 64, 4, 2)
 
 
 def held_block(size: int) -> int:

@@ -1,1 +1,0 @@
-"""Device code: what ``triton.jit`` compiles. One file a kernel; ``primitives.py`` is what several share."""
