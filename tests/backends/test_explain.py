@@ -32,10 +32,10 @@ def test_forms_of_the_triton_kernels() -> None:
         return explain(sizes, dtype=dtype, device="cpu", tokens=4096).forms["triton"]
 
     expanding = (
-        "one product of 2 rows a token with the 384x384 factor, the 8x2 factor on the left mixed in while storing"
+        "one product of 2 rows a token with the 384x384 factor, the 8x2 factor on the left applied while storing"
     )
     assert form(*W1).startswith(expanding)
-    assert "the 2x16 factor on the right mixed in while loading" in form(384, 48, 2, 16)
+    assert "the 2x16 factor on the right applied while loading" in form(384, 48, 2, 16)
     assert form(16, 64, 48, 48).startswith("two chained products, the left factor first")
     assert "neither factor is tiny" in form(300, 300, 40, 20)
     assert "not torch.float64" in form(*W1, dtype=torch.float64)
@@ -49,7 +49,7 @@ def test_forms_of_the_feed_forward_block() -> None:
     assert form(W1, W2, dtype=torch.float32).startswith("two kernels that hand over the narrow middle")
     apart = form((384, 384, 8, 2), (384, 384, 2, 8))
     assert apart.startswith("two products: ")
-    assert "the 8x2 factor on the right mixed in while storing" in apart
+    assert "the 8x2 factor on the right applied while storing" in apart
 
 
 def test_forms_of_the_embedding() -> None:

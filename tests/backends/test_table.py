@@ -1,0 +1,205 @@
+"""The table of backends: what is available and why not, and what importing the package loads."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import kron_kernels
+from kron_kernels import backends
+
+PACKAGE = Path(kron_kernels.__file__).parent
+HAS_CPU = backends.available()["cpu"]
+HAS_CUDA = (PACKAGE / "_C_cuda.so").is_file()
+needs_extension = pytest.mark.skipif(not HAS_CPU.available, reason=HAS_CPU.reason)
+NAMES = "'auto', 'cpu', 'triton', 'cuda', 'reference'"
+LEVELS = "'portable', 'neon', 'avx2', 'avx512', 'amx'"
+
+
+def run(code: str, root: Path = PACKAGE.parent, **environment: str) -> str:
+    """Standard output of ``python -c code`` with the package of ``root`` first on the path."""
+    variables = {**os.environ, "PYTHONPATH": str(root), **environment}
+    result = subprocess.run([sys.executable, "-c", code], env=variables, cwd=root, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Path:
+    """A folder with the package as a tree without compiler has it: no compiled files."""
+    ignored = shutil.ignore_patterns("*.so", "*.so.*", "_build_info.json", "__pycache__")
+    shutil.copytree(PACKAGE, tmp_path / "kron_kernels", ignore=ignored)
+    return tmp_path
+
+
+def test_import_is_lean() -> None:
+    heavy = "{'transformers', 'triton', 'matplotlib', 'safetensors', 'pybind11'}"
+    code = (
+        f"import torch, sys; before = set(sys.modules); import kron_kernels; print({heavy} & set(sys.modules) - before)"
+    )
+    assert run(code) == "set()"
+
+
+def test_package_without_compiled_libraries(bare: Path) -> None:
+    code = """
+import torch, kron_kernels
+from kron_kernels.backends import cuda
+x, a, b = torch.randn(3, 10, requires_grad=True), torch.randn(2, 4, 5), torch.randn(2, 3, 2)
+kron_kernels.kron_matmul(x, a, b, activation="gelu").sum().backward()
+torch.ops.kron_kernels.kron_matmul(x.detach(), a, b, None, 0)
+actions = (
+    lambda: kron_kernels.kron_matmul(x, a, b, backend="cpu"), kron_kernels.backends.cpu_isa,
+    lambda: kron_kernels.kron_matmul(x, a, b, backend="cuda"), lambda: cuda.kron_matmul(x, a, b, None, 0),
+)
+for action in actions:
+    try:
+        action()
+    except RuntimeError as error:
+        print(error)
+"""
+    cpu = "backend 'cpu' is not available: the compiled extension is absent: the package was not built"
+    cuda = "backend 'cuda' is not available: the CUDA kernels are absent: the package was not built"
+    assert run(code, bare).splitlines() == [cpu, cpu, cuda, cuda]
+
+
+def test_reasons_of_failed_builds_and_damaged_libraries(bare: Path) -> None:
+    code = "import kron_kernels\nfor n in ('cpu', 'cuda'): print(kron_kernels.available_backends()[n].reason)"
+    (bare / "kron_kernels" / "_build_info.json").write_text('{"missing": "no compiler"}')
+    assert run(code, bare).splitlines() == [
+        "the compiled extension is absent: no compiler",
+        "the CUDA kernels are absent: no compiler",
+    ]
+    for name in ("_C.so", "_C_cuda.so"):
+        (bare / "kron_kernels" / name).write_bytes(b"not a library")
+    cpu, cuda = run(code, bare).splitlines()
+    assert cpu.startswith("the compiled extension does not load: ")
+    assert cuda.startswith("the CUDA kernels do not load: ")
+
+
+def test_environment_chooses_the_backend() -> None:
+    code = """
+try:
+    from kron_kernels import backends
+    print(backends.resolve(None, "cpu"))
+except ValueError as error:
+    print(error)
+"""
+    assert run(code, KRON_KERNELS_BACKEND="reference", KRON_KERNELS_CPU_ISA="") == "reference"
+    fast = f"environment variable KRON_KERNELS_BACKEND: expected one of {NAMES}, got 'fast'"
+    assert run(code, KRON_KERNELS_BACKEND="fast") == fast
+    sse = f"environment variable KRON_KERNELS_CPU_ISA: expected one of {LEVELS}, got 'sse'"
+    assert run(code, KRON_KERNELS_CPU_ISA="sse") == sse
+
+
+def test_resolve(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert backends.resolve("auto", "cpu") == ("cpu" if HAS_CPU.available else "reference")
+    assert backends.resolve("auto", "meta") == "reference"
+    assert backends.resolve("reference", "cpu") == "reference"
+    with pytest.raises(ValueError, match=f"backend: expected one of {NAMES}, got ''"):
+        backends.resolve("", "cpu")
+    status = backends.Status("cpu", False, "no compiler")
+    monkeypatch.setitem(backends.BACKENDS, "cpu", dataclasses.replace(backends.BACKENDS["cpu"], status=lambda: status))
+    with pytest.raises(RuntimeError, match="backend 'cpu' is not available: no compiler"):
+        backends.resolve("cpu", "cpu")
+    assert backends.resolve("auto", "cpu") == "reference"
+
+
+def test_a_new_backend_is_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    status = backends.Status("mine", True, "always")
+    row = dataclasses.replace(backends.BACKENDS["cuda"], name="mine", status=lambda: status, device=lambda: "meta")
+    rows = {"mine": row, **backends.BACKENDS}
+    for name in list(backends.BACKENDS):
+        monkeypatch.delitem(backends.BACKENDS, name)
+    for name, value in rows.items():
+        monkeypatch.setitem(backends.BACKENDS, name, value)
+    assert backends.resolve("auto", "meta") == "mine"
+    assert list(backends.available()) == ["mine", "cpu", "triton", "cuda", "reference"]
+
+
+@needs_extension
+def test_isa_cap() -> None:
+    top = backends.set_cpu_isa("amx")
+    compiled = backends.introspect().compiled_isas()
+    for level in backends.CPU_ISA_LEVELS[: backends.CPU_ISA_LEVELS.index(top) + 1]:
+        expected = level if level in compiled else "portable"  # of another processor family
+        assert backends.set_cpu_isa(level) == expected == backends.cpu_isa()
+    assert backends.set_cpu_isa("amx") == top
+    with pytest.raises(ValueError, match=f"cap: expected one of {LEVELS}, got 'sse'"):
+        backends.set_cpu_isa("sse")
+    code = "from kron_kernels import backends; print(backends.cpu_isa())"
+    assert run(code, KRON_KERNELS_CPU_ISA="portable") == "portable"
+
+
+@needs_extension
+def test_binding_and_introspection_share_one_core() -> None:
+    """The scratch of an op's call is seen by the introspection module: there is one copy of the core's state."""
+    introspect = backends.introspect()
+    x, a, b = torch.randn(300, 24 * 32), torch.randn(1, 32, 24), torch.randn(1, 24, 32)
+    kron_kernels.kron_matmul(x[:1], a, b)
+    before = introspect.last_scratch_bytes()
+    kron_kernels.kron_matmul(x, a, b)
+    assert introspect.last_scratch_bytes() != before
+    assert introspect.detected_isa() in introspect.compiled_isas()
+
+
+@needs_extension
+def test_build_record() -> None:
+    info = backends.build_info()
+    assert {"compiler", "processor", "flags", "cpu_isa", "torch", "introspection", "cuda", "cuda_archs"} <= set(info)
+    assert "portable" in info["cpu_isa"]
+    assert bool(info["cuda_archs"]) == bool(info["cuda_compiler"]) == (info["cuda"] == "built")
+
+
+# A driver that serves a version of CUDA and answers the first call: all that the CUDA runtime asks before it gives up.
+DRIVER = """
+#include <string.h>
+int cuDriverGetVersion(int* version) { return *version = VERSION, 0; }
+int cuInit(unsigned flags) { return INIT; }
+#if VERSION >= 13000
+static int nothing(void) { return 0; }
+int cuGetProcAddress_v2(const char* name, void** f, int version, unsigned long flags, int* found) {
+    *f = !strcmp(name, "cuInit") ? (void*)cuInit : !strcmp(name, "cuDriverGetVersion") ? (void*)cuDriverGetVersion
+       : !strcmp(name, "cuGetProcAddress") ? (void*)cuGetProcAddress_v2 : (void*)nothing;
+    return 0;
+}
+#endif
+"""
+DEVICE = "from kron_kernels.backends import cuda; print(*cuda.device_status(), sep='|')"
+
+
+@pytest.mark.skipif(not HAS_CUDA, reason=f"CUDA kernels: {backends.build_info().get('cuda', 'not built')}")
+@pytest.mark.skipif(Path("/proc/driver/nvidia").exists(), reason="an NVIDIA driver is installed")
+def test_reasons_without_a_driver_or_device(tmp_path: Path) -> None:
+    assert run(DEVICE) == "False|no NVIDIA driver is installed"
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if not compiler:
+        pytest.skip("no C compiler is installed")
+    (tmp_path / "driver.c").write_text(DRIVER)
+
+    def with_driver(version: int, init: int) -> str:
+        command = [compiler, "-shared", "-fPIC", f"-DVERSION={version}", f"-DINIT={init}", tmp_path / "driver.c"]
+        subprocess.run([*command, "-o", tmp_path / "libcuda.so.1"], check=True)
+        return run(DEVICE, LD_LIBRARY_PATH=str(tmp_path))
+
+    assert with_driver(11020, 0).startswith("False|the NVIDIA driver is too old: it serves CUDA 11.2, ")
+    assert with_driver(99000, 100) == "False|no CUDA device is there"
+    assert with_driver(99000, 999) == "False|the CUDA driver fails: unknown error"
+
+
+@pytest.mark.skipif(not HAS_CUDA, reason=f"CUDA kernels: {backends.build_info().get('cuda', 'not built')}")
+def test_cuda_library_is_loaded_when_first_needed_and_hides_its_runtime() -> None:
+    """torch brings a CUDA runtime of its own: a call of one must not end in the other."""
+    code = "from kron_kernels.backends import cuda\nloaded = lambda: 'libkron_cuda' in open('/proc/self/maps').read()"
+    assert run(f"{code}\nbefore = loaded()\ncuda.device_status()\nprint(before, loaded())") == "False True"
+    nm = shutil.which("nm")
+    if nm:
+        library = next(PACKAGE.glob("libkron_cuda.so*"))
+        names = subprocess.run([nm, "-D", "--defined-only", library], check=True, capture_output=True, text=True).stdout
+        assert not [line for line in names.splitlines() if " cuda" in line or "__cudart" in line]

@@ -1,0 +1,119 @@
+"""The feed-forward block in Triton, in each of its forms, and its gradients, against the fp64 oracle."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kron_kernels.backends.base import Device
+from kron_kernels.backends.triton import ffn, ffn_backward, ffn_tiles, implementations
+from kron_kernels.backends.triton.ffn_tiles import FfnTiles
+from kron_kernels.backends.triton.launch import recording
+from kron_kernels.backends.triton.tiles import Tiles
+from kron_kernels.schemas import reference
+from kron_kernels.schemas.product import Product
+from tests.cases import LAYOUTS, assert_accurate
+from tests.ops.block_cases import FFN_SHAPES, FfnCase, ffn_case, ffn_gradients
+
+OPS = implementations()
+# Tokens of one tile and one more, or 0 and 1; activations; layouts, on sizes with edges everywhere.
+SAMPLE = (
+    *(FfnCase(shape, 17, norm=True) for shape in ("k8", "k21", "one-row", "three")),
+    *(FfnCase("odd", tokens, activation=name) for tokens, name in ((0, None), (1, "relu"), (17, "silu"))),
+    *(FfnCase("odd", 17, 1, layout, "gelu_tanh") for layout in LAYOUTS[1:]),
+)
+
+
+def code(case: FfnCase) -> int:
+    return [None, *reference.ACTIVATIONS].index(case.activation)
+
+
+def check(case: FfnCase, dtype: torch.dtype) -> None:
+    o, same_dtype, oracle = ffn_case(case, dtype)
+    norm = o.norm if case.norm else (None, None, None, 0.0)
+    assert_accurate(OPS["kron_ffn"](*o.layers, code(case), *norm), same_dtype, oracle)
+
+
+def check_gradients(case: FfnCase, dtype: torch.dtype, needs: int = 127) -> None:
+    o, _, _ = ffn_case(case, dtype)
+    found = OPS["kron_ffn_backward"](o.grad, *o.layers[:-1], code(case), needs)
+    for bit, values in enumerate(zip(found, *ffn_gradients(case, dtype), strict=True)):
+        if needs >> bit & 1:
+            assert_accurate(*values, f"gradient {bit}")
+        else:
+            assert values[0].shape == (0,)
+
+
+@pytest.mark.quick
+def test_smoke() -> None:
+    check(FfnCase("odd", 3, norm=True), torch.float32)
+    check_gradients(FfnCase("odd", 3), torch.float32)
+
+
+@pytest.mark.parametrize("case", SAMPLE, ids=lambda case: case.id)
+@pytest.mark.parametrize("kernels", [1, 2])
+def test_fused_forms(case: FfnCase, kernels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each form in small tiles, so that tokens and columns have edges."""
+    monkeypatch.setattr(ffn, "is_one_kernel", lambda *_: kernels == 1)
+    monkeypatch.setattr(ffn, "tiles_of", lambda *_: FfnTiles(16, 16, 4, 2))
+    monkeypatch.setattr(ffn, "z_tiles", lambda *_: Tiles(16, 16, 16, 4, 2))
+    monkeypatch.setattr(ffn, "row_tiles", lambda *_: Tiles(16, 16, 16, 4, 2))
+    for dtype in (torch.float32, torch.float16) if case.layout == "contiguous" else (torch.float32,):
+        check(case, dtype)
+
+
+@pytest.mark.parametrize("terms", [1, 2])
+@pytest.mark.parametrize("shape", FFN_SHAPES)
+def test_the_form_that_is_chosen(shape: str, terms: int) -> None:
+    check(FfnCase(shape, 17, terms, norm=True), torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("case", [*SAMPLE[:8], FfnCase("tiny-right", 17, 2)], ids=lambda case: case.id)
+def test_gradients(case: FfnCase, dtype: torch.dtype) -> None:
+    check_gradients(case, dtype)
+
+
+@pytest.mark.parametrize("needs", [0, *(1 << bit for bit in range(7)), 0b0100001])
+@pytest.mark.parametrize("shape", ["odd", "tiny-right"])
+def test_only_the_gradients_needed(shape: str, needs: int) -> None:
+    check_gradients(FfnCase(shape, 5), torch.float32, needs)
+
+
+def test_gradients_summed_over_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ffn_backward, "_PROGRAMS", 0)
+    check_gradients(FfnCase("odd", 17), torch.float32)
+
+
+# Of a first pair A (m1, n1), B (m2, n2), and A, B of the second.
+SIZES = {
+    "k8": ((8, 2), (384, 384), (2, 8), (384, 384)),
+    "k21": ((16, 2), (192, 384), (2, 16), (384, 192)),
+    "unchained": ((8, 2), (384, 384), (2, 16), (384, 192)),
+    "tiny-right": ((384, 384), (8, 2), (384, 384), (2, 8)),
+}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("name", "dtype", "arch", "kernels", "reason"),
+    [
+        ("k8", torch.bfloat16, 90, {"ffn_forward_kernel"}, "None"),
+        ("k8", torch.float16, 80, {"ffn_forward_kernel"}, "None"),
+        ("k8", torch.float32, 90, {"ffn_middle_kernel", "ffn_rows_kernel"}, "cannot hold"),
+        ("k21", torch.bfloat16, 90, {"ffn_middle_kernel", "ffn_rows_kernel"}, "cannot hold"),
+        ("k8", torch.bfloat16, "gfx942", {"ffn_middle_kernel", "ffn_rows_kernel"}, "cannot hold"),
+        ("unchained", torch.bfloat16, 90, {"matmul_kernel"}, "grid of 8x384, the second takes one of 16x192"),
+        ("tiny-right", torch.bfloat16, 90, {"matmul_kernel"}, "too large to be fused"),
+    ],
+)
+def test_what_is_launched_and_why(
+    name: str, dtype: torch.dtype, arch: int | str, kernels: set[str], reason: str
+) -> None:
+    device = Device(arch, 132, {90: 227, 80: 163}.get(arch, 64) * 1024)
+    a1, b1, a2, b2 = (torch.empty(1, *size, dtype=dtype, device="meta") for size in SIZES[name])
+    x = torch.empty(4096, a1.shape[2] * b1.shape[2], dtype=dtype, device="meta")
+    with recording(device) as launches:
+        OPS["kron_ffn"](x, a1, b1, None, a2, b2, None, 1, None, None, None, 0.0)
+    assert {launch.kernel.fn.__name__ for launch in launches} == kernels
+    assert reason in str(ffn_tiles.fits(Product.of(a1, b1), Product.of(a2, b2), 4096, dtype, device))
