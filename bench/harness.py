@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import ModuleType
@@ -41,7 +41,6 @@ KEEP_MEMORY = {
 }
 # For the peak of the resident set it must do the opposite.
 RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-SILENCE_SECONDS = 240.0
 Row = dict[str, Any]
 
 
@@ -200,7 +199,7 @@ class Run:
 
     def _child(self, job: Row, environment: dict[str, str]) -> Iterator[Row]:
         told = {"suite": self.name, "threads": self.threads, "seconds": self.seconds, "quick": self.quick}
-        return child({**told, **job}, environment, getattr(self.suite, "SILENCE_SECONDS", SILENCE_SECONDS))
+        return child({**told, **job}, environment, getattr(self.suite, "silence", silence))
 
 
 class Crash(Exception):
@@ -211,7 +210,12 @@ class Crash(Exception):
         self.starting = starting
 
 
-def child(job: Row, environment: dict[str, str], silence: float = SILENCE_SECONDS) -> Iterator[Row]:
+def silence(_name: str) -> float:
+    """Return the seconds after which a candidate that says nothing is taken for hung."""
+    return 240.0
+
+
+def child(job: Row, environment: dict[str, str], silence: Callable[[str], float] = silence) -> Iterator[Row]:
     """Run ``bench.worker`` on a job and yield the JSON objects it writes; raises :class:`Crash` when it dies."""
     process = subprocess.Popen(
         [sys.executable, "-m", "bench.worker", json.dumps(job)],
@@ -222,12 +226,12 @@ def child(job: Row, environment: dict[str, str], silence: float = SILENCE_SECOND
         text=True,
     )
     assert process.stdout is not None
-    starting, heard, silent = "start", [time.monotonic()], threading.Event()
-    ended = threading.Event()
+    starting, heard = "start", time.monotonic()
+    silent, ended = threading.Event(), threading.Event()
 
     def watch() -> None:
         while not ended.wait(0.2):
-            if time.monotonic() - heard[0] > silence:
+            if time.monotonic() - heard > silence(starting):
                 silent.set()
                 process.kill()
                 return
@@ -236,14 +240,14 @@ def child(job: Row, environment: dict[str, str], silence: float = SILENCE_SECOND
     watchdog.start()
     try:
         for line in process.stdout:
-            heard[0] = time.monotonic()
+            heard = time.monotonic()
             message = json.loads(line)
             starting = message.get("starting", starting)
             yield message
         if process.wait():
             code = process.returncode
             died = f"died of {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-            raise Crash(f"no sign of life for {silence:g} s" if silent.is_set() else died, starting)
+            raise Crash(f"no sign of life for {silence(starting):g} s" if silent.is_set() else died, starting)
     finally:
         ended.set()
         watchdog.join()

@@ -27,8 +27,13 @@ def main() -> None:
     job = json.loads(sys.argv[1])
     say = protocol()
     torch.set_num_threads(job["threads"])
-    suite = importlib.import_module(f"bench.suites.{job['suite']}")
-    {"time": time_points, "memory": memory_points}[job["kind"]](suite, job, say)
+    name = job["suite"]
+    suite = importlib.import_module(name if "." in name else f"bench.suites.{name}")
+    kinds = {"time": time_points, "memory": memory_points}
+    if job["kind"] in kinds:
+        kinds[job["kind"]](suite, job, say)
+    else:  # a kind of the suite's own
+        getattr(suite, job["kind"])(job, say)
 
 
 def protocol() -> Say:

@@ -1,0 +1,93 @@
+"""The page of accuracy: what compressed models keep of their teacher, how close they start, orders of channels."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from bench.harness import Row, read_rows
+from kron_kernels.testing.tables import markdown
+
+TEACHER = "teacher"
+ABOUT = """# Accuracy of compressed encoders
+
+Scores on GLUE's development sets in percent: Spearman's correlation (stsb), accuracy (mrpc, sst2, rte), Matthews'
+correlation (cola). "Kept" is the share of the teacher's average over the tasks a model has. ± is the sample standard
+deviation over seeds; a figure without it is of one run, so that differences of a point may be chance.
+"""
+WARM = """## Before any distillation
+
+Starts of a compressed encoder: fitted to the weights alone ("plain") or to what layers put out on text, then trained
+block by block. Errors are relative; agreement is the mean cosine of sentence embeddings with the dense model's."""
+ORDERS = """## Orders of channels
+
+Mean relative error of the nearest factors before and after a search for orders of rows and columns."""
+
+
+def accuracy(results: Path) -> str:
+    """Return the page, from accuracy.csv, warm-start.csv and orders.csv."""
+    parts = [ABOUT]
+    rows = read_rows(results / "accuracy.csv")
+    for model in dict.fromkeys(row["model"] for row in rows):
+        parts += model_parts(model, [row for row in rows if row["model"] == model])
+    if warm := read_rows(results / "warm-start.csv"):
+        quantities = list(dict.fromkeys(row["quantity"] for row in warm))
+        found: dict[tuple[str, ...], dict[str, str]] = {}
+        for row in warm:
+            found.setdefault((row["model"], row["preset"], row["start"]), {})[row["quantity"]] = row["value"]
+        lines = [(*key, *(each.get(name, "-") for name in quantities)) for key, each in found.items()]
+        parts += [WARM, markdown(("model", "preset", "start", *quantities), lines)]
+    if orders := read_rows(results / "orders.csv"):
+        columns = ("weights", "pair", "count", "rounds", "before", "after")
+        parts += [ORDERS, markdown(columns, [[row[name] for name in columns] for row in orders])]
+    return "\n\n".join(parts) + "\n"
+
+
+def model_parts(model: str, rows: list[Row]) -> list[str]:
+    """Return the scores of one distilled model, of the variants of its recipe, and all runs."""
+    hours = sum(float(row["seconds"]) for row in rows) / 3600
+    commits = ", ".join(sorted({row["commit"] for row in rows}))
+    about = f"{rows[0]['machine']}: {len(rows)} runs, {hours:.1f} hours, commit {commits}."
+    scored = [row for row in rows if row["score"]]
+    main = [row for row in scored if not row["variant"] and (row["kind"] == "task" or row["name"] == TEACHER)]
+    parts = [f"## {model}", about, score_table(main)]
+    varied = {(row["name"], row["task"]) for row in scored if row["variant"]}
+    if varied:
+        tasks = {task for _, task in varied}
+        names = {TEACHER, *(name for name, _ in varied)}
+        parts += ["What each part of the recipe is worth:"]
+        parts += [score_table([row for row in scored if row["name"] in names and row["task"] in tasks])]
+    columns = ("name", "variant", "kind", "task", "seed", "score", "epochs", "batch_size", "learning_rate", "steps")
+    runs = markdown((*columns, "seconds"), [[row[name] for name in (*columns, "seconds")] for row in rows])
+    return [*parts, f"<details><summary>All runs</summary>\n\n{runs}\n\n</details>"]
+
+
+def score_table(rows: Iterable[Row]) -> str:
+    """Return a line for each model and variant: means over seeds by task, their average, and what is kept."""
+    scores: dict[tuple[str, str], dict[str, list[float]]] = {}
+    parameters: dict[tuple[str, str], int] = {}
+    for row in rows:
+        key = (row["name"], row["variant"])
+        scores.setdefault(key, {}).setdefault(row["task"], []).append(float(row["score"]))
+        parameters[key] = int(row["parameters"])
+    tasks = list(dict.fromkeys(task for each in scores.values() for task in each))
+    teacher = {task: statistics.mean(values) for task, values in scores.get((TEACHER, ""), {}).items()}
+    lines = []
+    for (name, variant), each in sorted(scores.items(), key=lambda item: (item[0][0] != TEACHER, item[0])):
+        mean = {task: statistics.mean(values) for task, values in each.items()}
+        whole = [task for task in mean if task in teacher]
+        kept = sum(mean[task] for task in whole) / sum(teacher[task] for task in whole) if whole else None
+        label = f"{name}, {variant}" if variant else name
+        cells = [_score(each.get(task, ())) for task in tasks]
+        size = f"{parameters[name, variant] / 1e6:.2f} M"
+        average = f"{statistics.mean(mean.values()):.1f}"
+        lines.append((label, *cells, average, "-" if kept is None else f"{kept:.1%}", size))
+    return markdown(("model", *tasks, "average", "kept", "parameters"), lines)
+
+
+def _score(values: Sequence[float]) -> str:
+    if not values:
+        return "-"
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
