@@ -327,12 +327,12 @@ void test_embedding(int64_t tokens, int64_t terms, int64_t p, int64_t k, DType d
 
 void fixed_blocks() {
     // Two rows a token (in registers), four, one; a balanced pair (in L1); tiny right factors (commuted); odd sizes; a
-    // pair that does not chain. m1, n1, m2, n2 of the first, m1, m2 of the second, whether the second's grid is turned
-    // round.
+    // pair that does not chain; first or second product oriented otherwise than the fused block. m1, n1, m2, n2 of the
+    // first, m1, m2 of the second, whether the second's grid is turned round.
     const int64_t shapes[][7] = {{8, 2, 48, 32, 2, 48, 0},    {8, 4, 32, 24, 4, 40, 0},  {4, 1, 40, 24, 1, 24, 0},
                                  {24, 8, 24, 16, 8, 16, 0},   {48, 24, 4, 2, 24, 2, 0},  {5, 3, 7, 2, 2, 9, 0},
                                  {64, 16, 48, 48, 16, 48, 0}, {32, 5, 20, 9, 11, 24, 0}, {7, 2, 33, 17, 2, 19, 0},
-                                 {6, 2, 10, 12, 2, 12, 1}};
+                                 {6, 2, 10, 12, 2, 12, 1},    {2, 1, 1, 4, 17, 1, 0},    {3, 16, 1, 1, 2, 2, 0}};
     for (const auto& s : shapes)
         for (const DType dtype : {DType::f32, DType::bf16, DType::f64, DType::f16})
             for (const int64_t tokens : {0, 1, 9, 67}) {
@@ -363,6 +363,9 @@ void fixed_blocks() {
             const Pair q(3, 6, 5, 7, 4, dtype), k(3, 6, 5, 7, 4, dtype);
             test_projections(tokens, {&q, &k});
         }
+    // Large enough for the threads to share out the panels.
+    const Pair wide(1, 8, 2, 240, 250, DType::f32);
+    test_projections(13, {&wide});
     test_packs_that_do_not_fit();
     for (const DType dtype : {DType::f32, DType::bf16, DType::f64, DType::f16})
         for (const int64_t k : {1, 3, 8, 12, 16})
