@@ -132,7 +132,8 @@ class Package:
 def load_package(path: str | os.PathLike[str]) -> Package:
     """Load what ``export_model`` wrote, or the folder of a model, to run on the CPU.
 
-    A folder holds a KronBert, as ``kron-kernels compress`` writes it, or a dense BERT, with any head.
+    A folder holds a KronBert, as ``kron-kernels compress`` writes it, or a dense BERT, with any head. A KronBert runs
+    in its inference form (``optimize_for_inference``).
 
     A ``.pt2`` file is a program: loading and calling it executes code that is in the file. Load only files whose origin
     you trust. Archives with pickles or machine code in them, which torch would execute too, are errors here.
@@ -157,9 +158,11 @@ def load_package(path: str | os.PathLike[str]) -> Package:
 
 
 def _load_folder(path: Path) -> Package:
-    from .program import NamedOutputs, load_model, model_info
+    from ..models import optimize_for_inference
+    from .program import NamedOutputs, is_kron, load_model, model_info
 
-    model = NamedOutputs(load_model(path)).eval()
+    loaded = load_model(path)
+    model = NamedOutputs(optimize_for_inference(loaded) if is_kron(loaded) else loaded).eval()
     return Package(model_info(model, "folder"), lambda inputs: model(**inputs))
 
 

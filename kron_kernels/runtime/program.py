@@ -78,6 +78,13 @@ def load_model(folder: str | os.PathLike[str], dtype: torch.dtype | str = "auto"
     return model.eval()
 
 
+def is_kron(model: nn.Module) -> bool:
+    """Whether a model of ``load_model`` has Kronecker layers."""
+    from ..models import KronBertPreTrainedModel
+
+    return isinstance(model, KronBertPreTrainedModel)
+
+
 def model_info(model: NamedOutputs, format: str) -> PackageInfo:
     """Describe a model for a package of it; the names of the outputs come from a call on one token."""
     config = model.model.config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 import torch
 
 from kron_kernels import backends
-from kron_kernels.runtime import export_model, load_package
+from kron_kernels.runtime import export, export_model, load_package
+from kron_kernels.runtime.program import export_program
 from tests.runtime.folders import assert_same, batch, eager, save_dense, save_kron
 
 HEADS = {
@@ -53,6 +55,21 @@ def test_bf16_and_the_dense_model_beside_it(folder: Path, tmp_path: Path) -> Non
     assert report.dense_bytes == (dense / "model.safetensors").stat().st_size
     assert report.model_bytes == (folder / "model.safetensors").stat().st_size
     assert report.package_bytes == (tmp_path / "model.pt2").stat().st_size
+
+
+@pytest.mark.slow
+def test_wrong_outputs_leave_no_file(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def of_another_model(model: torch.nn.Module) -> torch.export.ExportedProgram:
+        other = copy.deepcopy(model)
+        other.model.pooler.dense.bias.data.add_(0.01)
+        return export_program(other)
+
+    monkeypatch.setattr(export, "export_program", of_another_model)
+    (tmp_path / "old.pt2").write_text("mine")
+    with pytest.raises(RuntimeError, match=r"not agree with eager torch: pooler_output by .*, the tolerance is 1e-04"):
+        export_model(folder, tmp_path / "old.pt2", overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["old.pt2"]
+    assert (tmp_path / "old.pt2").read_text() == "mine"
 
 
 @pytest.mark.slow
