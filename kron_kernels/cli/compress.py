@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .output import Progress, add_json_flag, format_table, print_json
-
-if TYPE_CHECKING:
-    from ..compress.pipeline import CompressReport
+from .output import Progress, add_json_flag, print_json
 
 
 def add_parser(commands: Any) -> None:
@@ -19,6 +16,7 @@ def add_parser(commands: Any) -> None:
         help="compress a BERT checkpoint",
         description="Replace the linear layers and the word embedding of a BERT by Kronecker products and save it "
         "with its tokenizer and a report. Without fine-tuning or distillation the result is a starting point.",
+        epilog="example: kron-kernels compress path/to/bert bert-k21 --preset K21 --calibrate sentences.txt",
     )
     parser.add_argument("model", help="folder of the checkpoint, or its name on the model hub")
     parser.add_argument("out", type=Path, help="folder to make")
@@ -36,7 +34,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--warm-start-steps", type=int, default=300, metavar="N", help="steps a block (300)")
     parser.add_argument("--terms", type=int, metavar="S", help="products to sum in each linear layer")
     parser.add_argument("--weight-dtype", metavar="TYPE", help="int8: store large factors as int8, one scale a row")
-    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    parser.add_argument("--force", action="store_true", help="replace OUT where it holds a compressed model")
     add_json_flag(parser)
     parser.set_defaults(run=run)
 
@@ -46,13 +44,15 @@ def run(arguments: argparse.Namespace) -> int:
     # transformers takes seconds to import: only the command that needs it pays.
     import transformers
 
-    from ..compress.pipeline import compress
+    from ..compress import compress
+    from ..compress.target import check_target
     from ..convert.presets import KronConfig
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     config = arguments.preset
     if arguments.config is not None:
+        check_target(arguments.out, arguments.force, [arguments.config])
         config = KronConfig.from_json(arguments.config.read_text(encoding="utf-8"))
     report = compress(
         arguments.model,
@@ -70,44 +70,5 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(report.to_dict())
     else:
-        _print(report)
+        print(report)
     return 0
-
-
-def _print(report: CompressReport) -> None:
-    conversion = report.conversion
-    fitted = [layer for layer in conversion.layers if layer.role != "embedding"]
-    headers = ["layer", "factors", "terms", "parameters", "before", "weight error"]
-    data_aware = any(layer.weighted_error is not None for layer in fitted)
-    rows = []
-    for layer in conversion.layers:
-        row = [
-            layer.name,
-            f"{layer.a[0]}x{layer.a[1]} (x) {layer.b[0]}x{layer.b[1]}",
-            layer.terms,
-            f"{layer.params_after:,}",
-            f"{layer.params_before:,}",
-            "-" if layer.relative_error is None else f"{layer.relative_error:.3f}",
-        ]
-        if data_aware:
-            row.append("-" if layer.weighted_error is None else f"{layer.weighted_error:.3f}")
-        rows.append(row)
-    print(format_table(headers + ["output error"] * data_aware, rows))
-    before, after = report.linear_flops_before / 1e9, report.linear_flops_after / 1e9
-    print(
-        f"\n{report.architecture} in {report.target}: {conversion.params_before:,} -> {conversion.params_after:,} "
-        f"parameters ({conversion.compression:.1f}x fewer)\n"
-        f"linear layers on 128 tokens: {before:.3f} -> {after:.3f} GFLOP ({before / after:.1f}x fewer)"
-    )
-    if data_aware:
-        print(f"data-aware fit on {report.calibration_lines} lines, {report.calibration_tokens:,} tokens")
-    if (trained := report.blocks) is not None:
-        rows = [[block.name, f"{block.error_before:.3f}", f"{block.error_after:.3f}"] for block in trained.blocks]
-        print(f"block-wise training, {trained.steps} steps each, errors of the blocks' outputs before and after:\n")
-        print(format_table(["block", "before", "after"], rows))
-    if (int8 := report.quantization) is not None:
-        text = "the text" if report.calibration_lines else "random token ids"
-        print(
-            f"int8 factors: {int8.bytes_before / 1e6:.2f} -> {int8.bytes_after / 1e6:.2f} MB of weights; last hidden "
-            f"states agree with those of the unquantized factors to a mean cosine of {int8.agreement:.5f} on {text}"
-        )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Sequence
 from typing import Any, TextIO
 
@@ -40,28 +39,31 @@ def print_json(document: dict[str, Any]) -> None:
 
 
 class Progress:
-    """Progress lines on stderr, ``[ 3/24] name``; on a terminal they overwrite each other.
+    """A progress bar with the time left for each long step, on stderr; called as ``progress(done, total, what)``.
 
-    Called as ``progress(done, total, what)``.
+    A call that does not go on from the last one (another total, or fewer done) begins the next step's bar. Where stderr
+    is no terminal a line is written every ``every_seconds`` and at the end of each step.
     """
 
-    def __init__(self, stream: TextIO | None = None, *, every_seconds: float = 1.0) -> None:
+    def __init__(self, stream: TextIO | None = None, *, every_seconds: float = 10.0) -> None:
         self._stream = stream or sys.stderr
-        self._every = every_seconds
-        self._last = float("-inf")
-        self._terminal = self._stream.isatty()
+        self._every = 0.1 if self._stream.isatty() else every_seconds
+        self._bar: Any = None
 
     def __call__(self, done: int, total: int, what: str) -> None:
-        now = time.monotonic()
-        if done < total and now - self._last < (0.1 if self._terminal else self._every):
-            return
-        self._last = now
-        line = f"[{done:{len(str(total))}}/{total}] {what}"
-        if self._terminal:
-            self._stream.write(f"\r\x1b[K{line}" + ("\n" if done >= total else ""))
-        else:
-            self._stream.write(line + "\n")
-        self._stream.flush()
+        from tqdm import tqdm
+
+        if self._bar is None or total != self._bar.total or done <= self._bar.n:
+            if self._bar is not None:
+                self._bar.close()
+            terminal = self._stream.isatty()
+            looks: dict[str, Any] = {"dynamic_ncols": terminal, "ascii": True, "delay": 1e-7}  # no line at 0 %
+            self._bar = tqdm(total=total, file=self._stream, mininterval=self._every, miniters=1, **looks)
+        self._bar.set_description(what, refresh=False)
+        self._bar.update(done - self._bar.n)
+        if done >= total:
+            self._bar.close()
+            self._bar = None
 
 
 def _numeric(text: str) -> bool:

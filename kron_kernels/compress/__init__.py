@@ -2,7 +2,8 @@
 
 from .blockwise import BlockReport, WarmStartReport, warm_start
 from .checkpoint import ARCHITECTURES, load_dense
-from .pipeline import CompressReport, compress
+from .pipeline import compress
+from .report import CompressReport
 from .starts import WARM_STARTS, linear_names, start_model
 from .text import read_lines, tokenize
 

@@ -6,53 +6,23 @@ import dataclasses
 import json
 import os
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import transformers
-
-from .. import __version__
+from ..convert.agreement import hidden_agreement
 from ..convert.calibrate import Progress
 from ..convert.counting import linear_flops
-from ..convert.kronify import ConversionReport
 from ..convert.presets import KronConfig, preset
-from ..convert.quantize import QuantizationReport, quantize_
-from .blockwise import WarmStartReport
-from .checkpoint import ARCHITECTURES, copy_companions, load_dense
+from ..convert.quantize import quantize_
+from .checkpoint import ARCHITECTURES, copy_companions, load_dense, load_tokenizer, looks_local
 from .files import new_folder
+from .report import CompressReport
 from .starts import WARM_STARTS, start_model
+from .target import REPORT_NAME, check_target
 from .text import MAX_LENGTH, read_lines, text_batches
 
-REPORT_NAME = "compression_report.json"
-
-
-@dataclass(frozen=True)
-class CompressReport:
-    """What was compressed, how, and what it came to. Operations are those of the linear layers on 128 tokens."""
-
-    source: str
-    target: str
-    architecture: str
-    conversion: ConversionReport
-    calibration_lines: int
-    calibration_tokens: int
-    linear_flops_before: int
-    linear_flops_after: int
-    seconds: float
-    quantization: QuantizationReport | None
-    warm_start: str
-    blocks: WarmStartReport | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-able dict."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        converted = {"conversion": self.conversion.to_dict()}
-        if self.quantization is not None:
-            converted["quantization"] = self.quantization.to_dict()
-        if self.blocks is not None:
-            converted["blocks"] = self.blocks.to_dict()
-        return {"version": 1, "kron_kernels": __version__, **fields, **converted}
+# Batches that the agreement with the dense model is measured on.
+_COMPARED = 4
 
 
 def compress(
@@ -74,7 +44,7 @@ def compress(
     Args:
         model_dir: folder of a transformers BERT checkpoint (plain, or with a masked-LM, pre-training, classification or
             question-answering head), or the name of one on the model hub.
-        out_dir: folder to make. It appears whole or not at all.
+        out_dir: folder to make. It appears whole or not at all, whatever kills the process.
         config: a preset's name or a KronConfig.
         calibrate_text: text file, a sentence a line, for a warm start; None fits the weights alone.
         calibrate_lines: how many of its lines to use.
@@ -86,23 +56,25 @@ def compress(
         weight_dtype: "int8" stores large factors as int8 (see ``quantize_``); None leaves that to the config. The
             report then holds the agreement of the outputs with those of the factors before, on the lines of the text
             or, without one, on random token ids.
-        overwrite: replace an existing ``out_dir``.
+        overwrite: replace ``out_dir`` where it holds a compressed model; anything else is left alone.
         progress: called as ``progress(done, total, what)``.
 
     Raises:
-        FileExistsError: ``out_dir`` exists and ``overwrite`` is False.
-        OSError: a missing or damaged checkpoint or text.
-        ValueError: an architecture that is not supported, a config that does not fit, an empty text, a warm start that
-            needs text without any.
+        FileExistsError: ``out_dir`` exists and ``overwrite`` is False, or it holds something else.
+        OSError: a missing or damaged checkpoint or text, a folder that cannot be written, a full disk.
+        ValueError: an architecture that is not supported, a checkpoint that is compressed already, a config that does
+            not fit, an empty text, a warm start that needs text without any, an ``out_dir`` that holds model or text.
     """
     began = time.perf_counter()
-    target = Path(out_dir)
     method = _method(warm_start, calibrate_text is not None)
-    _check_target(target, overwrite, model_dir)
+    if isinstance(config, str):
+        preset(config)  # an unknown name fails before the model is read
+    sources = [model_dir] if looks_local(model_dir) else []
+    sources += [] if calibrate_text is None else [calibrate_text]
+    target = check_target(out_dir, overwrite, sources)
+    sentences = [] if calibrate_text is None else read_lines(calibrate_text, calibrate_lines)
     dense = load_dense(model_dir)
     kron = _config(config, dense, terms, weight_dtype)
-    flops_before = linear_flops(dense, MAX_LENGTH, kron)
-    sentences = [] if calibrate_text is None else read_lines(calibrate_text, calibrate_lines)
     batches = text_batches(dense, model_dir, sentences)
     floating = dataclasses.replace(kron, weight_dtype=None)
     kind = ARCHITECTURES[type(dense).__name__]
@@ -112,19 +84,27 @@ def compress(
     quantization = None if kron.weight_dtype is None else quantize_(model, batches)
     report = CompressReport(
         source=str(model_dir),
-        target=str(target),
+        target=str(out_dir),
         architecture=type(model).__name__,
         conversion=dataclasses.replace(model.conversion_report, config=kron),
         calibration_lines=len(sentences),
         calibration_tokens=max(calibration.tokens.values()) if calibration else 0,
-        linear_flops_before=flops_before,
+        linear_flops_before=linear_flops(dense, MAX_LENGTH, kron),
         linear_flops_after=linear_flops(model, MAX_LENGTH, kron),
         seconds=time.perf_counter() - began,
         quantization=quantization,
         warm_start=method,
         blocks=blocks,
+        agreement=hidden_agreement(dense, model.eval(), batches[:: -(-len(batches) // _COMPARED)], centred=True),
     )
-    _save(model, report, model_dir, target)
+    with new_folder(target, replace=overwrite) as folder:
+        model.save_pretrained(folder)
+        if Path(model_dir).is_dir():
+            copy_companions(Path(model_dir), folder)
+        else:
+            load_tokenizer(model_dir).save_pretrained(folder)
+        (folder / REPORT_NAME).write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+        check_target(target, overwrite, sources)
     return report
 
 
@@ -150,25 +130,3 @@ def _config(config: str | KronConfig, dense: Any, terms: int | None, weight_dtyp
         for role, rule in kron.rules.items()
     }
     return dataclasses.replace(kron, rules=rules)
-
-
-def _check_target(target: Path, overwrite: bool, model_dir: str | os.PathLike[str]) -> None:
-    if not target.exists():
-        return
-    if not overwrite:
-        raise FileExistsError(f"out: {target} exists; remove it, or ask to overwrite it")
-    if not target.is_dir():
-        raise FileExistsError(f"out: expected a folder to overwrite, got the file {target}")
-    source, resolved = Path(model_dir).resolve(), target.resolve()
-    if source == resolved or resolved in source.parents:
-        raise ValueError(f"out: {target} holds the model itself")
-
-
-def _save(model: Any, report: CompressReport, model_dir: str | os.PathLike[str], target: Path) -> None:
-    with new_folder(target) as partial:
-        model.save_pretrained(partial)
-        if Path(model_dir).is_dir():
-            copy_companions(Path(model_dir), partial)
-        else:
-            transformers.AutoTokenizer.from_pretrained(model_dir).save_pretrained(partial)
-        (partial / REPORT_NAME).write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
+
+from .checkpoint import load_tokenizer
 
 BATCH = 32
 MAX_LENGTH = 128
@@ -49,5 +50,5 @@ def text_batches(model: Any, tokenizer_dir: str | os.PathLike[str], sentences: l
         length = min(64, model.config.max_position_embeddings)
         generator = torch.Generator().manual_seed(0)
         return [{"input_ids": torch.randint(model.config.vocab_size, (8, length), generator=generator)}]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_dir, local_files_only=Path(tokenizer_dir).is_dir())
-    return tokenize(tokenizer, sentences, min(MAX_LENGTH, model.config.max_position_embeddings))
+    limit = min(MAX_LENGTH, model.config.max_position_embeddings)
+    return tokenize(load_tokenizer(tokenizer_dir), sentences, limit)

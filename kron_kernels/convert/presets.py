@@ -204,14 +204,14 @@ _SKIPS: dict[str, tuple[str, ...]] = {
 
 
 def preset(name: str, hidden_size: int | None = None, intermediate_size: int | None = None) -> KronConfig:
-    """Return a named configuration; its small factors are the same at every model size.
+    """Return a named configuration, whatever the name's case; its small factors are the same at every model size.
 
     "K8" and "K21": the shapes of KroneckerBERT (Tahaei et al., NAACL 2022, table 1): 7.7 and 21 times fewer
     parameters on BERT-base.
 
     "K19": our own, 5,716,620 parameters on BERT-base, 19.15 times fewer. It is K21, in multiply-adds too, with the
     embedding widened from 48 to 64 stored numbers a token. Chosen with ``factorize.search_model_shapes`` among all
-    pairs of one large and one tiny factor (2 to 16 wide) within about 1 % of 19 times: spare parameters bring most
+    pairs of one large and one small factor (2 to 16 wide) within about 1 % of 19 times: spare parameters bring most
     in the embedding (more than in attention or in the feed-forward, fitted to a real encoder without training),
     and the one choice with 2 % fewer multiply-adds keeps a lower-rank feed-forward.
 
@@ -220,13 +220,15 @@ def preset(name: str, hidden_size: int | None = None, intermediate_size: int | N
     paper has 83M. "TQCompressor": the feed-forward of the odd blocks by 4 terms of (768, 384) (x) (4, 2) and
     (384, 768) (x) (2, 4), the embedding by a row of 4 (Abronin et al., "TQCompressor", 2024, in the shapes of their
     published configuration): 81,336,388, where the paper has 81M. "TQCompressor-QKV" halves queries, keys and values of
-    those blocks too. GPT-2 keeps queries, keys and values in one matrix: its three parts share their tiny factor.
+    those blocks too. GPT-2 keeps queries, keys and values in one matrix: its three parts share their small factor.
 
     Given ``hidden_size`` and ``intermediate_size``, also checks that the shapes divide those of an encoder of that
     size. Raises ValueError for an unknown name and for a size that does not divide.
     """
-    if name not in _PRESETS:
+    known = {each.casefold(): each for each in _PRESETS}
+    if name.casefold() not in known:
         raise ValueError(f"preset: expected one of {', '.join(_PRESETS)}, got {name!r}")
+    name = known[name.casefold()]
     rules = _PRESETS[name]
     if hidden_size is not None and intermediate_size is not None:
         weights = {
