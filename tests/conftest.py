@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,24 @@ from kron_kernels import backends
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny dense BERT checkpoint with its tokenizer."""
+    from tests.compress.tiny_bert import save_bert
+
+    return save_bert(tmp_path_factory.mktemp("dense") / "bert")
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of sentences that its tokenizer knows."""
+    from tests.compress.tiny_bert import SENTENCES
+
+    path = tmp_path_factory.mktemp("text") / "sentences.txt"
+    path.write_text("\n\n".join(SENTENCES), encoding="utf-8")
+    return path
 
 
 @pytest.fixture(params=backends.CPU_ISA_LEVELS)

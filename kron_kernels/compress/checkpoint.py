@@ -91,7 +91,7 @@ def _check_sizes(config: Any) -> None:
             raise ValueError(f"model: expected a positive {name} in config.json, got {value!r}")
     if config.num_hidden_layers > _MOST_LAYERS:
         raise ValueError(
-            f"model: expected at most {_MOST_LAYERS} layers, got num_hidden_layers {config.num_hidden_layers}"
+            f"model: expected at most {_MOST_LAYERS} layers, config.json asks for {config.num_hidden_layers}"
         )
     hidden, intermediate, layers, vocabulary, positions = (getattr(config, name) for name in names)
     if (count := BertSize(hidden, intermediate, vocabulary, layers, positions).dense_params()) > _MOST_PARAMETERS:

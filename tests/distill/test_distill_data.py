@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.cli.test_cli_compress import save_bert
+from tests.compress.tiny_bert import save_bert
 
 datasets = pytest.importorskip("datasets", reason="the extra 'distill' is not installed")
 pytest.importorskip("torchmetrics", reason="the extra 'distill' is not installed")

@@ -24,7 +24,7 @@ pytest.importorskip("matplotlib")
 import transformers  # noqa: E402
 
 from kron_kernels.compress import files  # noqa: E402
-from kron_kernels.compress.files import check_space, new_folder, write_text  # noqa: E402
+from kron_kernels.compress.files import check_space, write_text  # noqa: E402
 from kron_kernels.distill import locks, run_folder  # noqa: E402
 from kron_kernels.distill.callbacks import NonFiniteLossError, RunLogger, check_finite  # noqa: E402
 from kron_kernels.distill.checkpoints import step_of  # noqa: E402
@@ -531,29 +531,3 @@ def test_text_is_there_whole_or_not_at_all(where: str, tmp_path: Path, monkeypat
     with pytest.raises(KeyboardInterrupt):
         write_text(path, "new")
     assert path.read_text() == "old"
-
-
-def test_folders_are_there_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "run" / "model"
-    with new_folder(path) as folder:
-        (folder / "weights").write_text("old")
-        (folder / "weights").chmod(0o600)
-        assert not path.exists()
-    (tmp_path / "plain").touch()
-    assert (path / "weights").stat().st_mode == (tmp_path / "plain").stat().st_mode
-
-    def broken_off() -> None:
-        with new_folder(path) as folder:
-            (folder / "weights").write_text("new")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        broken_off()
-    assert (path / "weights").read_text() == "old"
-    # What a killed process left does not get into the next.
-    (path.parent / ".model.tmp").mkdir()
-    (path.parent / ".model.tmp" / "rest").write_text("")
-    with new_folder(path) as folder:
-        (folder / "other").write_text("new")
-    assert [entry.name for entry in path.iterdir()] == ["other"]
-    assert [entry.name for entry in path.parent.iterdir()] == ["model"]

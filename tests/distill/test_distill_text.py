@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from tests.cli.test_cli_compress import WORDS, save_bert
+from tests.compress.tiny_bert import WORDS, save_bert
 
 datasets = pytest.importorskip("datasets", reason="the extra 'distill' is not installed")
 pytest.importorskip("torchmetrics", reason="the extra 'distill' is not installed")
