@@ -61,6 +61,8 @@ class Progress:
             self._bar = tqdm(total=total, file=self._stream, mininterval=self._every, miniters=1, **looks)
         self._bar.set_description(what, refresh=False)
         self._bar.update(done - self._bar.n)
+        if done == 0:
+            self._bar.refresh()  # a step that is announced before it is done
         if done >= total:
             self._bar.close()
             self._bar = None

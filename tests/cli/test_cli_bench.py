@@ -25,7 +25,7 @@ def test_layers_json(more: list[str], capsys: Capture) -> None:
     assert [(row["tokens"], row["variant"]) for row in report["rows"]] == expected
     assert all(row["us"] > 0 for row in report["rows"])
     assert [row["speed-up"] for row in report["rows"] if row["variant"] == "dense"] == [1.0, 1.0]
-    assert "[0/2] balanced, 1 tokens" in captured.err
+    assert "balanced, 1 tokens:   0%" in captured.err
 
 
 def test_a_wrong_layer_gets_no_figure_and_exit_code_1(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:

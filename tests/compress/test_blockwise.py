@@ -175,7 +175,7 @@ def test_half_precision_trains_in_full(dense: Any) -> None:
         ({"dense": random_bert(num_hidden_layers=3)}, r"of dense, \(3, 16, 40\), got \(2, 16, 40\)"),
         (
             {"model": random_bert()},
-            r"model: expected Kronecker layers \(KronBertModel.from_dense makes them\), got none",
+            "model: expected Kronecker layers .* makes them.*, got none",
         ),
     ],
 )

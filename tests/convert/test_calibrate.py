@@ -54,15 +54,6 @@ def test_layers_with_one_input_share_one_moment() -> None:
     assert calibration["output"] is not calibration["query"]
 
 
-def test_equal_shapes_without_a_shared_input_stay_apart() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    x = torch.randn(9, 4)
-    calibration = calibrate(model, [x])
-    torch.testing.assert_close(calibration["0"], x.T @ x / 9)
-    inner = model[0](x).detach()
-    torch.testing.assert_close(calibration["1"], inner.T @ inner / 9)
-
-
 def test_a_tensor_changed_in_place_is_another_input() -> None:
     class InPlace(nn.Module):
         def __init__(self) -> None:
@@ -110,14 +101,6 @@ def test_mask_applies_to_stacked_and_flattened_tokens(shape: tuple[int, ...]) ->
     kept = x[mask.bool()]
     torch.testing.assert_close(calibration["layer"], kept.T @ kept / 5)
     assert calibration.tokens["pooled"] == 2
-
-
-def test_named_modules_of_any_kind() -> None:
-    model = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 2), nn.Tanh())
-    x = torch.randn(9, 4)
-    calibration = calibrate(model, [x], ["0"])
-    assert list(calibration) == ["0"]
-    torch.testing.assert_close(calibration["0"], x.T @ x / 9)
 
 
 def test_low_precision_inputs_are_summed_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,12 +151,6 @@ def test_model_is_left_as_it_was_after_an_error() -> None:
         calibrate(model, [{"input_ids": torch.full((2, 4), 99)}])
     assert model.training
     assert hooks_of(model) == 0
-
-
-def test_progress() -> None:
-    calls: list[tuple[int, int, str]] = []
-    calibrate(Attention(), iter(token_batches()), progress=lambda *call: calls.append(call))
-    assert calls == [(1, 3, "calibrating"), (2, 3, "calibrating"), (3, 3, "calibrating")]
 
 
 def test_inputs_shared_in_the_first_batch_only() -> None:
