@@ -6,7 +6,6 @@ from .ffn import kron_ffn
 from .frozen_linear import frozen_linear_kron
 from .matmul import kron_matmul
 from .norm import AddNorm, kron_matmul_norm
-from .pack import pack_factors
 from .qkv import kron_qkv
 
 __all__ = [
@@ -19,5 +18,4 @@ __all__ = [
     "kron_matmul",
     "kron_matmul_norm",
     "kron_qkv",
-    "pack_factors",
 ]

@@ -33,7 +33,6 @@ def kron_ffn(
     *,
     activation: str | None = "gelu",
     norm: AddNorm | None = None,
-    packed: tuple[Tensor | None, Tensor | None] = (None, None),
     backend: str | None = None,
 ) -> Tensor:
     """``W2 activation(W1 x + bias1) + bias2`` with ``W_i = sum_s A_i,s (x) B_i,s``: a feed-forward block as one op.
@@ -48,7 +47,6 @@ def kron_ffn(
         a2, b2: factors of the second layer; ``bias2`` or None.
         activation: None, "gelu" (erf), "gelu_tanh", "relu" or "silu".
         norm: adds a residual and norms, as :class:`AddNorm` says.
-        packed: what ``pack_factors`` gave for each pair, or None.
         backend: as for ``kron_matmul``.
 
     Raises:
@@ -63,30 +61,29 @@ def kron_ffn(
     try:
         if _FFN_IS_QUICK and backend is None and x.is_cpu and not is_observed(*everything):
             pairs = (*stacks(a1, b1), bias1, *stacks(a2, b2), bias2)
-            return ffn_op(x, *pairs, code, *(norm or (None, None, None, 0.0)), *packed)
+            return ffn_op(x, *pairs, code, *(norm or (None, None, None, 0.0)))
     except REJECTED:
         pass
     if backends.is_unforced(backend):
-        return backends.forced(kron_ffn, *tensors, activation=activation, norm=norm, packed=packed, backend=backend)
+        return backends.forced(kron_ffn, *tensors, activation=activation, norm=norm, backend=backend)
     check_types(x, a1, b1, bias1)
     check_types(x, a2, b2, bias2)
     if norm is not None:
         check_norm_types(norm)
     if observed(x, backend, everything):
-        y = _observed_ffn(tensors, activation, packed, backend)
+        y = _observed_ffn(tensors, activation, backend)
         return y if norm is None else add_norm(norm, x, y)
     (a1, b1), (a2, b2) = stacks(a1, b1), stacks(a2, b2)
     check_ffn(x, a1, b1, bias1, a2, b2, bias2)
     if norm is None:
-        return ffn_op(x, a1, b1, bias1, a2, b2, bias2, code, None, None, None, 0.0, *packed)
+        return ffn_op(x, a1, b1, bias1, a2, b2, bias2, code, None, None, None, 0.0)
     check_norm(x, a2.shape[1] * b2.shape[1], norm)
-    return ffn_op(x, a1, b1, bias1, a2, b2, bias2, code, *norm, *packed)
+    return ffn_op(x, a1, b1, bias1, a2, b2, bias2, code, *norm)
 
 
 def _observed_ffn(
     tensors: tuple[Any, ...],
     activation: str | None,
-    packed: tuple[Tensor | None, Tensor | None],
     backend: str | None,
 ) -> Tensor:
     x, a1, b1, bias1, a2, b2, bias2 = tensors
@@ -102,7 +99,7 @@ def _observed_ffn(
     check_ffn(x, a1, b1, bias1, a2, b2, bias2)
     code = activation_code(activation)
     if not needs_autograd(x, a1, b1, bias1, a2, b2, bias2):
-        return ffn_op(x, a1, b1, bias1, a2, b2, bias2, code, None, None, None, 0.0, *packed)
+        return ffn_op(x, a1, b1, bias1, a2, b2, bias2, code, None, None, None, 0.0)
     return apply(KronFfn, x, a1, b1, bias1, a2, b2, bias2, activation)
 
 

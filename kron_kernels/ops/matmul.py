@@ -27,7 +27,6 @@ def kron_matmul(
     bias: Tensor | None = None,
     *,
     activation: str | None = None,
-    packed: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """``activation(x @ (sum_s a[s] (x) b[s]).T + bias)`` without building the Kronecker product.
@@ -41,7 +40,6 @@ def kron_matmul(
         b: right factors, ``(m2, n2)`` or ``(S, m2, n2)``, with as many terms as ``a``.
         bias: ``(m1 * m2,)`` or None.
         activation: None, "gelu" (erf), "gelu_tanh", "relu" or "silu"; applied last.
-        packed: what ``pack_factors(a, b)`` gave, or None. It saves time in calls of few tokens and changes no result.
         backend: None or "auto" for the best one on ``x``'s device (``KRON_KERNELS_BACKEND`` overrides None), or the
             name of one: "cpu", "cuda", "triton", "reference".
 
@@ -60,11 +58,11 @@ def kron_matmul(
     on_cpu = x.is_cpu and a.is_cpu and b.is_cpu and (bias is None or bias.is_cpu)
     if backend is None and on_cpu and backends.CPU_BY_DEFAULT and not is_observed(x, a, b, bias):
         try:
-            return matmul_op(x, a, b, bias, code, packed)
+            return matmul_op(x, a, b, bias, code)
         except (RuntimeError, ValueError):  # whatever the op refused, the checks below name in the caller's terms
             pass
     if backends.is_unforced(backend):
-        return backends.forced(kron_matmul, x, a, b, bias, activation=activation, packed=packed, backend=backend)
+        return backends.forced(kron_matmul, x, a, b, bias, activation=activation, backend=backend)
     a, b = stacks(a, b)
     device_type = "cpu" if x.is_cpu else x.device.type  # the short way: a device spells its type anew every time
     if autocasts(device_type):
@@ -73,7 +71,7 @@ def kron_matmul(
     if backends.resolve(backend, device_type) == "reference":
         return reference.kron_matmul(x, a, b, bias, activation)
     if not needs_autograd(x, a, b, bias):
-        return matmul_op(x, a, b, bias, code, packed)
+        return matmul_op(x, a, b, bias, code)
     if torch.compiler.is_compiling() and functorch_is_active():
         # A traced torch.func.grad goes through the forward of a Function and drops its backward, without an error.
         return reference.kron_matmul(x, a, b, bias, activation)

@@ -42,7 +42,6 @@ def kron_matmul_norm(
     bias: Tensor | None,
     norm: AddNorm,
     *,
-    packed: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """``layer_norm(residual + kron_matmul(x, a, b, bias))``: an output projection with the end of its block.
@@ -52,19 +51,19 @@ def kron_matmul_norm(
     """
     try:
         if _NORM_IS_QUICK and backend is None and x.is_cpu and not is_observed(x, a, b, bias, *norm[:3]):
-            return matmul_norm_op(x, *stacks(a, b), bias, *norm, packed)
+            return matmul_norm_op(x, *stacks(a, b), bias, *norm)
     except REJECTED:
         pass
     if backends.is_unforced(backend):
-        return backends.forced(kron_matmul_norm, x, a, b, bias, norm, packed=packed, backend=backend)
+        return backends.forced(kron_matmul_norm, x, a, b, bias, norm, backend=backend)
     check_types(x, a, b, bias)
     check_norm_types(norm)
     if observed(x, backend, (x, a, b, bias, *norm[:3])):
-        return add_norm(norm, x, kron_matmul(x, a, b, bias, packed=packed, backend=backend))
+        return add_norm(norm, x, kron_matmul(x, a, b, bias, backend=backend))
     a, b = stacks(a, b)
     check_projections(x, [a], [b], [bias])
     check_norm(x, a.shape[1] * b.shape[1], norm)
-    return matmul_norm_op(x, a, b, bias, *norm, packed)
+    return matmul_norm_op(x, a, b, bias, *norm)
 
 
 def add_norm(norm: AddNorm, x: Tensor, y: Tensor) -> Tensor:

@@ -23,7 +23,6 @@ def kron_qkv(
     b: Sequence[Tensor],
     bias: Sequence[Tensor] | None = None,
     *,
-    packed: Sequence[Tensor | None] = (),
     backend: str | None = None,
 ) -> tuple[Tensor, ...]:
     """Several products of one input, ``kron_matmul(x, a[i], b[i], bias[i])`` for each i, reading ``x`` once.
@@ -32,7 +31,6 @@ def kron_qkv(
         x: ``(..., n)``.
         a, b: a pair of factors, matrices or stacks, for each projection; their shapes may differ.
         bias: one for each projection, or None for none at all.
-        packed: what ``pack_factors`` gave for each pair, or nothing.
         backend: as for ``kron_matmul``.
 
     Returns:
@@ -46,33 +44,20 @@ def kron_qkv(
         )
     try:
         if _QKV_IS_QUICK and backend is None and x.is_cpu and not is_observed(x, *a, *b, *biases):
-            return _qkv(x, [stacks(*pair) for pair in zip(a, b, strict=True)], bias, packed)
+            return _qkv(x, [stacks(*pair) for pair in zip(a, b, strict=True)], bias)
     except REJECTED:
         pass
     if backends.is_unforced(backend):
-        return backends.forced(kron_qkv, x, a, b, bias, packed=packed, backend=backend)
+        return backends.forced(kron_qkv, x, a, b, bias, backend=backend)
     for left, right, one_bias in zip(a, b, biases, strict=True):
         check_types(x, left, right, one_bias)
     if observed(x, backend, (x, *a, *b, *biases)):
-        each = zip(a, b, biases, packed or [None] * len(a), strict=True)
-        return tuple(
-            kron_matmul(x, left, right, one_bias, packed=pack, backend=backend) for left, right, one_bias, pack in each
-        )
+        return tuple(kron_matmul(x, *factors, backend=backend) for factors in zip(a, b, biases, strict=True))
     pairs = [stacks(*pair) for pair in zip(a, b, strict=True)]
     check_projections(x, [left for left, _ in pairs], [right for _, right in pairs], biases)
-    return _qkv(x, pairs, bias, packed)
+    return _qkv(x, pairs, bias)
 
 
-def _qkv(
-    x: Tensor, pairs: list[tuple[Tensor, Tensor]], bias: Sequence[Tensor] | None, packed: Sequence[Tensor | None]
-) -> tuple[Tensor, ...]:
-    packs = [pack for pack in packed if pack is not None]
-    return tuple(
-        qkv_op(
-            x,
-            [left for left, _ in pairs],
-            [right for _, right in pairs],
-            list(bias) if bias is not None else [],
-            packs if len(packs) == len(pairs) else [],
-        )
-    )
+def _qkv(x: Tensor, pairs: list[tuple[Tensor, Tensor]], bias: Sequence[Tensor] | None) -> tuple[Tensor, ...]:
+    lefts, rights = ([pair[side] for pair in pairs] for side in (0, 1))
+    return tuple(qkv_op(x, lefts, rights, [] if bias is None else list(bias), []))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.cases import assert_accurate
+from kron_kernels.testing.accuracy import assert_accurate
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

@@ -22,7 +22,7 @@ from kron_kernels.integrations.krona import (
     save_krona,
 )
 from kron_kernels.schemas import reference
-from tests.cases import assert_accurate
+from kron_kernels.testing.accuracy import assert_accurate
 
 # (m1, n1), (m2, n2), terms: a layer of 24 -> 36
 FORMS = {"balanced": (((6, 4), (6, 6)), 1), "three-terms": (((9, 12), (4, 2)), 3), "tiny-a": (((2, 2), (18, 12)), 1)}

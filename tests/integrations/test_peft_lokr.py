@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from kron_kernels.integrations.versions import check_version
-from tests.cases import assert_accurate
+from kron_kernels.testing.accuracy import assert_accurate
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 

@@ -31,7 +31,7 @@ from kron_kernels.convert.presets import KronConfig, ShapeRule
 from kron_kernels.integrations.krona import KronA, add_krona_
 from kron_kernels.models.vit import VIT_PATTERNS, load_kronified, vit_config
 from kron_kernels.nn import Int8KronLinear, KronLinear
-from tests.cases import assert_accurate
+from kron_kernels.testing.accuracy import assert_accurate
 
 SIZES = {
     "hidden_size": 48,

@@ -27,7 +27,7 @@ from kron_kernels.models import (
 from kron_kernels.nn import KronLinear
 from kron_kernels.schemas import reference
 from kron_kernels.schemas.registry import HUGGING_FACE_ACTIVATIONS
-from tests.cases import assert_accurate
+from kron_kernels.testing.accuracy import assert_accurate
 
 SIZES = {
     "vocab_size": 50,

@@ -12,7 +12,7 @@ from transformers import AutoModel, BertConfig, BertModel
 from kron_kernels.convert.kronify import kronify_
 from kron_kernels.models import KronBertConfig, KronBertModel, bert_layers, fuse_
 from kron_kernels.models.padding import Packing
-from tests.cases import assert_accurate
+from kron_kernels.testing.accuracy import assert_accurate
 from tests.models.test_models_fused import HEADS, IDS, INPUTS, SIZES, make, run, unfused
 
 LENGTHS = torch.tensor([7, 2, 12, 1, 7, 3])

@@ -11,15 +11,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kron_kernels.schemas import reference
-from tests import cases
+from kron_kernels.testing import shapes
 
 # (A, B) of the first layer, (A, B) of the second.
 FFN_SHAPES = {
-    "k8": (cases.SHAPES["k8-w1-small"], cases.SHAPES["k8-w2-small"]),
+    "k8": (shapes.SHAPES["k8-w1-small"], shapes.SHAPES["k8-w2-small"]),
     "k21": (((16, 2), (24, 48)), ((2, 16), (48, 24))),
-    "four-rows": (cases.SHAPES["k21-w1-small"], cases.SHAPES["k21-w2-small"]),
+    "four-rows": (shapes.SHAPES["k21-w1-small"], shapes.SHAPES["k21-w2-small"]),
     "one-row": (((4, 1), (40, 24)), ((1, 4), (24, 40))),
-    "balanced": (cases.SHAPES["balanced-expand"], cases.SHAPES["balanced-contract"]),
+    "balanced": (shapes.SHAPES["balanced-expand"], shapes.SHAPES["balanced-contract"]),
     "tiny-right": (((48, 24), (4, 2)), ((24, 48), (2, 4))),
     "odd": (((7, 2), (33, 17)), ((3, 7), (19, 33))),
     "three": (((6, 3), (20, 24)), ((3, 6), (24, 20))),
@@ -50,7 +50,7 @@ FFN_CASES: tuple[FfnCase, ...] = tuple(
             *(FfnCase(shape, tokens, norm=tokens % 2 == 1) for shape in FFN_SHAPES for tokens in _TOKENS),
             *(FfnCase(shape, 17, 2, norm=True) for shape in FFN_SHAPES),
             *(FfnCase(shape, 33, activation=name) for shape in ("k8", "balanced", "odd") for name in _ACTIVATIONS),
-            *(FfnCase(shape, 33, 1, layout) for shape in ("k21", "balanced", "odd") for layout in cases.LAYOUTS[1:]),
+            *(FfnCase(shape, 33, 1, layout) for shape in ("k21", "balanced", "odd") for layout in shapes.LAYOUTS[1:]),
             FfnCase("k8", 400),
         )
     )
@@ -103,8 +103,8 @@ def make_ffn(case: FfnCase, dtype: torch.dtype) -> Ffn:
     )
 
 
-def _operands(shape: tuple[cases.Pair, cases.Pair], case: FfnCase, dtype: torch.dtype, seed: int) -> cases.Operands:
-    return cases.make_operands(shape, case.tokens, case.terms, case.layout, dtype=dtype, seed=seed)
+def _operands(shape: tuple[shapes.Pair, shapes.Pair], case: FfnCase, dtype: torch.dtype, seed: int) -> shapes.Operands:
+    return shapes.make_operands(shape, case.tokens, case.terms, case.layout, dtype=dtype, seed=seed)
 
 
 def norm_operands(like: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

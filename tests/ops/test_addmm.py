@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 from kron_kernels import backends, kron_addmm, kron_addmm_
 from kron_kernels.ops import addmm
 from kron_kernels.schemas import reference
-from tests import cases
+from kron_kernels.testing import accuracy, shapes
 
 HAS_CPU = backends.available()["cpu"]
 needs_extension = pytest.mark.skipif(not HAS_CPU.available, reason=HAS_CPU.reason)
@@ -26,22 +26,22 @@ def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def added_oracle(o: cases.Operands, alpha: float) -> Tensor:
+def added_oracle(o: shapes.Operands, alpha: float) -> Tensor:
     """``base + alpha * product`` in fp64 through the dense weight; the gradient serves as base."""
     d = o.double()
     return d.grad + alpha * d.x @ reference.kron_weight(d.a, d.b).T
 
 
 @needs_extension
-@pytest.mark.parametrize("dtype", cases.DTYPES, ids=short)
-@pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.id)
-def test_ops(case: cases.Case, dtype: torch.dtype, isa: str) -> None:
-    o = cases.make(case, dtype)
+@pytest.mark.parametrize("dtype", shapes.DTYPES, ids=short)
+@pytest.mark.parametrize("case", shapes.CASES, ids=lambda case: case.id)
+def test_ops(case: shapes.Case, dtype: torch.dtype, isa: str) -> None:
+    o = shapes.make(case, dtype)
     same_dtype, oracle = reference.kron_addmm(o.grad, o.x, o.a, o.b, ALPHA), added_oracle(o, ALPHA)
     y = OPS.kron_addmm.default(o.grad, o.x, o.a, o.b, ALPHA)
     assert y.dtype is dtype
     assert y.is_contiguous()
-    cases.assert_accurate(y, same_dtype, oracle)
+    accuracy.assert_accurate(y, same_dtype, oracle)
     base = o.grad.clone(memory_format=torch.contiguous_format)
     OPS.kron_addmm_.default(base, o.x, o.a, o.b, ALPHA)
     assert torch.equal(base, y)
@@ -49,7 +49,7 @@ def test_ops(case: cases.Case, dtype: torch.dtype, isa: str) -> None:
 
 @pytest.mark.parametrize("tokens", [0, 5])
 def test_opcheck(tokens: int) -> None:
-    o = cases.make(cases.Case("odd", tokens, 2))
+    o = shapes.make(shapes.Case("odd", tokens, 2))
     torch.library.opcheck(OPS.kron_addmm.default, (o.grad, o.x, o.a, o.b, ALPHA))
     torch.library.opcheck(OPS.kron_addmm_.default, (o.grad.clone(), o.x, o.a, o.b, ALPHA))
 
@@ -61,21 +61,21 @@ def test_opcheck(tokens: int) -> None:
     ids=["new", "in-place"],
 )
 def test_op_refuses(op: Callable[..., Any]) -> None:
-    o = cases.make(cases.Case("odd", 4))
+    o = shapes.make(shapes.Case("odd", 4))
     with pytest.raises(ValueError, match=r"base: expected the shape of x, .* m1 \* m2 = 21, got shape \(4, 20\)"):
         op(o.grad[:, 1:].contiguous(), o.x, o.a, o.b, 1.0)
     with pytest.raises(ValueError, match="base: expected the dtype of x"):
         op(o.grad.double(), o.x, o.a, o.b, 1.0)
     if op is OPS.kron_addmm_.default:
         with pytest.raises(ValueError, match="base: expected a contiguous tensor"):
-            op(cases._columns(o.grad), o.x, o.a, o.b, 1.0)
+            op(shapes._columns(o.grad), o.x, o.a, o.b, 1.0)
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("shape", ["odd", "k8-attention-small", "k21-w1-small"])
 @pytest.mark.parametrize("in_place", [False, True])
 def test_gradients(shape: str, backend: str, in_place: bool) -> None:
-    o = cases.make(cases.Case(shape, 17, 2), torch.float64)
+    o = shapes.make(shapes.Case(shape, 17, 2), torch.float64)
     oracle_leaves = [t.clone().requires_grad_() for t in (o.grad, o.x, o.a, o.b)]
     base, x, a, b = oracle_leaves
     weigh = torch.randn_like(o.grad)
@@ -92,7 +92,7 @@ def test_gradients(shape: str, backend: str, in_place: bool) -> None:
 
 @pytest.mark.parametrize("low_rank", [False, True])
 def test_gradcheck(low_rank: bool) -> None:
-    o = cases.make(cases.Case("odd", 3, 1), torch.float64)
+    o = shapes.make(shapes.Case("odd", 3, 1), torch.float64)
     base, x, a, b = (t.clone().requires_grad_() for t in (o.grad, o.x, o.a[0], o.b[0]))
     p, q = (torch.randn(7, 1).double().requires_grad_(), torch.randn(1, 2).double().requires_grad_())
 
@@ -106,7 +106,7 @@ def test_gradcheck(low_rank: bool) -> None:
 
 
 def test_only_what_is_needed_gets_a_gradient() -> None:
-    o = cases.make(cases.Case("odd", 5))
+    o = shapes.make(shapes.Case("odd", 5))
     base = o.grad.clone().requires_grad_()
     (d_base,) = torch.autograd.grad(kron_addmm(base, o.x, o.a, o.b).sum(), base)
     assert torch.equal(d_base, torch.ones_like(base))
@@ -120,11 +120,11 @@ def test_only_what_is_needed_gets_a_gradient() -> None:
 
 @pytest.mark.parametrize(
     "make_base",
-    [lambda t: t.clone(), cases._columns, lambda t: t.T.contiguous().T],
+    [lambda t: t.clone(), shapes._columns, lambda t: t.T.contiguous().T],
     ids=["contiguous", "strided-rows", "transposed"],
 )
 def test_in_place_writes_any_strides(make_base: Callable[[Tensor], Tensor]) -> None:
-    o = cases.make(cases.Case("odd", 6))
+    o = shapes.make(shapes.Case("odd", 6))
     base = make_base(o.grad)
     at = base.data_ptr()
     y = kron_addmm_(base, o.x, o.a, o.b, alpha=ALPHA)
@@ -135,7 +135,7 @@ def test_in_place_writes_any_strides(make_base: Callable[[Tensor], Tensor]) -> N
 @pytest.mark.parametrize("offset", [0, 9])
 def test_in_place_into_its_own_input(offset: int) -> None:
     """x and base in one memory: the product is of x as it was."""
-    o = cases.make_operands(((3, 3), (3, 3)), 40)
+    o = shapes.make_operands(((3, 3), (3, 3)), 40)
     memory = torch.cat([o.x.flatten(), o.x.flatten()[:offset]])
     x, base = memory[: o.x.numel()].view(40, 9), memory[offset:].view(40, 9)
     expected = reference.kron_addmm(base.clone(), x.clone(), o.a, o.b)
@@ -143,7 +143,7 @@ def test_in_place_into_its_own_input(offset: int) -> None:
 
 
 def test_a_backward_that_needs_what_was_overwritten_fails() -> None:
-    o = cases.make(cases.Case("odd", 6))
+    o = shapes.make(shapes.Case("odd", 6))
     base = o.grad.clone()
     needs_base = (torch.ones_like(base, requires_grad=True) * base).sum()
     kron_addmm_(base, o.x, o.a, o.b)
@@ -161,7 +161,7 @@ def test_fake_tensors() -> None:
 
 
 def test_in_place_makes_nothing_of_the_results_size() -> None:
-    o = cases.make_operands(((8, 8), (12, 12)), 500)
+    o = shapes.make_operands(((8, 8), (12, 12)), 500)
     base = o.grad.clone()
     given = {tensor.untyped_storage().data_ptr() for tensor in (base, o.x)}
     sizes: list[int] = []
@@ -183,7 +183,7 @@ def test_in_place_makes_nothing_of_the_results_size() -> None:
 @pytest.mark.parametrize("terms", [None, 1])
 def test_low_rank_factor(rank: int, folded: bool, terms: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Folded into the input where that is cheaper; the result is that of the factor itself."""
-    o = cases.make_operands(((4, 4), (40, 40)), 11)
+    o = shapes.make_operands(((4, 4), (40, 40)), 11)
     a = o.a if terms else o.a[0]
     p, q = torch.randn(40, rank), torch.randn(rank, 40)
     widths: list[int] = []
@@ -196,7 +196,7 @@ def test_low_rank_factor(rank: int, folded: bool, terms: int | None, monkeypatch
 
 
 def test_compiles_once_for_all_batch_sizes() -> None:
-    o = cases.make(cases.Case("odd", 24))
+    o = shapes.make(shapes.Case("odd", 24))
     compiles = 0
 
     def count(graph: torch.fx.GraphModule, _: Any) -> Any:
@@ -220,7 +220,7 @@ def test_compiles_once_for_all_batch_sizes() -> None:
 
 
 def test_transforms() -> None:
-    o = cases.make_operands(((3, 5), (7, 2)), 6, bias=False)
+    o = shapes.make_operands(((3, 5), (7, 2)), 6, bias=False)
     batch = torch.randn(4, *o.x.shape)
     expected = torch.stack([reference.kron_addmm(o.grad, x, o.a, o.b) for x in batch])
     torch.testing.assert_close(torch.vmap(lambda x: kron_addmm(o.grad, x, o.a, o.b))(batch), expected)
@@ -234,7 +234,7 @@ def test_transforms() -> None:
 
 
 def test_autocast() -> None:
-    o = cases.make(cases.Case("odd", 5))
+    o = shapes.make(shapes.Case("odd", 5))
     with torch.autocast("cpu", torch.bfloat16):
         y = kron_addmm(o.grad, o.x, o.a, o.b)
         base = o.grad.bfloat16()

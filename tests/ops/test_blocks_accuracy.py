@@ -12,7 +12,7 @@ from kron_kernels import backends
 from kron_kernels.schemas import reference
 from kron_kernels.schemas.ffn import FFN_GRADIENTS
 from kron_kernels.schemas.registry import ACTIVATION_CODES
-from tests import cases
+from kron_kernels.testing import accuracy, shapes
 from tests.ops import block_cases
 
 OPS = torch.ops.kron_kernels
@@ -33,7 +33,7 @@ def run_ffn(o: block_cases.Ffn, case: block_cases.FfnCase, packed: bool = False)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
-@pytest.mark.parametrize("dtype", cases.DTYPES, ids=short)
+@pytest.mark.parametrize("dtype", shapes.DTYPES, ids=short)
 @pytest.mark.parametrize("case", block_cases.FFN_CASES, ids=lambda case: case.id)
 def test_ffn(case: block_cases.FfnCase, dtype: torch.dtype, packed: bool, isa: str) -> None:
     if dtype in SLOW_TO_JUDGE and (packed or case.tokens not in (1, 33)):
@@ -42,10 +42,10 @@ def test_ffn(case: block_cases.FfnCase, dtype: torch.dtype, packed: bool, isa: s
     y = run_ffn(o, case, packed)
     assert y.dtype is dtype
     assert y.is_contiguous()
-    cases.assert_accurate(y, same_dtype, oracle)
+    accuracy.assert_accurate(y, same_dtype, oracle)
 
 
-@pytest.mark.parametrize("dtype", cases.DTYPES, ids=short)
+@pytest.mark.parametrize("dtype", shapes.DTYPES, ids=short)
 @pytest.mark.parametrize(
     "case",
     [case for case in block_cases.FFN_CASES if not case.norm and case.tokens not in (1, 2)],
@@ -56,7 +56,7 @@ def test_ffn_backward(case: block_cases.FfnCase, dtype: torch.dtype, isa: str) -
     same_dtype, oracles = block_cases.ffn_gradients(case, dtype)
     actual = OPS.kron_ffn_backward(o.grad, *o.layers[:6], ACTIVATION_CODES[case.activation], 0b1111111)
     for name, gradient, torch_gradient, oracle in zip(FFN_GRADIENTS, actual, same_dtype, oracles, strict=True):
-        cases.assert_accurate(gradient, torch_gradient, oracle, name)
+        accuracy.assert_accurate(gradient, torch_gradient, oracle, name)
 
 
 def test_ffn_backward_in_several_blocks_of_tokens(isa: str) -> None:
@@ -70,7 +70,7 @@ def test_ffn_backward_in_several_blocks_of_tokens(isa: str) -> None:
         oracles = reference.kron_ffn_backward(exact.grad, *exact.layers[:6], "gelu")
         actual = OPS.kron_ffn_backward(o.grad, *o.layers[:6], 1, 0b1111111)
         for name, *gradients in zip(FFN_GRADIENTS, actual, same_dtype, oracles, strict=True):
-            cases.assert_accurate(*gradients, name)
+            accuracy.assert_accurate(*gradients, name)
 
 
 @pytest.mark.parametrize("needs", [0b0000001, 0b0001010, 0b1110000, 0b0000100, 0])
@@ -86,12 +86,12 @@ def test_ffn_backward_computes_what_is_asked(needs: int) -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
-@pytest.mark.parametrize("dtype", cases.DTYPES, ids=short)
-@pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.id)
-def test_add_and_norm(case: cases.Case, dtype: torch.dtype, packed: bool, isa: str) -> None:
+@pytest.mark.parametrize("dtype", shapes.DTYPES, ids=short)
+@pytest.mark.parametrize("case", shapes.CASES, ids=lambda case: case.id)
+def test_add_and_norm(case: shapes.Case, dtype: torch.dtype, packed: bool, isa: str) -> None:
     if dtype in SLOW_TO_JUDGE and (packed or case.layout != "contiguous"):
         pytest.skip("the tuned dtypes run every case")
-    o = cases.make(case, dtype)
+    o = shapes.make(case, dtype)
     if o.grad.shape[1] < 3:
         pytest.skip("a norm of one or two values is a sign: it has no error to judge")
     norm = (*block_cases.norm_operands(o.grad, dtype), block_cases.EPS)
@@ -100,15 +100,15 @@ def test_add_and_norm(case: cases.Case, dtype: torch.dtype, packed: bool, isa: s
     oracle = reference.kron_matmul_norm(d.x, d.a, d.b, d.bias, *(tensor.double() for tensor in norm[:3]), norm[3])
     pack = OPS.kron_pack(o.a, o.b) if packed else None
     y = OPS.kron_matmul_norm(o.x, o.a, o.b, o.bias, *norm, pack)
-    cases.assert_accurate(y, same_dtype, oracle)
+    accuracy.assert_accurate(y, same_dtype, oracle)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
-@pytest.mark.parametrize("case", [case for case in cases.CASES if case.tokens], ids=lambda case: case.id)
-def test_joint_projections_are_the_single_ones(case: cases.Case, dtype: torch.dtype, packed: bool, isa: str) -> None:
+@pytest.mark.parametrize("case", [case for case in shapes.CASES if case.tokens], ids=lambda case: case.id)
+def test_joint_projections_are_the_single_ones(case: shapes.Case, dtype: torch.dtype, packed: bool, isa: str) -> None:
     """Each projection as by itself: three of them, and one more than the kernels take at a time."""
-    operands = [cases.make(case, dtype, seed) for seed in range(9 if case.shape == "odd" else 3)]
+    operands = [shapes.make(case, dtype, seed) for seed in range(9 if case.shape == "odd" else 3)]
     x = operands[0].x
     a, b = [o.a for o in operands], [o.b for o in operands]
     biases = [o.bias for o in operands] if case.bias else []
@@ -120,18 +120,18 @@ def test_joint_projections_are_the_single_ones(case: cases.Case, dtype: torch.dt
         )
         torch.testing.assert_close(y, alone, rtol=1e-2 if dtype is torch.bfloat16 else 1e-5, atol=1e-4)
         exact = reference.kron_matmul(x, a[index], b[index], biases[index] if biases else None)
-        d = cases.Operands(x, a[index], b[index], biases[index] if biases else None, operands[index].grad)
-        cases.assert_accurate(y, exact, cases.forward_oracle(d))
+        d = shapes.Operands(x, a[index], b[index], biases[index] if biases else None, operands[index].grad)
+        accuracy.assert_accurate(y, exact, accuracy.forward_oracle(d))
 
 
-@pytest.mark.parametrize("dtype", cases.DTYPES, ids=short)
+@pytest.mark.parametrize("dtype", shapes.DTYPES, ids=short)
 @pytest.mark.parametrize(("terms", "p", "k", "whole"), block_cases.EMBEDDINGS)
 def test_embedding(terms: int, p: int, k: int, whole: bool, dtype: torch.dtype, isa: str) -> None:
     o, same_dtype, oracle = block_cases.embedding_case(terms, p, k, whole, dtype)
     ids, a, *rest = o.operands
     y = OPS.kron_embedding(ids, a, *rest)
     assert y.shape == (3, 21, p * k)
-    cases.assert_accurate(y, same_dtype, oracle)
+    accuracy.assert_accurate(y, same_dtype, oracle)
     columns = OPS.kron_embedding(ids.T.contiguous().T, a.mT.contiguous().mT, *rest)
     assert torch.equal(columns, y)
 

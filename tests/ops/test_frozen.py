@@ -14,7 +14,7 @@ from kron_kernels import backends
 from kron_kernels.ops import frozen_linear, frozen_linear_kron
 from kron_kernels.ops.frozen_linear import is_plain_frozen
 from kron_kernels.schemas import reference
-from tests import cases
+from kron_kernels.testing import accuracy
 
 HAS_CPU = backends.available()["cpu"]
 ALPHA = 0.7
@@ -63,14 +63,14 @@ def test_result_and_gradients(right: str, dtype: torch.dtype) -> None:
     with torch.no_grad():
         y = layer.ours(*layer.trained)
         assert y.is_contiguous()
-        cases.assert_accurate(y, layer.plain(*layer.trained), exact.plain(*exact.trained))
+        accuracy.assert_accurate(y, layer.plain(*layer.trained), exact.plain(*exact.trained))
     found, same_dtype, oracle = (
         gradients(layer, layer.ours),
         gradients(layer, layer.plain),
         gradients(exact, exact.plain),
     )
     for name, *three in zip(("x", "a", "b or p", "q"), found, same_dtype, oracle, strict=False):
-        cases.assert_accurate(*three, f"gradient of {name}")
+        accuracy.assert_accurate(*three, f"gradient of {name}")
 
 
 @pytest.mark.parametrize("right", RIGHT)

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kron_kernels import backends, kron_matmul
 from kron_kernels.schemas import reference
-from tests import cases
+from kron_kernels.testing import accuracy, shapes
 
 HAS_CPU = backends.available()["cpu"]
 BACKENDS = [
@@ -20,7 +20,7 @@ BACKENDS = [
 
 def leaves(shape: str = "odd", tokens: int = 3, terms: int = 2) -> tuple[Tensor, ...]:
     """x, a, b, bias in float64, each asking for its gradient."""
-    o = cases.make(cases.Case(shape, tokens, terms), torch.float64)
+    o = shapes.make(shapes.Case(shape, tokens, terms), torch.float64)
     return tuple(tensor.requires_grad_() for tensor in (o.x, o.a, o.b, o.bias))
 
 
@@ -28,18 +28,18 @@ def leaves(shape: str = "odd", tokens: int = 3, terms: int = 2) -> tuple[Tensor,
 @pytest.mark.parametrize("activation", [None, *reference.ACTIVATIONS])
 @pytest.mark.parametrize("grad", [False, True])
 def test_is_the_dense_linear(backend: str, activation: str | None, grad: bool) -> None:
-    o = cases.make(cases.Case("k8-w1-small", 12, 2))
+    o = shapes.make(shapes.Case("k8-w1-small", 12, 2))
     x = o.x.view(2, 6, -1).requires_grad_(grad)
     y = kron_matmul(x, o.a, o.b, o.bias, activation=activation, backend=backend)
     assert y.shape == (2, 6, o.grad.shape[1])
     assert y.requires_grad is grad
-    expected = cases.forward_oracle(cases.Operands(o.x.detach(), o.a, o.b, o.bias, o.grad), activation)
+    expected = accuracy.forward_oracle(shapes.Operands(o.x.detach(), o.a, o.b, o.bias, o.grad), activation)
     torch.testing.assert_close(y.detach().flatten(0, 1).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_plain_matrices_are_one_term(backend: str) -> None:
-    o = cases.make(cases.Case("odd", 4))
+    o = shapes.make(shapes.Case("odd", 4))
     y = kron_matmul(o.x, o.a[0], o.b[0], o.bias, backend=backend)
     assert torch.equal(y, kron_matmul(o.x, o.a, o.b, o.bias, backend=backend))
 
@@ -96,7 +96,7 @@ def test_no_tokens(backend: str) -> None:
 
 
 def test_shapes_alone_on_the_meta_device() -> None:
-    o = cases.make(cases.Case("odd", 4, 2))
+    o = shapes.make(shapes.Case("odd", 4, 2))
     y = kron_matmul(o.x.to("meta"), o.a.to("meta"), o.b.to("meta"), o.bias.to("meta"), activation="relu")
     assert y.device.type == "meta"
     assert y.shape == (4, 21)
@@ -116,7 +116,7 @@ def test_checkpoint_recomputes_the_same_gradients() -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("grad", [False, True])
 def test_autocast_casts_as_linear_does(backend: str, grad: bool) -> None:
-    o = cases.make(cases.Case("k8-attention-small", 9))
+    o = shapes.make(shapes.Case("k8-attention-small", 9))
     x, a, b, bias = (tensor.requires_grad_(grad) for tensor in (o.x, o.a, o.b, o.bias))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = kron_matmul(x, a, b, bias, backend=backend)

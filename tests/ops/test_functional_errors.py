@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kron_kernels import backends, kron_matmul
-from tests import cases
+from kron_kernels.testing import shapes
 
 
 def bad(change: Callable[..., tuple[Any, ...]], error: type[Exception], message: str, **options: Any) -> Any:
@@ -84,13 +84,13 @@ def bad(change: Callable[..., tuple[Any, ...]], error: type[Exception], message:
     ],
 )
 def test_bad_input(change: Callable[..., tuple[Any, ...]], options: Any, error: type[Exception], message: str) -> None:
-    o = cases.make(cases.Case("odd", 4, 2))
+    o = shapes.make(shapes.Case("odd", 4, 2))
     with pytest.raises(error, match=message):
         kron_matmul(*change(o.x, o.a, o.b, o.bias), **options)
 
 
 def test_bad_input_inside_autocast() -> None:
-    o = cases.make(cases.Case("odd", 4, 2))
+    o = shapes.make(shapes.Case("odd", 4, 2))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         with pytest.raises(ValueError, match="a: expected the device of x, cpu, got meta"):
             kron_matmul(o.x, o.a.to("meta"), o.b)
@@ -102,7 +102,7 @@ def test_missing_backend_asked_for_by_name_says_why(monkeypatch: pytest.MonkeyPa
     status = backends.Status("cpu", False, "the compiled extension is absent: no compiler")
     missing = dataclasses.replace(backends.BACKENDS["cpu"], status=lambda: status)
     monkeypatch.setitem(backends.BACKENDS, "cpu", missing)
-    o = cases.make(cases.Case("odd", 4))
+    o = shapes.make(shapes.Case("odd", 4))
     with pytest.raises(
         RuntimeError, match="backend 'cpu' is not available: the compiled extension is absent: no compiler"
     ):
@@ -113,6 +113,6 @@ def test_missing_backend_asked_for_by_name_says_why(monkeypatch: pytest.MonkeyPa
 def test_backend_that_does_not_serve_the_device() -> None:
     if not backends.available()["cpu"].available:
         pytest.skip(backends.available()["cpu"].reason)
-    o = cases.make(cases.Case("odd", 4))
+    o = shapes.make(shapes.Case("odd", 4))
     with pytest.raises(RuntimeError, match="backend 'cpu' computes tensors on the cpu, got a tensor on meta"):
         kron_matmul(o.x.to("meta"), o.a.to("meta"), o.b.to("meta"), backend="cpu")

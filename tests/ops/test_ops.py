@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kron_kernels import backends
 from kron_kernels.schemas import matmul, reference, registry
-from tests import cases
+from kron_kernels.testing import shapes
 
 HAS_CPU = backends.available()["cpu"]
 needs_extension = pytest.mark.skipif(not HAS_CPU.available, reason=HAS_CPU.reason)
@@ -22,7 +22,7 @@ needs_extension = pytest.mark.skipif(not HAS_CPU.available, reason=HAS_CPU.reaso
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [0, 5])
 def test_opcheck(tokens: int, dtype: torch.dtype) -> None:
-    o = cases.make(cases.Case("odd", tokens, 2), dtype)
+    o = shapes.make(shapes.Case("odd", tokens, 2), dtype)
     torch.library.opcheck(matmul.kron_matmul, (o.x, o.a, o.b, o.bias, 1))
     torch.library.opcheck(matmul.kron_matmul, (o.x, o.a.mT.contiguous().mT, o.b, None, 0))
     torch.library.opcheck(matmul.kron_matmul_backward, (o.grad, o.x, o.a, o.b, 0b1111))
@@ -33,7 +33,7 @@ def test_opcheck(tokens: int, dtype: torch.dtype) -> None:
     "view", [lambda t: t, lambda t: t.transpose(0, 1), lambda t: t[:, ::2], lambda t: t[:, :, None]]
 )
 def test_leading_dimensions_of_any_strides(view: Callable[[Tensor], Tensor]) -> None:
-    o = cases.make(cases.Case("odd", 24, 2))
+    o = shapes.make(shapes.Case("odd", 24, 2))
     x, grad = view(o.x.view(4, 6, -1)), view(o.grad.view(4, 6, -1))
     y = matmul.kron_matmul(x, o.a, o.b, o.bias, 0)
     torch.testing.assert_close(y, reference.kron_matmul(x, o.a, o.b, o.bias))
@@ -42,14 +42,14 @@ def test_leading_dimensions_of_any_strides(view: Callable[[Tensor], Tensor]) -> 
 
 
 def test_one_token_without_leading_dimension() -> None:
-    o = cases.make(cases.Case("odd", 1))
+    o = shapes.make(shapes.Case("odd", 1))
     y = matmul.kron_matmul(o.x[0], o.a, o.b, o.bias, 0)
     torch.testing.assert_close(y, reference.kron_matmul(o.x[0], o.a, o.b, o.bias))
 
 
 @pytest.mark.parametrize("backend", ["compiled", "reference"])
 def test_a_pair_of_matrices_is_a_stack_of_one(backend: str) -> None:
-    o = cases.make(cases.Case("odd", 5))
+    o = shapes.make(shapes.Case("odd", 5))
     op = matmul.kron_matmul if backend == "compiled" else registry.REFERENCES["kron_matmul"]
     assert torch.equal(op(o.x, o.a[0], o.b[0].mT.contiguous().mT, o.bias, 0), op(o.x, o.a, o.b, o.bias, 0))
     torch.library.opcheck(matmul.kron_matmul, (o.x, o.a[0], o.b[0], o.bias, 0))
@@ -67,7 +67,7 @@ def test_activations_over_their_whole_range(activation: str) -> None:
 
 
 def test_no_tokens_give_zero_gradients() -> None:
-    o = cases.make(cases.Case("odd", 0, 2))
+    o = shapes.make(shapes.Case("odd", 0, 2))
     dx, da, db, dbias = matmul.kron_matmul_backward(o.grad, o.x, o.a, o.b, 0b1111)
     assert dx.shape == (0, 10)
     for gradient in (da, db, dbias):
@@ -78,7 +78,7 @@ def test_no_tokens_give_zero_gradients() -> None:
 @pytest.mark.parametrize("shape", ["odd", "k8-attention-small", "k8-w1-small", "k8-w2-small", "balanced"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nan_and_infinity_spread_as_in_dense(shape: str, value: float, dtype: torch.dtype) -> None:
-    o = cases.make(cases.Case(shape, 33), dtype)
+    o = shapes.make(shapes.Case(shape, 33), dtype)
     x = o.x.clone()
     x[7, 3] = value
     dense = torch.nn.functional.linear(x.double(), reference.kron_weight(o.a.double(), o.b.double()), o.bias.double())
@@ -90,7 +90,7 @@ def test_nan_and_infinity_spread_as_in_dense(shape: str, value: float, dtype: to
 
 @pytest.mark.parametrize("position", ["a", "b"])
 def test_nan_in_a_factor_spreads_as_in_dense(position: str) -> None:
-    o = cases.make(cases.Case("balanced", 33))
+    o = shapes.make(shapes.Case("balanced", 33))
     getattr(o, position)[0, 2, 3] = float("nan")
     dense = torch.nn.functional.linear(o.x, reference.kron_weight(o.a, o.b), o.bias)
     assert torch.equal(matmul.kron_matmul(o.x, o.a, o.b, o.bias, 0).isnan(), dense.isnan())
@@ -119,7 +119,7 @@ BAD_FORWARD: list[tuple[Callable[..., Any], str]] = [
 @needs_extension
 @pytest.mark.parametrize(("change", "message"), BAD_FORWARD, ids=[message[:12] for _, message in BAD_FORWARD])
 def test_op_refuses_bad_input(change: Callable[..., Any], message: str) -> None:
-    o = cases.make(cases.Case("odd", 5, 2))
+    o = shapes.make(shapes.Case("odd", 5, 2))
     with pytest.raises(ValueError, match=message):
         matmul.kron_matmul(*change(o.x, o.a, o.b, o.bias))
 
@@ -127,7 +127,7 @@ def test_op_refuses_bad_input(change: Callable[..., Any], message: str) -> None:
 @needs_extension
 @pytest.mark.parametrize("bad", [lambda g: g[1:], lambda g: g[:, 1:], lambda g: g[0]])
 def test_backward_op_refuses_a_gradient_of_another_shape(bad: Callable[[Tensor], Tensor]) -> None:
-    o = cases.make(cases.Case("odd", 5, 2))
+    o = shapes.make(shapes.Case("odd", 5, 2))
     with pytest.raises(
         ValueError, match=r"grad: expected the shape of x, \(5, 10\), with last dimension m1 \* m2 = 21"
     ):
@@ -138,7 +138,7 @@ def test_backward_op_refuses_a_gradient_of_another_shape(bad: Callable[[Tensor],
 
 @pytest.mark.parametrize("shape", ["k8-attention-small", "k21-attention", "k8-w1-small", "k8-w2-small", "balanced"])
 def test_two_runs_give_the_same_bits(shape: str) -> None:
-    o = cases.make(cases.Case(shape, 129))
+    o = shapes.make(shapes.Case(shape, 129))
     runs = [
         (
             matmul.kron_matmul(o.x, o.a, o.b, o.bias, 1),
@@ -152,7 +152,7 @@ def test_two_runs_give_the_same_bits(shape: str) -> None:
 
 @pytest.mark.parametrize("shape", ["k8-attention-small", "k21-attention", "k8-w1-small", "k8-w2-small", "balanced"])
 def test_threads_change_nothing_but_rounding(shape: str) -> None:
-    o = cases.make(cases.Case(shape, 257))
+    o = shapes.make(shapes.Case(shape, 257))
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2):

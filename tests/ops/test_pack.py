@@ -9,7 +9,7 @@ from torch import Tensor
 from kron_kernels import backends
 from kron_kernels.schemas import registry
 from kron_kernels.schemas.pack import packed_factor
-from tests.cases import SHAPES, Case, make
+from kron_kernels.testing.shapes import SHAPES, Case, make
 
 OPS = torch.ops.kron_kernels
 Factors = tuple[Tensor, Tensor, Tensor | None]

@@ -7,37 +7,37 @@ import torch
 from torch import Tensor
 
 from kron_kernels.schemas import reference
-from tests import cases
+from kron_kernels.testing import accuracy, shapes
 
 
-@pytest.mark.parametrize("shape", cases.SHAPES)
+@pytest.mark.parametrize("shape", shapes.SHAPES)
 def test_kron_weight_is_the_sum_of_torch_kron(shape: str) -> None:
-    operands = cases.make(cases.Case(shape, 1, terms=3), torch.float64)
+    operands = shapes.make(shapes.Case(shape, 1, terms=3), torch.float64)
     expected = sum(torch.kron(a, b) for a, b in zip(operands.a, operands.b, strict=True))
     torch.testing.assert_close(reference.kron_weight(operands.a, operands.b), expected)
 
 
-@pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.id)
-def test_forward_is_the_dense_linear(case: cases.Case) -> None:
-    operands = cases.make(case, torch.float64)
+@pytest.mark.parametrize("case", shapes.CASES, ids=lambda case: case.id)
+def test_forward_is_the_dense_linear(case: shapes.Case) -> None:
+    operands = shapes.make(case, torch.float64)
     actual = reference.kron_matmul(operands.x, operands.a, operands.b, operands.bias)
-    torch.testing.assert_close(actual, cases.forward_oracle(operands))
+    torch.testing.assert_close(actual, accuracy.forward_oracle(operands))
 
 
-@pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.id)
-def test_backward_is_the_dense_gradient(case: cases.Case) -> None:
-    operands = cases.make(case, torch.float64)
+@pytest.mark.parametrize("case", shapes.CASES, ids=lambda case: case.id)
+def test_backward_is_the_dense_gradient(case: shapes.Case) -> None:
+    operands = shapes.make(case, torch.float64)
     actual = reference.kron_matmul_backward(operands.grad, operands.x, operands.a, operands.b)
     for name, result, expected in zip(
-        ("dx", "da", "db", "dbias"), actual, cases.backward_oracle(operands), strict=True
+        ("dx", "da", "db", "dbias"), actual, accuracy.backward_oracle(operands), strict=True
     ):
         torch.testing.assert_close(result, expected, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("name", reference.ACTIVATIONS)
 def test_activation_comes_after_the_bias(name: str) -> None:
-    operands = cases.make(cases.Case("odd", 5), torch.float64)
-    y = cases.forward_oracle(operands)
+    operands = shapes.make(shapes.Case("odd", 5), torch.float64)
+    y = accuracy.forward_oracle(operands)
     expected = {
         "gelu": y * 0.5 * (1 + torch.erf(y / 2**0.5)),
         "gelu_tanh": y * 0.5 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (y + 0.044715 * y**3))),
@@ -54,9 +54,9 @@ def test_leading_dimensions_are_kept() -> None:
     torch.testing.assert_close(y.flatten(0, 2), reference.kron_matmul(x.flatten(0, 2), a, b))
 
 
-@pytest.mark.parametrize("layout", cases.LAYOUTS)
+@pytest.mark.parametrize("layout", shapes.LAYOUTS)
 def test_layouts_of_the_table_are_what_they_say(layout: str) -> None:
-    operands = cases.make(cases.Case("odd-wide", 17, 2, layout))
+    operands = shapes.make(shapes.Case("odd-wide", 17, 2, layout))
     plain = {"contiguous": True, "misaligned": True, "transposed-factors": True}.get(layout, False)
     assert operands.x.is_contiguous() is plain
     assert operands.a.is_contiguous() is (layout not in ("transposed-factors", "expanded"))
@@ -64,14 +64,14 @@ def test_layouts_of_the_table_are_what_they_say(layout: str) -> None:
 
 
 def test_error_rule_catches_one_wrong_element() -> None:
-    operands = cases.make(cases.Case("balanced", 17))
-    oracle = cases.forward_oracle(operands)
+    operands = shapes.make(shapes.Case("balanced", 17))
+    oracle = accuracy.forward_oracle(operands)
     right: Tensor = reference.kron_matmul(operands.x, operands.a, operands.b, operands.bias)
-    cases.assert_accurate(right, right, oracle)
+    accuracy.assert_accurate(right, right, oracle)
     wrong = right.clone()
     wrong[3, 5] += 1e-5
     with pytest.raises(AssertionError, match="maximum error"):
-        cases.assert_accurate(wrong, right, oracle)
+        accuracy.assert_accurate(wrong, right, oracle)
     wrong[3, 5] = float("nan")
     with pytest.raises(AssertionError, match="maximum error"):
-        cases.assert_accurate(wrong, right, oracle)
+        accuracy.assert_accurate(wrong, right, oracle)

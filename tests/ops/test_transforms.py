@@ -13,11 +13,11 @@ from torch.func import functional_call, grad, jacrev, vmap
 
 from kron_kernels import kron_matmul
 from kron_kernels.schemas import matmul, reference
-from tests import cases
+from kron_kernels.testing import shapes
 
 
 def operands(tokens: int = 4, terms: int = 2) -> tuple[Tensor, ...]:
-    o = cases.make(cases.Case("odd", tokens, terms), torch.float64)
+    o = shapes.make(shapes.Case("odd", tokens, terms), torch.float64)
     return o.x, o.a, o.b, o.bias
 
 
