@@ -18,8 +18,9 @@ from kron_kernels.backends import cuda
 from kron_kernels.backends.base import Call
 from kron_kernels.schemas import reference
 from kron_kernels.schemas.product import Product
-from tests import cases
-from tests.cases import LAYOUTS, Case, assert_accurate
+from kron_kernels.testing import accuracy, shapes
+from kron_kernels.testing.accuracy import assert_accurate
+from kron_kernels.testing.shapes import LAYOUTS, Case
 from tests.ops import block_cases
 from tests.ops.block_cases import FfnCase
 
@@ -68,9 +69,9 @@ def emulated(ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("case", SAMPLE, ids=lambda case: case.id)
 def test_matmul_and_its_gradients(case: Case, dtype: torch.dtype) -> None:
-    o, same_dtype, oracle = cases.forward_case(case, dtype, "gelu")
+    o, same_dtype, oracle = accuracy.forward_case(case, dtype, "gelu")
     assert_accurate(cuda.kron_matmul(o.x, o.a, o.b, o.bias, 1), same_dtype, oracle)
-    o, torchs, oracles = cases.backward_case(case, dtype)
+    o, torchs, oracles = accuracy.backward_case(case, dtype)
     found = cuda.kron_matmul_backward(o.grad, o.x, o.a, o.b, 15)
     for actual, same, want, name in zip(found, torchs, oracles, ("dx", "da", "db", "dbias"), strict=True):
         assert_accurate(actual, same, want, name)
@@ -84,7 +85,7 @@ def test_on_hopper(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     sm80 = cuda.kron_ffn(*block.layers, 1, *norm)
     monkeypatch.setenv("KRON_EMULATED_SM", "90")
     for shape in ("k8-attention-small", "k8-w1-small", "k8-w2-small"):
-        o, same_dtype, oracle = cases.forward_case(Case(shape, 5), dtype)
+        o, same_dtype, oracle = accuracy.forward_case(Case(shape, 5), dtype)
         assert_accurate(cuda.kron_matmul(o.x, o.a, o.b, o.bias, 0), same_dtype, oracle)
         y, same = cuda.kron_qkv(o.x, [o.a, o.a], [o.b, o.b], [o.bias, o.bias], [])
         assert_accurate(y, same_dtype, oracle)
@@ -95,15 +96,15 @@ def test_on_hopper(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_float32_follows_the_setting_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    o = cases.make(Case("k8-w1-small", 5))
+    o = shapes.make(Case("k8-w1-small", 5))
     with pytest.raises(RuntimeError, match="compute float32 in TF32, which is off"):
         cuda.kron_matmul(o.x, o.a, o.b, o.bias, 0)
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
-    assert (cuda.kron_matmul(o.x, o.a, o.b, o.bias, 0) - cases.forward_oracle(o)).abs().max() < 2e-3
+    assert (cuda.kron_matmul(o.x, o.a, o.b, o.bias, 0) - accuracy.forward_oracle(o)).abs().max() < 2e-3
 
 
 def test_shapes_around_the_kernels() -> None:
-    o = cases.make(Case("odd", 6), torch.bfloat16)
+    o = shapes.make(Case("odd", 6), torch.bfloat16)
     grid = o.x.view(2, 3, -1)
     y = cuda.kron_matmul(o.x, o.a[0], o.b[0], o.bias, 0)  # one pair of matrices
     assert torch.equal(cuda.kron_matmul(grid, o.a, o.b, o.bias, 0), y.view(2, 3, -1))
@@ -120,7 +121,7 @@ def test_shapes_around_the_kernels() -> None:
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_add_norm_and_projections(dtype: torch.dtype) -> None:
-    o = cases.make(Case("k8-w1-small", 5, 2, "strided-rows"), dtype)
+    o = shapes.make(Case("k8-w1-small", 5, 2, "strided-rows"), dtype)
     oracle = reference.kron_addmm(o.grad.double(), o.x.double(), o.a.double(), o.b.double(), 0.5)
     same_dtype = reference.kron_addmm(o.grad, o.x, o.a, o.b, 0.5)
     assert_accurate(cuda.kron_addmm(o.grad, o.x, o.a, o.b, 0.5), same_dtype, oracle)
@@ -132,12 +133,12 @@ def test_add_norm_and_projections(dtype: torch.dtype) -> None:
     operands = (o.x, o.a, o.b, o.bias, *block_cases.norm_operands(o.grad, dtype))
     oracle = reference.kron_matmul_norm(*(tensor.double() for tensor in operands), 1e-5)
     assert_accurate(cuda.kron_matmul_norm(*operands, 1e-5), reference.kron_matmul_norm(*operands, 1e-5), oracle)
-    parts = [cases.make(Case("odd", 5), dtype), cases.make_operands(((4, 5), (3, 2)), 5, dtype=dtype)]
+    parts = [shapes.make(Case("odd", 5), dtype), shapes.make_operands(((4, 5), (3, 2)), 5, dtype=dtype)]
     x = parts[0].x
     found = cuda.kron_qkv(x, [o.a for o in parts], [o.b for o in parts], [o.bias for o in parts], [])
     for y, part in zip(found, parts, strict=True):
-        mine = cases.Operands(x, part.a, part.b, part.bias, part.grad)
-        assert_accurate(y, reference.kron_matmul(x, part.a, part.b, part.bias), cases.forward_oracle(mine))
+        mine = shapes.Operands(x, part.a, part.b, part.bias, part.grad)
+        assert_accurate(y, reference.kron_matmul(x, part.a, part.b, part.bias), accuracy.forward_oracle(mine))
 
 
 FFN_SAMPLE = (
@@ -165,7 +166,7 @@ def test_ffn_and_its_gradients(case: FfnCase, dtype: torch.dtype) -> None:
 def test_norm_that_the_kernel_leaves_follows_it() -> None:
     """Over more columns than the fused norm holds."""
     shape = (((2, 1), (16, 16)), ((1, 2), (400, 16)))
-    first, second = (cases.make_operands(pair, 3, dtype=torch.bfloat16, seed=i) for i, pair in enumerate(shape))
+    first, second = (shapes.make_operands(pair, 3, dtype=torch.bfloat16, seed=i) for i, pair in enumerate(shape))
     norm = block_cases.norm_operands(second.grad, torch.bfloat16)
     tensors = (first.x, first.a, first.b, first.bias, second.a, second.b, second.bias, *norm)
     products = (Product(1, 2, 1, 16, 16), Product(1, 1, 2, 400, 16))
@@ -219,7 +220,7 @@ def test_embedding_and_its_gradients(dtype: torch.dtype, norm: bool) -> None:
     ids=["x", "dtype", "bias", "activation", "ids"],
 )  # fmt: skip
 def test_bad_input(call: Any, message: str) -> None:
-    o = cases.make(Case("odd", 4), torch.bfloat16)
+    o = shapes.make(Case("odd", 4), torch.bfloat16)
     with pytest.raises((RuntimeError, ValueError, IndexError), match=message):
         call(o.x, o.a, o.b)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kron_kernels import kron_ffn, kron_matmul, kron_qkv
-from tests.cases import Case, make
+from kron_kernels.testing.shapes import Case, make
 
 if not torch.cuda.is_available():
     pytest.skip("torch finds no CUDA device", allow_module_level=True)

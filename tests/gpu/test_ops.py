@@ -15,7 +15,8 @@ from kron_kernels.backends import select
 from kron_kernels.backends.devices import arch
 from kron_kernels.schemas import reference
 from kron_kernels.schemas.product import Product
-from tests.cases import CASES, DTYPES, SHAPES, Case, assert_accurate, backward_case, forward_case, make, make_operands
+from kron_kernels.testing.accuracy import assert_accurate, backward_case, forward_case
+from kron_kernels.testing.shapes import CASES, DTYPES, SHAPES, Case, make, make_operands
 from tests.ops import block_cases
 from tests.ops.block_cases import FFN_CASES, FfnCase, ffn_case, ffn_gradients
 

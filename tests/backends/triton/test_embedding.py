@@ -12,7 +12,7 @@ from kron_kernels.backends.base import Device
 from kron_kernels.backends.triton import embedding_backward, implementations, row_tiles
 from kron_kernels.schemas import reference
 from kron_kernels.schemas.product import Product
-from tests.cases import assert_accurate
+from kron_kernels.testing.accuracy import assert_accurate
 from tests.ops import block_cases
 from tests.ops.block_cases import Embedding, embedding_case, embedding_gradients, make_embedding
 

@@ -12,7 +12,8 @@ from kron_kernels.backends.triton.launch import recording
 from kron_kernels.backends.triton.tiles import Tiles
 from kron_kernels.schemas import reference
 from kron_kernels.schemas.product import Product
-from tests.cases import LAYOUTS, assert_accurate
+from kron_kernels.testing.accuracy import assert_accurate
+from kron_kernels.testing.shapes import LAYOUTS
 from tests.ops.block_cases import FFN_SHAPES, FfnCase, ffn_case, ffn_gradients
 
 OPS = implementations()

@@ -10,7 +10,8 @@ from kron_kernels.backends.triton import implementations, tiles
 from kron_kernels.backends.triton.launch import recording
 from kron_kernels.schemas import reference
 from kron_kernels.schemas.product import Product
-from tests.cases import CASES, LAYOUTS, Case, assert_accurate, backward_case, forward_case, make
+from kron_kernels.testing.accuracy import assert_accurate, backward_case, forward_case
+from kron_kernels.testing.shapes import CASES, LAYOUTS, Case, make
 
 OPS = implementations()
 HALVES = (torch.float32, torch.float16)

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from kron_kernels.backends.triton import implementations, norm
 from kron_kernels.schemas import reference
-from tests.cases import Case, assert_accurate, make
+from kron_kernels.testing.accuracy import assert_accurate
+from kron_kernels.testing.shapes import Case, make
 from tests.ops import block_cases
 
 kron_matmul_norm = implementations()["kron_matmul_norm"]

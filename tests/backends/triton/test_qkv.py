@@ -10,7 +10,8 @@ from kron_kernels.backends.base import Device
 from kron_kernels.backends.triton import implementations
 from kron_kernels.backends.triton.launch import recording
 from kron_kernels.schemas import reference
-from tests.cases import LAYOUTS, Case, Operands, assert_accurate, forward_oracle, make
+from kron_kernels.testing.accuracy import assert_accurate, forward_oracle
+from kron_kernels.testing.shapes import LAYOUTS, Case, Operands, make
 
 kron_qkv = implementations()["kron_qkv"]
 SAMPLE = (
