@@ -54,7 +54,6 @@ def test_the_example_finds_the_installed_package_and_computes_right(cmake: list[
     assert done.stdout.startswith(f"kron_kernels {__version__}, headers {__version__}, ")
 
 
-@pytest.mark.slow
 @needs_extension
 @pytest.mark.parametrize("wanted", ["0.1", "0.2", "1.0"])
 def test_a_project_gets_only_a_version_of_the_same_abi(cmake: list[str], wanted: str, tmp_path: Path) -> None:
@@ -96,7 +95,6 @@ def test_a_package_without_its_compiled_part_says_why(
     assert "is absent: no compiler" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_a_source_distribution_holds_all_that_is_compiled(tmp_path: Path) -> None:
     pytest.importorskip("setuptools", reason="setuptools is not installed")
     for name in ("setup.py", "pyproject.toml", "README.md", "MANIFEST.in", "CMakeLists.txt"):

@@ -3,7 +3,7 @@
 // ahead of the others as the barriers let it, so that a missing barrier shows. A block in which nobody can go on is an
 // error that says who waits for what.
 //
-// On top of it stand core.h, memory.h and mma.h, which do on the processor what csrc/cuda/device does on the device.
+// On top of it stand core.h, memory.h and mma.h, which do on the processor what csrc/cuda/common does on the device.
 // What they need of the machine is here: `wait_until` for anything a thread may wait for, `together` for what the 32
 // lanes of a warp do as one, `fail` for what the device would not let pass.
 #pragma once
