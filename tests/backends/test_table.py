@@ -17,7 +17,6 @@ from kron_kernels import backends
 
 PACKAGE = Path(kron_kernels.__file__).parent
 HAS_CPU = backends.available()["cpu"]
-HAS_CUDA = (PACKAGE / "_C_cuda.so").is_file()
 needs_extension = pytest.mark.skipif(not HAS_CPU.available, reason=HAS_CPU.reason)
 NAMES = "'auto', 'cpu', 'triton', 'cuda', 'reference'"
 LEVELS = "'portable', 'neon', 'avx2', 'avx512', 'amx'"
@@ -147,59 +146,3 @@ def test_binding_and_introspection_share_one_core() -> None:
     kron_kernels.kron_matmul(x, a, b)
     assert introspect.last_scratch_bytes() != before
     assert introspect.detected_isa() in introspect.compiled_isas()
-
-
-@needs_extension
-def test_build_record() -> None:
-    info = backends.build_info()
-    assert {"compiler", "processor", "flags", "cpu_isa", "torch", "introspection", "cuda", "cuda_archs"} <= set(info)
-    assert "portable" in info["cpu_isa"]
-    assert bool(info["cuda_archs"]) == bool(info["cuda_compiler"]) == (info["cuda"] == "built")
-
-
-# A driver that serves a version of CUDA and answers the first call: all that the CUDA runtime asks before it gives up.
-DRIVER = """
-#include <string.h>
-int cuDriverGetVersion(int* version) { return *version = VERSION, 0; }
-int cuInit(unsigned flags) { return INIT; }
-#if VERSION >= 13000
-static int nothing(void) { return 0; }
-int cuGetProcAddress_v2(const char* name, void** f, int version, unsigned long flags, int* found) {
-    *f = !strcmp(name, "cuInit") ? (void*)cuInit : !strcmp(name, "cuDriverGetVersion") ? (void*)cuDriverGetVersion
-       : !strcmp(name, "cuGetProcAddress") ? (void*)cuGetProcAddress_v2 : (void*)nothing;
-    return 0;
-}
-#endif
-"""
-DEVICE = "from kron_kernels.backends import cuda; print(*cuda.device_status(), sep='|')"
-
-
-@pytest.mark.skipif(not HAS_CUDA, reason=f"CUDA kernels: {backends.build_info().get('cuda', 'not built')}")
-@pytest.mark.skipif(Path("/proc/driver/nvidia").exists(), reason="an NVIDIA driver is installed")
-def test_reasons_without_a_driver_or_device(tmp_path: Path) -> None:
-    assert run(DEVICE) == "False|no NVIDIA driver is installed"
-    compiler = shutil.which("gcc") or shutil.which("cc")
-    if not compiler:
-        pytest.skip("no C compiler is installed")
-    (tmp_path / "driver.c").write_text(DRIVER)
-
-    def with_driver(version: int, init: int) -> str:
-        command = [compiler, "-shared", "-fPIC", f"-DVERSION={version}", f"-DINIT={init}", tmp_path / "driver.c"]
-        subprocess.run([*command, "-o", tmp_path / "libcuda.so.1"], check=True)
-        return run(DEVICE, LD_LIBRARY_PATH=str(tmp_path))
-
-    assert with_driver(11020, 0).startswith("False|the NVIDIA driver is too old: it serves CUDA 11.2, ")
-    assert with_driver(99000, 100) == "False|no CUDA device is there"
-    assert with_driver(99000, 999) == "False|the CUDA driver fails: unknown error"
-
-
-@pytest.mark.skipif(not HAS_CUDA, reason=f"CUDA kernels: {backends.build_info().get('cuda', 'not built')}")
-def test_cuda_library_is_loaded_when_first_needed_and_hides_its_runtime() -> None:
-    """torch brings a CUDA runtime of its own: a call of one must not end in the other."""
-    code = "from kron_kernels.backends import cuda\nloaded = lambda: 'libkron_cuda' in open('/proc/self/maps').read()"
-    assert run(f"{code}\nbefore = loaded()\ncuda.device_status()\nprint(before, loaded())") == "False True"
-    nm = shutil.which("nm")
-    if nm:
-        library = next(PACKAGE.glob("libkron_cuda.so*"))
-        names = subprocess.run([nm, "-D", "--defined-only", library], check=True, capture_output=True, text=True).stdout
-        assert not [line for line in names.splitlines() if " cuda" in line or "__cudart" in line]

@@ -78,12 +78,6 @@ def test_some_of_the_tables(places: tuple[int, ...]) -> None:
     check(with_operands(make_embedding(2, 5, 3, True, torch.float32), **{f"p{place}": None for place in places}))
 
 
-@pytest.mark.parametrize("rows", [1, 3, 40])
-def test_types_of_few_rows_and_many(rows: int) -> None:
-    o = make_embedding(1, 5, 3, True, torch.float32)
-    check(with_operands(o, p5=torch.randint(rows, (3, 21)), p6=torch.randn(rows, 15)))
-
-
 def positions() -> Iterator[Tensor]:
     yield torch.arange(21).expand(3, 21)
     yield torch.arange(63).view(3, 21) % 30
@@ -131,13 +125,6 @@ def test_an_index_outside_its_table_gives_nan_and_moves_nothing(place: int, inde
     grad[1, 4] = 0
     for one, other in zip(gradients(wrong), gradients(Embedding(o.operands, grad)), strict=True):
         torch.testing.assert_close(one, other)
-
-
-@pytest.mark.parametrize("shape", [(), (1,), (0,), (2, 0)])
-def test_one_token_and_none(shape: tuple[int, ...]) -> None:
-    o = make_embedding(1, 12, 8, True, torch.float32)
-    ids = torch.full(shape, 1)
-    check(Embedding((ids, *o.operands[1:3], ids, o.operands[4], ids, *o.operands[6:]), torch.randn(*shape, 96)))
 
 
 @pytest.mark.quick

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kron_kernels.backends.base import Device
-from kron_kernels.backends.triton import ffn, ffn_backward, ffn_tiles, implementations
+from kron_kernels.backends.triton import ffn, ffn_tiles, implementations
 from kron_kernels.backends.triton.ffn_tiles import FfnTiles
 from kron_kernels.backends.triton.launch import recording
 from kron_kernels.backends.triton.tiles import Tiles
@@ -79,11 +79,6 @@ def test_gradients(case: FfnCase, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("shape", ["odd", "tiny-right"])
 def test_only_the_gradients_needed(shape: str, needs: int) -> None:
     check_gradients(FfnCase(shape, 5), torch.float32, needs)
-
-
-def test_gradients_summed_over_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ffn_backward, "_PROGRAMS", 0)
-    check_gradients(FfnCase("odd", 17), torch.float32)
 
 
 # Of a first pair A (m1, n1), B (m2, n2), and A, B of the second.

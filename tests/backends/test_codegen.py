@@ -1,0 +1,129 @@
+"""The code-generation checks and the tuner: launches compiled for GPUs that are not there, and each kind of fault."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from tools import check_codegen, compiled
+
+ROOT = Path(__file__).resolve().parents[2]
+GOOD: dict[str, object] = {
+    "op": "kron_matmul", "problem": "k8-w1", "dtype": "bf16", "tokens": 4096, "launch": 0, "chip": "sm_90",
+    "kernel": "matmul_kernel", "registers": 128, "stack": 0, "shared": 4096, "wgmma": 8, "mma": 0, "local": 0,
+    "stores": "8x16", "compiler": "3",
+}  # fmt: skip
+CUDA = {**GOOD, "kernel": "kron_kernel", "arch": "sm_90a", "tma": 2}
+
+
+def run(code: str, tmp_path: Path) -> str:
+    """Output of Python that compiles: in a process of its own, since Triton interprets or compiles in one."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment.update(PYTHONPATH=str(ROOT), TRITON_CACHE_DIR=str(tmp_path / "cache"))
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_shipped_tiles_pass_and_bad_ones_do_not(tmp_path: Path) -> None:
+    """Against the record in bench/results, for sm_80 and sm_90."""
+    code = """
+from tools import check_codegen
+from tools.compiled import *
+assert check_codegen.main("triton --op kron_matmul kron_ffn --name k8-w1 k8".split()) == 0
+device = CHIPS["sm_90"]
+launch = record(Problem("kron_matmul", "k8-w2", "bf16", 4096), device)[0]
+names = launch.kernel.arg_names[-len(launch.constants):]
+def changed(**constants): return tuple(constants.get(n, v) for n, v in zip(names, launch.constants))
+spills = launch._replace(constants=changed(BT=64, BN=256, BK=16), options=type(launch.options)(4, 2))
+assert compile_launch(spills, device).stack > 0
+(error,) = compile_all([(launch._replace(constants=changed(BN=48)), device)])
+assert "does not compile for 90" in str(error), error
+one_warp = compile_launch(launch._replace(options=type(launch.options)(1, 1), constants=changed(BT=16, BN=16)), device)
+assert one_warp.wgmma == 0 < one_warp.mma
+backend = triton.compiler.make_backend(GPUTarget("cuda", 90, 32))
+bind = triton.runtime.jit.create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
+_, kinds, _ = bind(*launch.arguments, *launch.constants)
+signature, _, attributes = specialise(launch, amd=False)
+assert list(signature.values()) == [kind for kind, _ in kinds]  # as Triton's own launches are
+for index, (_, value) in enumerate(kinds[:len(launch.arguments)]):
+    assert attributes.get((index,), []) == backend.parse_attr(value or "")
+print("passed")
+"""
+    assert run(code, tmp_path).endswith("passed\n")
+
+
+@pytest.mark.parametrize(
+    ("kernels", "change", "message"),
+    [
+        ("triton", {}, None),
+        ("triton", {"stack": 8}, "spills 8 bytes"),
+        ("triton", {"shared": 2**18}, "262144 bytes of shared memory, more than 232448"),
+        ("triton", {"wgmma": 0, "mma": 4}, "4 HMMA and no HGMMA instructions"),
+        ("triton", {"registers": 129}, "129 registers, on record 128"),
+        ("triton", {"error": "does not compile"}, "does not compile"),
+        ("cuda", {}, None),
+        ("cuda", {"local": 2}, "spills 0 bytes, 2 loads and stores of local memory"),
+        ("cuda", {"tma": 0}, "8 HGMMA and 0 TMA instructions"),
+        ("cuda", {"kernel": "other"}, "not on record"),
+    ],
+    ids=str,
+)
+def test_each_kind_of_fault_is_found(kernels: str, change: dict[str, object], message: str | None) -> None:
+    good = GOOD if kernels == "triton" else CUDA
+    recorded = {tuple(str(good[name]) for name in check_codegen.KEYS[kernels]): good}
+    found = list(check_codegen.problems_of(kernels, [{**good, **change}], recorded))
+    assert (message in found[0] and len(found) == 1) if message else not found
+
+
+def test_listings_are_read() -> None:
+    listed = ("HGMMA.64x8x16", "@!P0 STG.E.128", "STG.E")
+    code = "".join(f"        /*00{i}0*/  {text} R2 ;\n" for i, text in enumerate(listed))
+    ((key, counts),) = check_codegen._functions(f"arch = sm_90a\n\t\tFunction : _Z3fooi\n{code}")
+    assert key == ("sm_90a", "_Z3fooi")
+    assert compiled.count(counts, "HGMMA") == 1
+    assert compiled.widths(counts, "STG") == "1x4 1x16"
+    usage = "arch = sm_80\n Function _Z3fooi:\n  REG:26 STACK:8 SHARED:1024 LOCAL:0\n"
+    assert list(check_codegen._usage(usage)) == [("sm_80", "_Z3fooi", 26, 8, 1024)]
+
+
+@pytest.mark.slow
+def test_tuner_keeps_the_fastest_tiles_that_are_right(tmp_path: Path) -> None:
+    code = """
+import json
+from tools import tune_triton
+from tools.compiled import *
+from kron_kernels.backends.triton import tuned
+problem, device = Problem("kron_matmul", "k8-w1", "bf16", 4096), CHIPS["sm_90"]
+operands = problem.operands("meta")
+with tuned.watching() as found, recording(device):
+    problem.run(operands)
+look_up = found[0]
+tune_triton.compile_all = lambda jobs: [Report(9, 0, 9, 1, 0, 0, "") for _ in jobs]
+wide = {"tokens": 64, "columns": 64}
+def seconds(launches):
+    tiles = dict(zip(launches[0].kernel.arg_names[-3:], launches[0].constants[-3:]))
+    return 1 / tiles["BN"] + launches[0].options.num_warps
+tune_triton.is_right = lambda *_: tuned._overrides[look_up.key]["columns"] < 256
+print(json.dumps([look_up.default._asdict(), tune_triton.search(look_up, problem, operands, device, seconds)]))
+"""
+    default, entry = json.loads(run(code, tmp_path))
+    assert entry["tiles"]["num_warps"] == 4
+    assert entry["tiles"]["columns"] == min(128, 2 * default["columns"])
+    assert entry["us"] < entry["default_us"]
+
+
+def test_record_names_the_kernels_there_are() -> None:
+    for name, key in check_codegen.KEYS.items():
+        with (check_codegen.RESULTS / f"{name}-kernels.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert {*key, "registers", "stack", "shared", "wgmma", "mma", "local", "stores", "compiler"} <= set(rows[0])
