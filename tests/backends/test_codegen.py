@@ -39,7 +39,7 @@ def test_shipped_tiles_pass_and_bad_ones_do_not(tmp_path: Path) -> None:
     code = """
 from tools import check_codegen
 from tools.compiled import *
-assert check_codegen.main("triton --op kron_matmul kron_ffn --name k8-w1 k8".split()) == 0
+assert check_codegen.main("triton --op kron_matmul --name k8-w1".split()) == 0
 device = CHIPS["sm_90"]
 launch = record(Problem("kron_matmul", "k8-w2", "bf16", 4096), device)[0]
 names = launch.kernel.arg_names[-len(launch.constants):]
@@ -48,8 +48,6 @@ spills = launch._replace(constants=changed(BT=64, BN=256, BK=16), options=type(l
 assert compile_launch(spills, device).stack > 0
 (error,) = compile_all([(launch._replace(constants=changed(BN=48)), device)])
 assert "does not compile for 90" in str(error), error
-one_warp = compile_launch(launch._replace(options=type(launch.options)(1, 1), constants=changed(BT=16, BN=16)), device)
-assert one_warp.wgmma == 0 < one_warp.mma
 backend = triton.compiler.make_backend(GPUTarget("cuda", 90, 32))
 bind = triton.runtime.jit.create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
 _, kinds, _ = bind(*launch.arguments, *launch.constants)
