@@ -40,7 +40,7 @@ def save_classifier(folder: Path, **config: Any) -> Path:
     model.save_pretrained(folder)
     if settings.num_labels == 2:
         logits = logits_one_by_one(folder)
-        model.classifier.bias.data[0] += (logits[:, 1] - logits[:, 0]).median()
+        model.classifier.bias.data[0] += (logits[:, 1] - logits[:, 0]).median() + 1e-3  # no tie
         model.save_pretrained(folder)
     return folder
 
