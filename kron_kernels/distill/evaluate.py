@@ -173,7 +173,9 @@ def load_model(model: str | os.PathLike[str], task: str | Task) -> Any:
     if path.exists() and not (path / "config.json").is_file():
         raise FileNotFoundError(f"model: expected a folder with config.json, got {path}")
     try:
-        loaded, info = auto.from_pretrained(model, local_files_only=path.is_dir(), output_loading_info=True)
+        loaded, info = auto.from_pretrained(
+            model, local_files_only=path.is_dir(), trust_remote_code=False, output_loading_info=True
+        )
     except (OSError, ValueError) as error:
         raise OSError(f"model: {model} cannot be loaded from a folder or the hub: {error}") from error
     if missing := sorted(info["missing_keys"]):
@@ -186,7 +188,9 @@ def load_model(model: str | os.PathLike[str], task: str | Task) -> Any:
 
 def _tokenizer(model: str | os.PathLike[str]) -> Any:
     try:
-        return transformers.AutoTokenizer.from_pretrained(model, local_files_only=Path(model).is_dir())
+        return transformers.AutoTokenizer.from_pretrained(
+            model, local_files_only=Path(model).is_dir(), trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise OSError(f"tokenizer: none to be had from {model}: {error}") from error
 

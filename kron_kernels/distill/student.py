@@ -44,7 +44,9 @@ def model_config(folder: str | os.PathLike[str]) -> Any:
     if Path(folder).exists() and not (Path(folder) / "config.json").is_file():
         raise FileNotFoundError(f"model: expected a folder with config.json, got {folder}")
     try:
-        return transformers.AutoConfig.from_pretrained(folder, local_files_only=Path(folder).is_dir())
+        return transformers.AutoConfig.from_pretrained(
+            folder, local_files_only=Path(folder).is_dir(), trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise OSError(f"model: {folder} is neither a checkpoint folder nor to be had from the hub: {error}") from error
 

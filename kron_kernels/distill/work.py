@@ -169,7 +169,7 @@ def _tokenizer(config: DistillConfig) -> Any:
     # A folder without a model is better told by that.
     model_config(source)
     try:
-        return AutoTokenizer.from_pretrained(source, local_files_only=Path(source).is_dir())
+        return AutoTokenizer.from_pretrained(source, local_files_only=Path(source).is_dir(), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise OSError(f"tokenizer: expected one beside the model {source}: {error}") from error
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import json
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
@@ -82,3 +84,19 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_runs_as_a_module() -> None:
     done = subprocess.run([sys.executable, "-m", "kron_kernels", "--version"], capture_output=True, text=True)
     assert done.stdout.startswith("kron-kernels "), done.stderr
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path: Path, capsys: Capture) -> None:
+    folder, trace = tmp_path / "model", tmp_path / "executed"
+    folder.mkdir()
+    auto_map = {"AutoConfig": "code.Config", "AutoModelForSequenceClassification": "code.Model"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "foreign", "auto_map": auto_map}))
+    (folder / "code.py").write_text(f"open({str(trace)!r}, 'w').close()")
+    for command in (
+        ["compress", str(folder), str(tmp_path / "out"), "--preset", "K8"],
+        ["evaluate", str(folder), "--task", "sst2", "--data", str(tmp_path)],
+        ["export", str(folder), str(tmp_path / "out.pt2")],
+    ):
+        assert main(command) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    assert not trace.exists()
