@@ -6,6 +6,7 @@ Their library registers the ops under torch's CPU key itself, so there are no Py
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 from typing import Any
 
@@ -70,11 +71,10 @@ def introspect() -> Any:
     if not status().available:
         raise RuntimeError(f"backend 'cpu' is not available: {status().reason}")
     try:
-        from .. import _introspect
+        return importlib.import_module("kron_kernels._introspect")
     except ImportError as error:
         built = build_info().get("introspection", "not built")
         raise RuntimeError(f"the introspection module does not load: {error} (build: {built})") from error
-    return _introspect
 
 
 def active_isa() -> str:

@@ -24,7 +24,7 @@ from ..convert.calibrate import Calibration, Progress
 from ..convert.kronify import ConversionReport, init_factored_, kronified_copy, kronify_
 from ..convert.presets import KronConfig, as_kron_config, preset
 from ..convert.ties import tie_decoders_
-from ..integrations.versions import TRANSFORMERS_VERSIONS, check_version
+from ..convert.versions import TRANSFORMERS_VERSIONS, check_version
 from ..nn import KronDecoder, KronEmbedding, KronLinear
 
 check_version("transformers", TRANSFORMERS_VERSIONS)

@@ -22,8 +22,8 @@ from transformers import GPT2LMHeadModel, GPT2Model
 from ..convert.conv1d import as_linear
 from ..convert.kronify import Target, plan_layers
 from ..convert.presets import KronConfig, as_kron_config
+from ..convert.versions import TRANSFORMERS_VERSIONS, check_version
 from ..factorize.permutations import OrderedWeight, PermutationSearch, Place, search_permutations
-from ..integrations.versions import TRANSFORMERS_VERSIONS, check_version
 
 check_version("transformers", TRANSFORMERS_VERSIONS)
 

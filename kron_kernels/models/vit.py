@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..convert.kronify import kronify_
 from ..convert.presets import KronConfig, preset
-from ..integrations.versions import TRANSFORMERS_VERSIONS, check_version
+from ..convert.versions import TRANSFORMERS_VERSIONS, check_version
 from ..nn import KronEmbedding, KronLinear
 
 check_version("transformers", TRANSFORMERS_VERSIONS)

@@ -18,7 +18,7 @@ from torch.autograd.functional import jacobian
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from kron_kernels.integrations.versions import check_version
+from kron_kernels.convert.versions import check_version
 from kron_kernels.testing.accuracy import assert_accurate
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
