@@ -41,7 +41,7 @@ $(VENV)/.demo: $(BUILT)
 	@touch $@
 
 $(VENV)/.peers: $(DEV) bench/peers.txt
-	-$(PY) -m pip --quiet install --no-deps -r bench/peers.txt
+	-$(PY) -m pip --quiet install --no-deps --upgrade --target build/peers -r bench/peers.txt
 	@touch $@
 
 demo: $(VENV)/.demo

@@ -25,11 +25,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.suites import Missing
+from kron_kernels import backends
+from kron_kernels.schemas.registry import ACTIVATION_CODES
 from kron_kernels.testing.problems import Candidate, Case, OpProblem, a_first, b_first, dense_op, kron_op
 
 PEERS = Path(os.environ.get("KRON_KERNELS_PEERS", "build/peers")).resolve()
-# FastKron is 8 to 100 times slower than dense with larger factors: timing it there would tell nothing new.
-FASTKRON_LARGEST = 299
+FASTKRON_LARGEST = 299  # 8 to 100 times slower than dense with larger factors
 # Libraries with thread pools of their own, whose threads spin for a while after each call.
 REST_SECONDS = 0.02
 
@@ -144,7 +145,7 @@ def _fastkron(problem: OpProblem) -> Candidate:
         raise Missing("float32 and forward only")
     (layer,) = problem.case.layers
     if max(*layer.a, *layer.b) > FASTKRON_LARGEST:
-        raise Missing(f"factors above {FASTKRON_LARGEST} are 8 to 100 times slower than dense there")
+        raise Missing(f"factors above {FASTKRON_LARGEST} are far slower than dense there")
     gemkm = module("pyfastkron.fastkrontorch").gemkm
 
     def prepare(a: Tensor, b: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
@@ -167,16 +168,6 @@ def _lycoris(problem: OpProblem) -> Candidate:
     return Candidate("LyCORIS", _single(problem, function))
 
 
-def _peft(problem: OpProblem) -> Candidate:
-    """PEFT's LoKr: the Kronecker product built in every call, then a dense layer."""
-    make_kron = module("peft.tuners.lokr.layer").make_kron
-
-    def function(x: Tensor, a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
-        return F.linear(x, make_kron(a[0], b[0]), bias)
-
-    return Candidate("PEFT", _single(problem, function))
-
-
 def _single(problem: OpProblem, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     if len(problem.case.layers) > 1 or problem.case.layers[0].terms > 1:
         raise Missing("one product of one term only")
@@ -188,6 +179,24 @@ def kron(backend: str | None) -> Callable[[OpProblem], Candidate]:
     return lambda problem: Candidate(backend or "kron_kernels", kron_op(problem.case.op, backend))
 
 
+def _inference_form(problem: OpProblem) -> Candidate:
+    """This package on factors packed ahead, as ``optimize_for_inference`` leaves them in a model."""
+    ops, op = torch.ops.kron_kernels, problem.case.op
+    if op == "kron_qkv" or not backends.available()["cpu"].available:
+        raise Missing("products and feed-forward blocks on compiled CPU kernels only")
+
+    def prepare(*operands: Tensor) -> tuple[Tensor, ...]:
+        packs = (ops.kron_pack(a, b) for a, b in zip(operands[0::3], operands[1::3], strict=True))
+        return (*operands, *packs)
+
+    def function(x: Tensor, *operands: Tensor) -> Tensor:
+        if op == "kron_matmul":
+            return ops.kron_matmul(x, *operands[:3], ACTIVATION_CODES[None], operands[3])
+        return ops.kron_ffn(x, *operands[:6], ACTIVATION_CODES["gelu"], None, None, None, 0.0, *operands[6:])
+
+    return Candidate("kron_kernels, inference form", function, prepare=prepare)
+
+
 OPS: dict[str, Callable[[OpProblem], Candidate]] = {
     "dense": _dense,
     "dense, packed": _dense_packed,
@@ -196,9 +205,9 @@ OPS: dict[str, Callable[[OpProblem], Candidate]] = {
     "matmul": _matmul,
     "matmul, compiled": _compiled("matmul"),
     "LyCORIS": _lycoris,
-    "PEFT": _peft,
     "FastKron": _fastkron,
     "kron_kernels": kron(None),
+    "kron_kernels, inference form": _inference_form,
     "triton": kron("triton"),
     "cuda": kron("cuda"),
 }
@@ -224,16 +233,6 @@ class _HiddenStates(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         return self.model(input_ids).last_hidden_state
-
-
-def _torchao(model: nn.Module) -> Run:
-    """int8 weights and activations by torchao, compiled, as its documentation recommends."""
-    quantization: Any = module("torchao.quantization")
-    quantized: Any = copy.deepcopy(model)
-    quantization.quantize_(quantized, quantization.Int8DynamicActivationInt8WeightConfig())
-    torch.compiler.reset()
-    compiled = torch.compile(_HiddenStates(quantized), dynamic=False)
-    return lambda ids: compiled(ids)
 
 
 def _openvino(int8: bool) -> Callable[[nn.Module], Run]:
@@ -289,7 +288,6 @@ def _onnxruntime(int8: bool) -> Callable[[nn.Module], Run]:
 
 # What a user would take on a CPU instead of a factored model.
 ENCODERS: dict[str, Callable[[nn.Module], Run]] = {
-    "torchao, int8, compiled": _torchao,
     "OpenVINO": _openvino(False),
     "OpenVINO, int8": _openvino(True),
     "ONNX Runtime": _onnxruntime(False),

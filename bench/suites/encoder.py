@@ -5,7 +5,6 @@ The training form has plain parameters; the inference form is what ``optimize_fo
 
 from __future__ import annotations
 
-import copy
 import functools
 import tempfile
 from collections.abc import Mapping
@@ -15,17 +14,17 @@ from typing import Any
 import torch
 from torch import nn
 
-import kron_kernels
 from bench.baselines import ENCODERS, REST_SECONDS
-from bench.suites import Missing, Point
+from bench.suites import Point
 from bench.suites.layers import DTYPES
+from kron_kernels import optimize_for_inference
 from kron_kernels.testing.encoder import (
-    TOLERANCE,
     EncoderCandidate,
     EncoderProblem,
     as_it_is,
     encoders,
     forward,
+    inference_form,
     random_ids,
 )
 from kron_kernels.testing.memory import peak_memory_growth
@@ -65,8 +64,7 @@ def groups(point: Point) -> list[tuple[str, ...]]:
     ours = ("dense", "dense" + COMPILED, *OURS, HALF)
     if point.dtype == "bf16":
         return [ours, ("dense", "OpenVINO")]
-    int8 = [("dense", "OpenVINO", "OpenVINO, int8"), ("dense", "ONNX Runtime", "ONNX Runtime, int8")]
-    return [ours, *int8, ("dense", "torchao, int8, compiled")]
+    return [ours, ("dense", "OpenVINO", "OpenVINO, int8"), ("dense", "ONNX Runtime", "ONNX Runtime, int8")]
 
 
 class Problem(EncoderProblem):
@@ -98,9 +96,8 @@ def candidate(problem: Problem, name: str) -> EncoderCandidate:
     if name.endswith(COMPILED):
         torch.compiler.reset()
         run = functools.partial(forward, torch.compile(model, dynamic=False))
-    else:
-        run = functools.partial(forward, _inference_form(model))
-    return EncoderCandidate(name, model, run, TOLERANCE[next(model.parameters()).dtype])
+        return EncoderCandidate(name, model, run, dense.tolerance)
+    return _inference_form(name, model)
 
 
 @functools.cache
@@ -109,12 +106,7 @@ def _peer(model: nn.Module, name: str) -> Any:
     return ENCODERS[name](model)
 
 
-@functools.cache
-def _inference_form(model: nn.Module) -> nn.Module:
-    optimize = getattr(kron_kernels, "optimize_for_inference", None)
-    if optimize is None:
-        raise Missing("this version has no optimize_for_inference")
-    return optimize(copy.deepcopy(model))
+_inference_form = functools.cache(inference_form)
 
 
 @functools.cache
@@ -158,7 +150,7 @@ def memory(point: Point, name: str) -> int | None:
 
         def load_and_run(path: Path) -> Any:
             model = kind.from_pretrained(path, dtype=DTYPES[point.dtype]).eval()
-            model = _inference_form(model) if form else model
+            model = optimize_for_inference(model) if form else model
             return model, [forward(model, random_ids(model, *point.sizes)) for _ in range(3)]
 
         return peak_memory_growth(lambda: load_and_run(Path(folder)))

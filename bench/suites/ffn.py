@@ -6,6 +6,7 @@ from bench.suites import Point
 from bench.suites.layers import (
     COLUMNS,
     DTYPES,
+    OURS,
     TOKENS,
     beside,
     candidate,
@@ -29,7 +30,7 @@ def points(quick: bool) -> list[Point]:
 
 def groups(point: Point) -> list[tuple[str, ...]]:
     compiled = ("dense, compiled", "matmul, compiled") if point.weights == "hot" else ()
-    return [("dense", "dense, packed", *compiled, "matmul", "kron_kernels")]
+    return [("dense", "dense, packed", *compiled, "matmul", *OURS)]
 
 
 def memory_names(point: Point) -> tuple[str, ...]:

@@ -261,8 +261,7 @@ def main(arguments: argparse.Namespace, deadline: float) -> int:
         os.environ |= {"TRITON_INTERPRET": "1", "KRON_KERNELS_BACKEND": "triton", "KRON_KERNELS_GPU_TESTS": "cpu"}
     arguments.out.mkdir(parents=True, exist_ok=True)
     device = torch.cuda.get_device_name() if ON_GPU else "rehearsal"
-    versions = f"triton {_version('triton')}, CUDA {torch.version.cuda}"
-    current = harness.stamp(arguments.threads, f"{device}, {versions}")
+    current = harness.stamp(arguments.threads, f"{device}, CUDA {torch.version.cuda}")
     file = harness.ResultFile(arguments.out / "gpu.csv", COLUMNS)
     seconds = arguments.seconds or SECONDS
     run = harness.Run(
@@ -297,10 +296,3 @@ def _measure(run: harness.Run, todo: list[Point], left: float) -> steps.Outcome:
     complete = run.points(todo)
     run.deadline = until
     return steps.Outcome("ok" if complete else "unfinished", f"{len(todo)} points")
-
-
-def _version(name: str) -> str:
-    try:
-        return str(__import__(name).__version__)
-    except ImportError:
-        return "none"

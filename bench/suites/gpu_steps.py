@@ -209,7 +209,7 @@ def tune(record: Record, left: float) -> Outcome:
     """Tune the tiles of the Triton kernels; what is found goes to --out."""
     if record.quick:
         return Outcome("skipped", "an interpreter has no tiles to tune")
-    command = [sys.executable, "tools/tune_triton.py", "--minutes", f"{left / 60:.2f}", "--out", str(record.out)]
+    command = [sys.executable, "-m", "tools.tune_triton", "--minutes", f"{left / 60:.2f}", "--out", str(record.out)]
     done = _run(command, left)
     return done if isinstance(done, Outcome) else Outcome("failed" if done.returncode else "ok", _tail(done.stdout))
 

@@ -20,8 +20,9 @@ COLUMNS = ("factors", "saving", "peak_share")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOKENS, BACKWARD_TOKENS = (1, 32, 128, 1024, 4096), (128, 1024, 4096)
 COLD_COPIES = 12
+OURS = ("kron_kernels", "kron_kernels, inference form")
 ALL_CASES = {**CASES, **FFN_CASES, **QKV_CASES}
-ALONE = ("dense", "dense, packed", "torch.kron + linear", "matmul", "LyCORIS", "PEFT", "kron_kernels")
+ALONE = ("dense", "dense, packed", "torch.kron + linear", "matmul", "LyCORIS", *OURS)
 # FastKron runs in a process of its own: merely loading it changes how torch's threads behave.
 FASTKRON = ("dense", "FastKron", "kron_kernels")
 

@@ -77,16 +77,19 @@ def _layer_rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def _model_rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     # Imports transformers, which takes seconds.
-    from ..testing.encoder import compare_encoders, encoders
+    from ..testing.encoder import EncoderProblem, as_it_is, encoders, inference_form, random_ids
 
     progress = Progress()
     progress(0, len(arguments.batch) + 1, "making the models")
     presets = arguments.preset or ["K8", "K21"]
     models = encoders(presets, DTYPES[arguments.dtype], num_hidden_layers=arguments.layers)
+    candidates = [as_it_is(name, model) for name, model in models.items()]
+    candidates += [inference_form(f"{name}, inference form", models[name]) for name in presets]
     for done, batch in enumerate(arguments.batch, start=1):
         progress(done, len(arguments.batch) + 1, f"batch {batch} x {arguments.sequence} tokens")
-        for result in compare_encoders(models, batch, arguments.sequence, seconds=arguments.seconds):
-            parameters = sum(each.numel() for each in models[result.name].parameters())
+        problem = EncoderProblem(random_ids(models["dense"], batch, arguments.sequence))
+        for result in compare(problem, candidates, seconds=arguments.seconds):
+            parameters = sum(each.numel() for each in models[result.name.partition(",")[0]].parameters())
             yield {"batch": batch, "sequence": arguments.sequence, "parameters": parameters, **_row(result)}
 
 

@@ -97,6 +97,14 @@ def as_it_is(name: str, model: nn.Module) -> EncoderCandidate:
     return EncoderCandidate(name, model, functools.partial(forward, model), TOLERANCE[next(model.parameters()).dtype])
 
 
+def inference_form(name: str, model: nn.Module) -> EncoderCandidate:
+    """Return the inference form of a compressed model as a candidate; the model itself stays as it is."""
+    from ..models import optimize_for_inference
+
+    run = functools.partial(forward, optimize_for_inference(copy.deepcopy(model)))
+    return EncoderCandidate(name, model, run, TOLERANCE[next(model.parameters()).dtype])
+
+
 def forward(model: nn.Module, ids: Tensor) -> Tensor:
     """Return the last hidden states (batch, sequence, hidden) of token ids, without gradients."""
     with torch.inference_mode():
