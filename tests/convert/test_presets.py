@@ -75,7 +75,7 @@ def test_json_round_trip():
     assert json.loads(config.to_json())["version"] == 1
     assert as_kron_config(config) is config
     assert as_kron_config(config.to_dict()) == config
-    assert as_kron_config("k8") == preset("K8")
+    assert as_kron_config("kngpt2") == preset("KnGPT2")
 
 
 @pytest.mark.parametrize(
