@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Mapping
-from json import JSONDecodeError
-from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
 from huggingface_hub.dataclasses import strict
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForMaskedLM,
-    AutoModelForPreTraining,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
     BertForPreTraining,
@@ -27,15 +16,16 @@ from transformers import (
     BertForSequenceClassification,
     BertModel,
     BertPreTrainedModel,
-    BertTokenizer,
 )
+from transformers.models.bert.modeling_bert import BertEmbeddings
 
 from ..convert.calibrate import Calibration, Progress
 from ..convert.kronify import ConversionReport, init_factored_, kronified_copy, kronify_
 from ..convert.presets import KronConfig, as_kron_config, preset
 from ..convert.ties import tie_decoders_
-from ..nn import Int8Factored, KronDecoder, KronEmbedding, KronLinear
+from ..nn import Int8Factored, KronDecoder, KronEmbedding
 from .bert_layers import FusedBertEmbeddings, FusedBertLayer, fuse_
+from .checkpoint import check_loaded, is_damage
 from .cuda_graph import CapturedModel, capture
 
 _WORD_WEIGHT = "bert.embeddings.word_embeddings.weight"
@@ -80,6 +70,7 @@ class KronBertPreTrainedModel(BertPreTrainedModel):
 
     def __init__(self, config: KronBertConfig, *args: Any, **kwargs: Any) -> None:
         device = torch.get_default_device()
+        checkpointing = getattr(config, "gradient_checkpointing", False)  # transformers deletes it at the first module
         # BERT's constructors make the dense layers that are replaced here: on the meta device they take no memory.
         with torch.device("meta"):
             super().__init__(config, *args, **kwargs)
@@ -94,7 +85,18 @@ class KronBertPreTrainedModel(BertPreTrainedModel):
                 tie_decoders_(self, decoders, self.bert.get_input_embeddings())
         if device.type != "meta":
             self.to_empty(device=device)
+            self._reset_buffers()
             self.post_init()
+        if checkpointing:
+            self.gradient_checkpointing_enable()
+
+    def _reset_buffers(self) -> None:
+        # Not left to _init_weights, which transformers' no_init_weights turns off.
+        for module in self.modules():
+            if isinstance(module, BertEmbeddings):
+                length = module.position_ids.shape[-1]
+                module.position_ids.data.copy_(torch.arange(length).expand(1, -1))
+                module.token_type_ids.data.zero_()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -106,45 +108,21 @@ class KronBertPreTrainedModel(BertPreTrainedModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *model_args: Any, output_loading_info: bool = False, **kwargs: Any
     ) -> Any:
-        """As transformers' own, but a checkpoint that is damaged, or not one of this model's shapes, raises OSError."""
-        path, reinitialise = pretrained_model_name_or_path, kwargs.pop("ignore_mismatched_sizes", False)
+        """Load as transformers does; OSError for a checkpoint that is damaged, of other shapes or lacks encoder tensors.
+
+        ``ignore_mismatched_sizes=True`` initialises tensors of other shapes instead.
+        """
+        path, ignore_mismatched = pretrained_model_name_or_path, kwargs.pop("ignore_mismatched_sizes", False)
         try:
             loaded: Any = super().from_pretrained(
                 path, *model_args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )
         except Exception as error:
-            if not _tells_of_damage(error):
+            if not is_damage(error):
                 raise
             raise OSError(f"{path}: damaged checkpoint: {str(error) or type(error).__name__}") from error
         model, info = loaded
-        factors = {
-            f"{name}.{factor}"
-            for name, module in model.named_modules()
-            if isinstance(module, (KronLinear, KronEmbedding))
-            for factor in module.factor_names()
-        }
-        if not reinitialise and (mismatched := sorted(info["mismatched_keys"])):
-            name, stored, expected = mismatched[0]
-            raise OSError(
-                f"{path}: expected the shapes of the configuration, {len(mismatched)} parameters have others, among "
-                f"them {name}: expected {tuple(expected)}, got {tuple(stored)}; is it a checkpoint of another preset?"
-            )
-        if missing := sorted(factors.intersection(info["missing_keys"])):
-            wanted = model.config.kron.get("weight_dtype")
-            if wanted is None and any(key.endswith("_int8") for key in info["unexpected_keys"]):
-                raise OSError(
-                    f"{pretrained_model_name_or_path}: expected factors in floating point, as the configuration says, "
-                    "got int8 ones"
-                )
-            if wanted == "int8" and any(name.removesuffix("_int8") in info["unexpected_keys"] for name in missing):
-                raise OSError(
-                    f"{pretrained_model_name_or_path}: expected int8 factors, as the configuration says, got factors "
-                    "in floating point; load them without weight_dtype and call quantize_"
-                )
-            raise OSError(
-                f"{path}: expected Kronecker factors, {len(missing)} are missing, among them "
-                f"{missing[0]}; {cls.__name__}.from_dense converts a dense model"
-            )
+        check_loaded(model, path, info, ignore_mismatched)
         return (model, info) if output_loading_info else model
 
     @classmethod
@@ -224,16 +202,6 @@ class KronBertPreTrainedModel(BertPreTrainedModel):
         return new
 
 
-def _tells_of_damage(error: Exception) -> bool:
-    """Whether loading failed for what is in a file: safetensors, a file of torch.save, or the index of several."""
-    return (
-        isinstance(error, (SafetensorError, EOFError, UnpicklingError, JSONDecodeError))
-        or "PytorchStreamReader" in str(error)
-        or (isinstance(error, OSError) and error.errno == errno.EINVAL)  # a file cut short, mapped into memory
-        or (isinstance(error, KeyError) and error.args == ("weight_map",))
-    )
-
-
 class KronBertModel(KronBertPreTrainedModel, BertModel):
     """BertModel with Kronecker-factored layers: the encoder, with a dense pooler unless ``add_pooling_layer=False``."""
 
@@ -252,15 +220,3 @@ class KronBertForSequenceClassification(KronBertPreTrainedModel, BertForSequence
 
 class KronBertForQuestionAnswering(KronBertPreTrainedModel, BertForQuestionAnswering):
     """BertForQuestionAnswering on KronBert, with a dense span classifier."""
-
-
-AutoConfig.register(KronBertConfig.model_type, KronBertConfig, exist_ok=True)
-AutoTokenizer.register(KronBertConfig, BertTokenizer, exist_ok=True)
-for _auto, _model in {
-    AutoModel: KronBertModel,
-    AutoModelForMaskedLM: KronBertForMaskedLM,
-    AutoModelForPreTraining: KronBertForPreTraining,
-    AutoModelForQuestionAnswering: KronBertForQuestionAnswering,
-    AutoModelForSequenceClassification: KronBertForSequenceClassification,
-}.items():
-    _auto.register(KronBertConfig, _model, exist_ok=True)

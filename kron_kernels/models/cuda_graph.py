@@ -23,7 +23,7 @@ class CapturedModel:
     """
 
     def __init__(self, model: nn.Module, batch: int, length: int, padded: bool, record: Callable[..., Any]) -> None:
-        device = next(model.parameters()).device
+        device = _device(model)
         self.input_ids = torch.zeros(batch, length, dtype=torch.long, device=device)
         self.token_type_ids = torch.zeros_like(self.input_ids)
         # A mask (batch, 1, length, length), which transformers takes as it is: making one reads the data, and a graph
@@ -86,7 +86,7 @@ def capture(model: nn.Module, batch: int, length: int, *, padded: bool = False) 
         )
     if model.training:
         raise ValueError("model: expected a model in evaluation mode (model.eval()), got one in training mode")
-    device = next(model.parameters()).device
+    device = _device(model)
     if device.type != "cuda":
         raise RuntimeError(f"model: expected a model on a CUDA device to capture, got one on {device.type}")
     return CapturedModel(model, batch, length, padded, record)
@@ -106,6 +106,10 @@ def record(run: Callable[[], Any], device: torch.device) -> tuple[Callable[[], N
         with torch.cuda.graph(graph):
             output = run()
     return graph.replay, output
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(tensor.device for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
 
 
 def _copied(value: Any) -> Any:

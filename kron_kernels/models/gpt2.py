@@ -10,9 +10,6 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GPT2Model,
@@ -24,10 +21,7 @@ from ..convert.calibrate import Calibration, Progress
 from ..convert.kronify import ConversionReport, init_factored_, kronified_copy, kronify_
 from ..convert.presets import KronConfig, as_kron_config, preset
 from ..convert.ties import tie_decoders_
-from ..convert.versions import TRANSFORMERS_VERSIONS, check_version
 from ..nn import KronDecoder, KronEmbedding, KronLinear
-
-check_version("transformers", TRANSFORMERS_VERSIONS)
 
 
 @strict
@@ -103,8 +97,8 @@ class KronGPT2Model(KronGPT2PreTrainedModel, GPT2Model):
 class KronGPT2LMHeadModel(KronGPT2PreTrainedModel, GPT2LMHeadModel):
     """GPT2LMHeadModel whose layers and tied head are those of ``config.kron``.
 
-    ``from_dense`` converts; ``save_pretrained`` and ``from_pretrained``, this class's or AutoModelForCausalLM's once
-    this module is imported, write and read it; ``generate`` with its cache is transformers' own.
+    ``from_dense`` converts; ``save_pretrained`` and ``from_pretrained``, this class's or AutoModelForCausalLM's, write
+    and read it; ``generate`` with its cache is transformers' own.
     """
 
     conversion_report: ConversionReport
@@ -160,8 +154,3 @@ def reconstruct_dense(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
     dense.load_state_dict(state)
     dense.generation_config = copy.deepcopy(model.generation_config)
     return dense.train(model.training)
-
-
-AutoConfig.register(KronGPT2Config.model_type, KronGPT2Config, exist_ok=True)
-AutoModel.register(KronGPT2Config, KronGPT2Model, exist_ok=True)
-AutoModelForCausalLM.register(KronGPT2Config, KronGPT2LMHeadModel, exist_ok=True)

@@ -22,10 +22,7 @@ from transformers import GPT2LMHeadModel, GPT2Model
 from ..convert.conv1d import as_linear
 from ..convert.kronify import Target, plan_layers
 from ..convert.presets import KronConfig, as_kron_config
-from ..convert.versions import TRANSFORMERS_VERSIONS, check_version
 from ..factorize.permutations import OrderedWeight, PermutationSearch, Place, search_permutations
-
-check_version("transformers", TRANSFORMERS_VERSIONS)
 
 # A parameter, the dimension that an order runs along, and where on it the order begins.
 _Use = tuple[Tensor, int, int]

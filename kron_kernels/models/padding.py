@@ -73,6 +73,7 @@ def remove_padding(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     A mask without padding is dropped. Everything is left as it is in training, for a decoder, on other devices than
     the CPU, while something traces (what is padding is known from the data alone), where hidden states or attentions
     are asked for, where the pooler would read a padding token, and where there is too little padding to gain from.
+    Raises ValueError for a mask of another shape than the tokens.
     """
     mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
     if mask is None or torch.compiler.is_compiling() or type(mask) is not Tensor or not mask.is_cpu or mask.dim() != 2:
@@ -84,8 +85,10 @@ def remove_padding(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         return None
     given = {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}
     tokens = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
-    if tokens is None or tokens.shape[:2] != mask.shape:
+    if tokens is None:
         return None
+    if tokens.shape[:2] != mask.shape:
+        raise ValueError(f"attention_mask: expected shape {tuple(tokens.shape[:2])}, got {tuple(mask.shape)}")
     if mask.all():
         given["attention_mask"] = None
         return (), given

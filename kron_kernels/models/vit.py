@@ -9,12 +9,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..convert.kronify import kronify_
 from ..convert.presets import KronConfig, preset
-from ..convert.versions import TRANSFORMERS_VERSIONS, check_version
-from ..nn import KronEmbedding, KronLinear
+from .checkpoint import factor_names
 
-check_version("transformers", TRANSFORMERS_VERSIONS)
-
-# ViT and kin of the same layers: DeiT, ViTMAE, ViTMSN. The patch embedding, a convolution, and the head match none.
+# ViT and models of the same layers: DeiT, ViTMAE, ViTMSN. The patch embedding, a convolution, and the head match none.
 VIT_PATTERNS: dict[str, tuple[str, ...]] = {
     "attention": (r"(^|\.)layers\.\d+\.attention\.[qkvo]_proj$",),
     "ffn_in": (r"(^|\.)layers\.\d+\.mlp\.fc1$",),
@@ -57,12 +54,6 @@ def load_kronified(model_class: type[PreTrainedModel], folder: str | Path, **opt
     Kronified.__name__, Kronified.__module__ = model_class.__name__, model_class.__module__
     model, info = Kronified.from_pretrained(folder, output_loading_info=True, **options)
     model.__class__ = model_class
-    factors = {
-        f"{name}.{factor}"
-        for name, module in model.named_modules()
-        if isinstance(module, (KronLinear, KronEmbedding))
-        for factor in module.factor_names()
-    }
-    if missing := sorted(factors.intersection(info["missing_keys"])):
+    if missing := sorted(factor_names(model).intersection(info["missing_keys"])):
         raise OSError(f"{folder}: expected Kronecker factors, {len(missing)} are missing, among them {missing[0]}")
     return model
