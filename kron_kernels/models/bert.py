@@ -108,7 +108,7 @@ class KronBertPreTrainedModel(BertPreTrainedModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *model_args: Any, output_loading_info: bool = False, **kwargs: Any
     ) -> Any:
-        """Load as transformers does; OSError for a checkpoint that is damaged, of other shapes or lacks encoder tensors.
+        """Load as transformers does; OSError for a checkpoint that is damaged, of other shapes or incomplete.
 
         ``ignore_mismatched_sizes=True`` initialises tensors of other shapes instead.
         """

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kron_kernels.nn import Int8KronEmbedding, Int8KronLinear, KronEmbedding, KronLinear
-from kron_kernels.nn.int8 import quantize_rows, to_int8_
+from kron_kernels.nn import Int8KronDecoder, Int8KronEmbedding, Int8KronLinear, KronDecoder, KronEmbedding, KronLinear
+from kron_kernels.nn.int8 import from_int8_, quantize_rows, to_int8_
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
@@ -122,3 +123,39 @@ def test_int8_layers_compile_and_export() -> None:
         exported = torch.export.export(layer, (x,))
     assert exported.state_dict["a_int8"].dtype is torch.int8
     torch.testing.assert_close(exported.module()(x), wanted)
+
+
+def test_a_layer_leaves_nothing_behind_between_calls() -> None:
+    layer = KronLinear(48, 48, ((24, 24), (2, 2)))
+    to_int8_(layer)
+    assert type(layer) is Int8KronLinear
+    before = {*vars(layer), *layer._buffers}
+    with torch.no_grad():
+        layer(torch.randn(2, 48))
+    assert {*vars(layer), *layer._buffers} == before
+    assert layer.a is not layer.a
+
+
+def test_back_to_floating_point() -> None:
+    layer = KronLinear(48, 48, ((8, 8), (6, 6)), terms=2)
+    to_int8_(layer)
+    a, b = layer.a, layer.b
+    from_int8_(layer)
+    assert type(layer) is KronLinear
+    assert torch.equal(layer.a, a)
+    assert torch.equal(layer.b, b)
+    assert set(layer.state_dict()) == {"a", "b", "bias"}
+
+
+def test_embedding_and_decoder_stay_tied() -> None:
+    embedding = KronEmbedding(10, 12, 4)
+    to_int8_(embedding)
+    decoder = embedding.tied_decoder(nn.Parameter(torch.randn(10)))
+    assert (type(embedding), type(decoder)) == (Int8KronEmbedding, Int8KronDecoder)
+    hidden = torch.randn(3, 12)
+    wanted = decoder(hidden), embedding(torch.arange(10))
+    from_int8_(embedding)
+    from_int8_(decoder)
+    assert (type(embedding), type(decoder)) == (KronEmbedding, KronDecoder)
+    assert decoder.a is embedding.a
+    torch.testing.assert_close((decoder(hidden), embedding(torch.arange(10))), wanted)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import json
 
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -23,8 +21,9 @@ from transformers import (
     BertForSequenceClassification,
     BertModel,
 )
+from transformers.initialization import no_init_weights
 
-from kron_kernels.convert.presets import KronConfig, ShapeRule, preset
+from kron_kernels.convert.presets import preset
 from kron_kernels.models import (
     KronBertConfig,
     KronBertForMaskedLM,
@@ -34,17 +33,8 @@ from kron_kernels.models import (
     KronBertModel,
 )
 from kron_kernels.nn import KronDecoder, KronEmbedding, KronLinear
+from tests.models.bert_cases import IDS, MASK, SIZES
 
-SIZES = {
-    "vocab_size": 50,
-    "hidden_size": 48,
-    "intermediate_size": 192,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 20,
-}
-IDS = torch.tensor([[5, 9, 2, 30, 7], [8, 3, 40, 0, 0]])
-MASK = (IDS != 0).long()
 CLASSES = {
     "model": (KronBertModel, BertModel, AutoModel),
     "masked-lm": (KronBertForMaskedLM, BertForMaskedLM, AutoModelForMaskedLM),
@@ -60,11 +50,11 @@ with_every_class = pytest.mark.parametrize("kind", CLASSES)
 
 
 def make_kron(kind: str = "model", kron: str = "K8", **options) -> nn.Module:
-    return CLASSES[kind][0](KronBertConfig(kron=kron, **SIZES, **options)).eval()
+    return CLASSES[kind][0](KronBertConfig(kron=kron, **{**SIZES, "initializer_range": 0.02, **options})).eval()
 
 
 def make_dense(kind: str = "model", **options) -> nn.Module:
-    return CLASSES[kind][1](BertConfig(initializer_range=0.2, **SIZES, **options)).eval()
+    return CLASSES[kind][1](BertConfig(**SIZES, **options)).eval()
 
 
 def outputs(model: nn.Module, **options) -> list[torch.Tensor]:
@@ -91,19 +81,6 @@ def test_from_dense_computes_the_reconstructed_model(kind):
             rebuilt.get_submodule(name).weight.data = module.dense_weight().detach()
     rebuilt.tie_weights()
     assert_close(outputs(kron), outputs(rebuilt))
-
-
-def test_full_terms_reproduce_the_dense_model():
-    exact = KronConfig(
-        {
-            "attention": ShapeRule(b=(2, 2), terms=4),
-            "ffn_in": ShapeRule(a=(4, 2), terms=8),
-            "ffn_out": ShapeRule(a=(2, 4), terms=8),
-            "embedding": ShapeRule(b=(1, 4), terms=4),
-        }
-    )
-    dense = make_dense("pre-training")
-    assert_close(outputs(KronBertForPreTraining.from_dense(dense, exact)), outputs(dense))
 
 
 def test_from_dense_keeps_what_the_dense_model_is():
@@ -163,24 +140,6 @@ def test_saved_names_are_stable_and_tied_factors_saved_once(tmp_path):
     assert not [name for name in names if "decoder" in name]
 
 
-def test_head_models_load_from_the_encoder_and_back(tmp_path):
-    encoder = make_kron()
-    encoder.save_pretrained(tmp_path)
-    head = KronBertForMaskedLM.from_pretrained(tmp_path)
-    embedding = head.bert.embeddings.word_embeddings
-    assert head.cls.predictions.decoder.a is embedding.a
-    assert torch.equal(embedding.a, encoder.embeddings.word_embeddings.a)
-    head.save_pretrained(tmp_path / "head")
-    back = AutoModel.from_pretrained(tmp_path / "head", add_pooling_layer=False)
-    assert torch.equal(back.encoder.layer[1].output.dense.a, encoder.encoder.layer[1].output.dense.a)
-
-
-def test_loading_in_half_precision(tmp_path):
-    make_kron().save_pretrained(tmp_path)
-    loaded = AutoModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
-
-
 def test_a_loaded_padding_row_is_kept(tmp_path):
     model = make_kron()
     model.embeddings.word_embeddings.a.data[:, 0] = 0.25
@@ -204,17 +163,6 @@ def test_a_dense_checkpoint_is_refused(tmp_path):
         KronBertModel.from_pretrained(tmp_path, config=KronBertConfig(**SIZES))
 
 
-def test_damaged_and_missing_checkpoints_name_their_folder(tmp_path):
-    make_kron().save_pretrained(tmp_path)
-    file = tmp_path / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:5000])
-    with pytest.raises(OSError, match=rf"{tmp_path}: damaged checkpoint"):
-        AutoModel.from_pretrained(tmp_path)
-    file.unlink()
-    with pytest.raises(OSError, match=str(tmp_path)):
-        AutoModel.from_pretrained(tmp_path)
-
-
 def test_bad_configurations():
     with pytest.raises(
         ValueError, match="preset: expected one of K8, K19, K21, KnGPT2, TQCompressor, TQCompressor-QKV, got 'K9'"
@@ -226,14 +174,6 @@ def test_bad_configurations():
         KronBertConfig(kron=8)
     with pytest.raises(ValueError, match="version: expected 1 or 2, got 7"):
         KronBertConfig(kron={**preset("K8").to_dict(), "version": 7})
-
-
-def test_config_of_a_dense_model_survives_json():
-    config = KronBertConfig.from_dense(BertConfig(**SIZES, num_labels=3), preset("K19"))
-    again = KronBertConfig.from_dict(json.loads(config.to_json_string()))
-    assert (again.model_type, again.num_labels, again.vocab_size) == ("kron_bert", 3, 50)
-    assert KronConfig.from_dict(again.kron) == preset("K19")
-    assert again.kron == KronBertConfig(kron=preset("K19")).kron == KronBertConfig(kron="K19").kron
 
 
 @with_every_class
@@ -252,67 +192,6 @@ def test_initialisation_follows_the_config(kind):
         assert isinstance(model.get_output_embeddings(), KronDecoder)
         assert model.get_output_embeddings().a is embedding.a
         assert model.get_output_embeddings().bias is model.cls.predictions.bias
-
-
-def test_an_untied_decoder_is_dense():
-    decoder = make_kron("masked-lm", tie_word_embeddings=False).get_output_embeddings()
-    assert type(decoder) is nn.Linear
-    assert not decoder.weight.is_meta
-
-
-class RealAllocations(TorchDispatchMode):
-    """Notes the largest tensor made outside the meta device."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and not result.is_meta:
-            self.numel = max(self.numel, result.numel())
-        return result
-
-
-def test_construction_allocates_no_dense_weight():
-    with RealAllocations() as seen:
-        model = make_kron("masked-lm")
-    assert seen.numel == max(parameter.numel() for parameter in model.parameters())
-    assert seen.numel < SIZES["hidden_size"] * SIZES["intermediate_size"]
-
-
-@with_every_class
-def test_training_reaches_every_parameter_under_gradient_checkpointing(kind):
-    labels = {
-        "masked-lm": {"labels": IDS},
-        "pre-training": {"labels": IDS, "next_sentence_label": torch.tensor([0, 1])},
-        "classification": {"labels": torch.tensor([0, 1])},
-        "question-answering": {"start_positions": torch.tensor([0, 1]), "end_positions": torch.tensor([1, 2])},
-    }
-    model = make_kron(kind, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.2).train()
-    gradients = []
-    for checkpointing in (False, True):
-        if checkpointing:
-            model.gradient_checkpointing_enable()
-        model.zero_grad()
-        result = model(input_ids=IDS, attention_mask=MASK, **labels.get(kind, {}))
-        loss = result.pooler_output.square().sum() if kind == "model" else result.loss
-        loss.backward()
-        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
-    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients[0].values())
-    assert all(gradient.any() for name, gradient in gradients[0].items() if name.endswith("output.dense.a"))
-    torch.testing.assert_close(gradients[1], gradients[0])
-
-
-def test_intermediate_outputs_and_attention_backends_agree():
-    model = make_kron(initializer_range=0.2)
-    assert model.config._attn_implementation == "sdpa"
-    sdpa = outputs(model)
-    model.set_attn_implementation("eager")
-    assert_close(outputs(model), sdpa)
-    result = model(input_ids=IDS, output_hidden_states=True, output_attentions=True)
-    assert len(result.hidden_states) == 3
-    assert result.attentions[0].shape == (2, 4, 5, 5)
-    embedded = model.get_input_embeddings()(IDS)
-    assert_close([model(inputs_embeds=embedded).last_hidden_state], [model(IDS).last_hidden_state])
 
 
 @pytest.mark.parametrize("size", [60, 45])
@@ -334,17 +213,69 @@ def test_resizing_the_vocabulary(size, tied, tmp_path):
         assert torch.equal(outputs(AutoModelForMaskedLM.from_pretrained(tmp_path))[0], after)
 
 
-def test_resizing_options():
+def test_buffers_are_right_without_weight_initialisation(monkeypatch):
+    monkeypatch.setattr(
+        nn.Module, "to_empty", lambda self, device: self._apply(lambda t: torch.full_like(t, 7, device=device))
+    )
+    with no_init_weights():
+        model = make_kron("masked-lm")
+    embeddings = model.bert.embeddings
+    assert torch.equal(embeddings.position_ids, torch.arange(20)[None])
+    assert torch.equal(embeddings.token_type_ids, torch.zeros(1, 20, dtype=torch.long))
+
+
+@with_every_class
+def test_the_config_switches_gradient_checkpointing_on(kind):
+    assert make_kron(kind, gradient_checkpointing=True).is_gradient_checkpointing
+    assert not make_kron(kind).is_gradient_checkpointing
+
+
+def without(model, part):
+    return {name: value for name, value in model.state_dict().items() if part not in name}
+
+
+@pytest.mark.parametrize(
+    ("kind", "part", "message"),
+    [
+        ("model", "0.output.LayerNorm.weight", "every tensor of the encoder, 1 are missing, among them encoder"),
+        ("masked-lm", "position_embeddings", r"every tensor of the encoder, 1 are missing, among them bert\.emb"),
+        ("masked-lm", "0.output.dense.a", "Kronecker factors, 1 are missing"),
+        ("model", "pooler", None),
+        ("classification", "classifier", None),
+    ],
+)
+def test_only_pooler_and_head_may_be_missing(kind, part, message):
+    model = make_kron(kind)
+    options = {"config": model.config, "state_dict": without(model, part)}
+    if message is None:
+        type(model).from_pretrained(None, **options)
+    else:
+        with pytest.raises(OSError, match=message):
+            type(model).from_pretrained(None, **options)
+
+
+def test_a_checkpoint_of_another_preset(tmp_path):
+    make_kron().save_pretrained(tmp_path)
+    config = KronBertConfig(kron="K21", **SIZES)
+    text = (
+        r"26 parameters have others, among them embeddings.word_embeddings.a: expected \(1, 50, 3\), got \(1, 50, 6\)"
+    )
+    for error in (RuntimeError, OSError):  # transformers' and ours
+        with pytest.raises(error, match=text):
+            AutoModel.from_pretrained(tmp_path, config=config)
+    model = KronBertModel.from_pretrained(tmp_path, config=config, ignore_mismatched_sizes=True)
+    assert model.get_input_embeddings().a.shape == (1, 50, 3)
+
+
+@pytest.mark.parametrize(
+    ("file", "kept"), [("model.safetensors", 5), ("model.safetensors", -100), ("pytorch_model.bin", 5000)]
+)
+def test_damaged_checkpoints_name_their_folder(file, kept, tmp_path):
     model = make_kron()
-    embedding = model.get_input_embeddings()
-    assert model.resize_token_embeddings() is embedding
-    assert model.resize_token_embeddings(pad_to_multiple_of=32, mean_resizing=False).num_embeddings == 64
-    assert model.get_input_embeddings().a[:, 50:].std() > 0
-
-
-def test_copies_keep_ties_and_outputs():
-    model = make_kron("masked-lm")
-    clone = copy.deepcopy(model)
-    assert clone.get_output_embeddings().a is clone.get_input_embeddings().a
-    assert clone.get_output_embeddings().a is not model.get_output_embeddings().a
-    assert torch.equal(outputs(clone)[0], outputs(model)[0])
+    model.save_pretrained(tmp_path)
+    if file.endswith("bin"):
+        (tmp_path / "model.safetensors").unlink()
+        torch.save(model.state_dict(), tmp_path / file)
+    (tmp_path / file).write_bytes((tmp_path / file).read_bytes()[:kept])
+    with pytest.raises(OSError, match=rf"{tmp_path}: damaged checkpoint: \S+"):
+        AutoModel.from_pretrained(tmp_path)

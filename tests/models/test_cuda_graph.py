@@ -15,7 +15,7 @@ from kron_kernels.models import (
     KronBertModel,
     capture,
 )
-from tests.runtime.serving_models import KRON, SIZES
+from tests.models.bert_cases import SIZES
 
 
 def _record(run: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
@@ -33,7 +33,7 @@ def _record(run: Callable[[], Any], device: torch.device) -> tuple[Callable[[], 
 @pytest.fixture(params=[KronBertModel, KronBertForSequenceClassification], ids=lambda kind: kind.__name__)
 def model(request: pytest.FixtureRequest) -> Any:
     torch.manual_seed(0)
-    return request.param(KronBertConfig(kron=KRON, padding_free=False, **SIZES)).eval()
+    return request.param(KronBertConfig(kron="K8", padding_free=False, **SIZES)).eval()
 
 
 def _inputs(*shape: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

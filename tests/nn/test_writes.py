@@ -1,0 +1,128 @@
+"""Training form: a call is right whatever wrote the weights before it, and whatever was called before that."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kron_kernels.nn import Int8KronLinear, KronLinear
+from kron_kernels.nn.int8 import dequantize_rows, to_int8_
+
+X = torch.linspace(-1, 1, 2 * 48).view(2, 48)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def group() -> Any:
+    """A process group of one over gloo, whose collectives no version counter counts."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def other(tensor: Tensor) -> Tensor:
+    return torch.randint_like(tensor, -127, 127) if tensor.dtype is torch.int8 else torch.randn_like(tensor)
+
+
+def through_data(tensor: Tensor) -> None:
+    tensor.data.copy_(other(tensor))
+
+
+def data_exchanged(tensor: Tensor) -> None:
+    tensor.data = other(tensor)
+
+
+def one_row_through_data(tensor: Tensor) -> None:
+    tensor.data[0, -1] = other(tensor)[0, -1]
+
+
+def numpy_alias(tensor: Tensor) -> None:
+    tensor.detach().numpy()[...] = other(tensor).numpy()
+
+
+def shared_memory(tensor: Tensor) -> None:
+    tensor.data = tensor.data.clone().share_memory_()
+    alias = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage(), 0, tensor.shape)  # as another process
+    alias.copy_(other(tensor))
+
+
+def storage_refilled(tensor: Tensor) -> None:
+    storage, values = tensor.untyped_storage(), other(tensor)
+    size = storage.nbytes()
+    storage.resize_(0)  # as FSDP2 frees a shard
+    storage.resize_(size)
+    tensor.data.copy_(values)
+
+
+def scatter(tensor: Tensor) -> None:
+    dist.scatter(tensor.data, [other(tensor)], 0)
+
+
+def all_gather(tensor: Tensor) -> None:
+    dist.all_gather([tensor.data], other(tensor))
+
+
+def in_inference_mode(tensor: Tensor) -> None:
+    with torch.inference_mode():
+        tensor.copy_(other(tensor))
+
+
+def optimizer_step(tensor: Tensor) -> None:
+    if tensor.is_floating_point():
+        tensor.requires_grad_().grad = other(tensor)
+        torch.optim.AdamW([tensor], lr=0.1).step()
+
+
+WRITES = (
+    *(through_data, data_exchanged, one_row_through_data, numpy_alias, shared_memory, storage_refilled),
+    *(scatter, all_gather, in_inference_mode, optimizer_step),
+)
+
+
+def expected(layer: KronLinear) -> Tensor:
+    """Return the layer's result from what its tensors hold now, by plain torch on copies."""
+    state = {name: value.detach().clone() for name, value in layer.state_dict().items()}
+    a, b = (
+        state[name] if name in state else dequantize_rows(state[f"{name}_int8"], state[f"{name}_scale"])
+        for name in ("a", "b")
+    )
+    return F.linear(X, torch.kron(a[0], b[0]), state["bias"])
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
+@pytest.mark.parametrize("write", WRITES, ids=lambda write: write.__name__)
+def test_every_write_shows_in_the_next_call(write: Callable[[Tensor], None], int8: bool) -> None:
+    layer = KronLinear(48, 48, ((24, 24), (2, 2)))
+    if int8:
+        to_int8_(layer)
+        assert type(layer) is Int8KronLinear
+    tensors = [*layer.named_parameters(), *layer.named_buffers()]
+    for grad in (False, True):
+        for name, tensor in tensors:
+            with torch.set_grad_enabled(grad):
+                layer(X)
+                layer(X)
+            before = expected(layer)
+            if name != "bias":
+                write(tensor.detach() if tensor.requires_grad and write is in_inference_mode else tensor)
+                assert write is optimizer_step or not torch.equal(before, expected(layer))
+            with torch.set_grad_enabled(grad):
+                torch.testing.assert_close(layer(X), expected(layer), rtol=1e-4, atol=1e-3)
+
+
+def test_functional_calls_and_parametrizations() -> None:
+    layer = KronLinear(48, 48, ((24, 24), (2, 2)), bias=False)
+    a, b = torch.randn(1, 24, 24), torch.randn(1, 2, 2)
+    with torch.no_grad():
+        result = torch.func.functional_call(layer, {"a": a, "b": b}, X)
+        torch.testing.assert_close(result, X @ torch.kron(a[0], b[0]).T, rtol=1e-4, atol=1e-4)
+        clone = copy.deepcopy(layer)
+        nn.utils.parametrize.register_parametrization(layer, "a", nn.Tanh())
+        clone.a.data.tanh_()
+        torch.testing.assert_close(layer(X), clone(X))
