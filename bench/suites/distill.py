@@ -21,8 +21,7 @@ from bench.suites import Point
 from kron_kernels.convert.kronify import kronify_
 from kron_kernels.distill.losses import LossConfig
 from kron_kernels.distill.objectives import Classification
-from kron_kernels.distill.teacher import TeacherOutputs
-from kron_kernels.distill.trainer import DistillTrainer
+from kron_kernels.distill.trainer import DistillTrainer, TeacherOutputs
 from kron_kernels.factorize import order_cost
 from kron_kernels.models import KronBertConfig, KronBertForSequenceClassification
 from kron_kernels.nn import KronEmbedding, KronLinear

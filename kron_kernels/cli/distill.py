@@ -14,7 +14,7 @@ from .extras import needs_extra
 from .output import Progress, add_json_flag, format_table, print_json
 
 if TYPE_CHECKING:
-    from ..distill.run_result import RunResult
+    from ..distill.run_folder import RunResult
 
 _LOSSES = ("embedding", "scores", "ffn", "logits", "supervised")
 

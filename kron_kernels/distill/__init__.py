@@ -7,11 +7,9 @@ from .config import DistillConfig, paper_settings
 from .evaluate import EvaluationResult, evaluate
 from .hidden_states import Captured, capture
 from .losses import LossConfig, Normalizers, check_pair, distillation_losses
-from .run_folder import RunFolder
-from .run_result import RunResult
-from .stages import run_stage
-from .teacher import TeacherOutputs
-from .trainer import DistillTrainer
+from .run import run_stage
+from .run_folder import RunFolder, RunResult
+from .trainer import DistillTrainer, TeacherOutputs
 
 __all__ = [
     "Captured",

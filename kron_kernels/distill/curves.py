@@ -4,31 +4,25 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..testing.tables import save, subplots
-from .run_folder import RunFolder
 
 Points = tuple[list[int], list[float]]
-# How fast an evaluation ran says nothing of the model.
-_COSTS = ("runtime", "per_second", "jit_compilation_time", "model_preparation_time")
+_NOT_DRAWN = ("step", "epoch", "seconds", "peak_memory_bytes")
 
 
-def write_curves(run: RunFolder) -> Path | None:
+def write_curves(log: Iterable[Mapping[str, Any]], folder: Path) -> Path | None:
     """Write ``curves.png``: the terms of the loss in one panel, each evaluation metric in its own.
 
-    None, and no file, where nothing was logged so far.
+    ``log`` is what the Trainer logged. None, and no file, where that holds neither.
     """
-    series = read_series(run)
-    losses = {name: points for name, points in series.items() if name == "loss" or name.startswith("loss/")}
-    metrics = {
-        name: points for name, points in series.items() if name.startswith("eval/") and not name.endswith(_COSTS)
-    }
-    panels = [({name.removeprefix("loss/"): points for name, points in losses.items()}, "loss")] if losses else []
-    panels += [({"": points}, name) for name, points in metrics.items()]
-    return _draw(panels, run.path / "curves.png")
+    series = read_series(log)
+    losses = {name.removeprefix("loss/"): points for name, points in series.items() if name.split("/")[0] == "loss"}
+    metrics = [({"": points}, name) for name, points in series.items() if name.startswith("eval/")]
+    return _draw([(losses, "loss")] * bool(losses) + metrics, folder / "curves.png")
 
 
 def write_overlay(panels: Mapping[str, Mapping[str, Points]], path: str | os.PathLike[str]) -> Path | None:
@@ -36,12 +30,12 @@ def write_overlay(panels: Mapping[str, Mapping[str, Points]], path: str | os.Pat
     return _draw([(lines, title) for title, lines in panels.items() if lines], Path(path))
 
 
-def read_series(run: RunFolder) -> dict[str, Points]:
-    """Name -> steps and values, of everything finite that the run logged."""
+def read_series(log: Iterable[Mapping[str, Any]]) -> dict[str, Points]:
+    """Give steps and values by name, of every finite number that the Trainer logged."""
     series: dict[str, Points] = {}
-    for record in run.metrics():
+    for record in log:
         for name, value in record.items():
-            if name not in ("step", "epoch", "seconds") and isinstance(value, int | float) and "step" in record:
+            if name not in _NOT_DRAWN and isinstance(value, int | float) and math.isfinite(value) and "step" in record:
                 steps, values = series.setdefault(name, ([], []))
                 steps.append(record["step"])
                 values.append(float(value))

@@ -7,26 +7,29 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .data import (
     PaddingCollator,
     Task,
+    best_answers,
     compute_metrics,
     encode,
     get_task,
     load_task,
+    qa_features,
     resolved,
 )
 from .data.files import Source
-from .data.squad import best_answers, qa_features, window_sizes
 
 MAX_LENGTH = {"classification": 128, "regression": 128, "qa": 384}
 Progress = Callable[[int, int, str], None]
@@ -34,7 +37,7 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Scores of a model on a task: ``metrics`` in percent, ``main`` the name of the one that is ``score``."""
+    """Hold scores of a model on a task: ``metrics`` in percent, ``main`` the name of the one that is ``score``."""
 
     task: str
     split: str
@@ -45,7 +48,7 @@ class EvaluationResult:
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-able dict."""
+        """Make a JSON-able dict."""
         return dataclasses.asdict(self)
 
 
@@ -79,21 +82,22 @@ def evaluate(
 
     ``seconds`` is the time of the model's passes, tokenization and loading left out.
     Raises ValueError for a model whose head is not the task's, arguments out of range and data that are not as
-    expected; OSError for a model or data that are not to be had.
+    expected; OSError for a model or data that cannot be loaded.
     """
     task = get_task(task)
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
-    if tokenizer is None:
-        if isinstance(model, nn.Module):
+    if isinstance(model, nn.Module):
+        if tokenizer is None:
             raise ValueError("tokenizer: expected the tokenizer of the model, got None")
-        tokenizer = _tokenizer(model)
-    if device is None and not isinstance(model, nn.Module):
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        network: Any = model
+    else:
+        tokenizer = tokenizer or load_tokenizer(model)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        network = load_scored(model, task)
     if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: expected one that is there, got {str(device)!r} without CUDA")
-    loaded = model if isinstance(model, nn.Module) else load_model(model, task)
-    network: Any = loaded if device is None else loaded.to(device)
+    network = network if device is None else network.to(device)
     names = _class_names(network)
     if task.kind == "classification" and not task.labels and names:
         task = dataclasses.replace(task, labels=names)
@@ -101,18 +105,20 @@ def evaluate(
     if split not in data:
         raise ValueError(f"split: expected one of {', '.join(data)}, got {split!r}")
     task, rows = resolved(task, data), data[split]
-    length = _max_length(network, task, max_length)
-    if task.kind != "qa" and "label" not in rows.column_names:
-        raise ValueError(f"split: expected data with labels, got {split} without")
-    if task.kind != "qa" and network.config.num_labels != task.num_labels:
-        raise ValueError(
-            f"model: expected a head of {task.num_labels} outputs for {task.name}, got {network.config.num_labels}"
-        )
+    positions = network.config.max_position_embeddings
+    length = min(MAX_LENGTH[task.kind], positions) if max_length is None else max_length
+    if length > positions:
+        raise ValueError(f"max_length: expected at most the model's {positions} positions, got {max_length}")
     if task.kind == "qa":
-        stride, question = window_sizes(length)
-        features = qa_features(rows, tokenizer, length, stride, max_question_length=question, training=False)
+        features = qa_features(rows, tokenizer, length, training=False)
         inputs = features.remove_columns(["example", "offsets"])
     else:
+        if "label" not in rows.column_names:
+            raise ValueError(f"split: expected data with labels, got {split} without")
+        if network.config.num_labels != task.num_labels:
+            raise ValueError(
+                f"model: expected a head of {task.num_labels} outputs for {task.name}, got {network.config.num_labels}"
+            )
         features = inputs = encode(rows, tokenizer, task, length)
     start = time.perf_counter()
     outputs = predict(network, inputs, tokenizer, batch_size, progress)
@@ -133,7 +139,7 @@ def evaluate(
 def predict(
     model: Any, features: Any, tokenizer: Any, batch_size: int = 32, progress: Progress | None = None
 ) -> list[tuple[Tensor, ...]]:
-    """The logits of each row of ``features``, float32 on the CPU: (classes,), or start and end (length,) each.
+    """Compute the logits of each row of ``features``, float32 on the CPU: (classes,), or start and end (length,) each.
 
     Rows of like length go through the model together, in evaluation mode and without gradients; the results are in
     the order of the rows. ``features`` are those of ``encode`` or ``qa_features``.
@@ -144,7 +150,7 @@ def predict(
     unneeded = [name for name in ("labels", "start_positions", "end_positions") if name in features.column_names]
     loader = DataLoader(features.remove_columns(unneeded), batch_sampler=batches, collate_fn=PaddingCollator(tokenizer))
     outputs: list[tuple[Tensor, ...]] = [()] * len(lengths)
-    training, device = model.training, next(model.parameters()).device
+    training, device = model.training, next(chain(model.parameters(), model.buffers())).device
     model.eval()
     try:
         for done, (indices, batch) in enumerate(zip(batches, loader, strict=True), 1):
@@ -159,24 +165,21 @@ def predict(
     return outputs
 
 
-def load_model(model: str | os.PathLike[str], task: str | Task) -> Any:
-    """A BERT or KronBert with the task's head, from a folder or the hub.
+def load_scored(model: str | os.PathLike[str], task: Task) -> Any:
+    """Load a BERT or KronBert with the task's head, from a folder or the hub.
 
-    Raises OSError for one that is not to be had or damaged, ValueError for one whose head is missing.
+    Raises OSError for one that cannot be loaded, ValueError for one whose head is missing.
     """
-    auto = (
-        transformers.AutoModelForQuestionAnswering
-        if get_task(task).kind == "qa"
-        else transformers.AutoModelForSequenceClassification
-    )
     path = Path(model)
     if path.exists() and not (path / "config.json").is_file():
         raise FileNotFoundError(f"model: expected a folder with config.json, got {path}")
+    kind = "QuestionAnswering" if task.kind == "qa" else "SequenceClassification"
+    auto = getattr(transformers, f"AutoModelFor{kind}")
     try:
         loaded, info = auto.from_pretrained(
             model, local_files_only=path.is_dir(), trust_remote_code=False, output_loading_info=True
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise OSError(f"model: {model} cannot be loaded from a folder or the hub: {error}") from error
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
@@ -186,13 +189,14 @@ def load_model(model: str | os.PathLike[str], task: str | Task) -> Any:
     return loaded
 
 
-def _tokenizer(model: str | os.PathLike[str]) -> Any:
+def load_tokenizer(model: str | os.PathLike[str]) -> Any:
+    """Load the tokenizer beside a model; OSError where there is none."""
     try:
         return transformers.AutoTokenizer.from_pretrained(
             model, local_files_only=Path(model).is_dir(), trust_remote_code=False
         )
     except (OSError, ValueError) as error:
-        raise OSError(f"tokenizer: none to be had from {model}: {error}") from error
+        raise OSError(f"tokenizer: none can be loaded from {model}: {error}") from error
 
 
 def _class_names(model: Any) -> tuple[str, ...]:
@@ -205,12 +209,3 @@ def _order(names: tuple[str, ...], labels: tuple[str, ...]) -> list[int]:
     """The model's output for each label: by name, case apart, or as they come where the names are others."""
     model, task = [name.lower() for name in names], [label.lower() for label in labels]
     return [model.index(label) for label in task] if sorted(model) == sorted(task) else list(range(len(labels)))
-
-
-def _max_length(model: Any, task: Task, wanted: int | None) -> int:
-    positions = model.config.max_position_embeddings
-    if wanted is None:
-        return min(MAX_LENGTH[task.kind], positions)
-    if wanted > positions:
-        raise ValueError(f"max_length: expected at most the model's {positions} positions, got {wanted}")
-    return wanted

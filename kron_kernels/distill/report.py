@@ -12,8 +12,7 @@ from typing import Any
 from ..compress.files import write_text
 from ..testing.tables import markdown, save, subplots
 from .curves import Points, read_series, write_overlay
-from .run_folder import RunFolder
-from .run_result import RunResult
+from .run_folder import RunFolder, RunResult
 
 NO_FIGURE = "-"
 TEACHER = "teacher"
@@ -21,7 +20,7 @@ TEACHER = "teacher"
 
 @dataclass(frozen=True)
 class Run:
-    """A run as it was found; ``result`` is None before its end, ``steps`` are those logged so far."""
+    """Hold a run as it was found; ``result`` is None before its end, ``steps`` are those logged so far."""
 
     folder: RunFolder
     result: RunResult | None
@@ -30,7 +29,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Score:
-    """Scores of one model on one task in percent: the mean, and over several seeds the sample standard deviation."""
+    """Hold a model's scores on a task in percent: the mean, and over several seeds the sample standard deviation."""
 
     mean: float
     spread: float | None
@@ -42,7 +41,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Line:
-    """A model's line of the table.
+    """Hold a model's line of the table.
 
     Attributes:
         model: its name and variant.
@@ -63,7 +62,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that ``kron-kernels report`` shows."""
+    """Hold everything that ``kron-kernels report`` shows."""
 
     tasks: Sequence[str]
     lines: Sequence[Line]
@@ -75,7 +74,7 @@ class Report:
         return [run for run in self.runs if run.result is None]
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """Headers and rows of the models as text."""
+        """Make headers and rows of the models as text."""
         headers = ["model", *self.tasks, "average", "of the teacher", "parameters", "compression"]
         rows = [
             [
@@ -91,7 +90,7 @@ class Report:
         return headers, rows
 
     def cost_table(self) -> tuple[list[str], list[list[str]]]:
-        """Headers and rows of the finished runs: what each took."""
+        """Make headers and rows of the finished runs: what each took."""
         headers = ["model", "task", "seed", "score", "steps", "tokens", "seconds", "peak memory, MB", "folder"]
         rows = [
             [
@@ -111,7 +110,7 @@ class Report:
         return headers, rows
 
     def to_markdown(self) -> str:
-        """Both tables, the notes and the unfinished runs."""
+        """Write both tables, the notes and the unfinished runs as Markdown."""
         parts = [markdown(*self.table())] if self.lines else ["No finished run has a score."]
         parts += self.remarks()
         if any(run.result is not None for run in self.runs):
@@ -119,14 +118,14 @@ class Report:
         return "\n\n".join(parts) + "\n"
 
     def remarks(self) -> list[str]:
-        """What is to be known beside the table, a sentence each."""
+        """List what is to be known beside the table, a sentence each."""
         seeds = any(score.seeds > 1 for line in self.lines for score in line.scores.values())
         spread = ["± is the sample standard deviation over seeds."] if seeds else []
         unfinished = [f"Not finished, not counted: {run.folder.path} (step {run.steps})." for run in self.unfinished]
         return [*spread, *self.notes, *unfinished]
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-able dict."""
+        """Make a JSON-able dict."""
         finished = {str(run.folder.path): run.result.to_dict() for run in self.runs if run.result is not None}
         return {
             "version": 1,
@@ -149,7 +148,7 @@ def build_report(paths: Iterable[str | os.PathLike[str]]) -> Report:
 
     Raises:
         FileNotFoundError: a folder that is no run's.
-        ValueError: no folder, a damaged file, or two runs of the same model, task and seed.
+        ValueError: no run, a damaged file, or two runs of the same model, task and seed.
     """
     runs = [_read(RunFolder(path)) for path in dict.fromkeys(Path(path) for path in paths)]
     if not runs:
@@ -170,7 +169,7 @@ def build_report(paths: Iterable[str | os.PathLike[str]]) -> Report:
 
 
 def compare(results: Iterable[RunResult]) -> tuple[list[str], list[Line], list[str]]:
-    """Tasks, lines and notes of a :class:`Report` of these results, each of another model, task or seed.
+    """Compare results: tasks, lines and notes of a :class:`Report`, each of another model, task or seed.
 
     Lines go from the largest model to the smallest, the usual run of a model before its variants.
     """
@@ -205,7 +204,7 @@ def write_report(report: Report, out: str | os.PathLike[str]) -> list[Path]:
 
 
 def _read(folder: RunFolder) -> Run:
-    return Run(folder, folder.result, max((record.get("step", 0) for record in folder.metrics()), default=0))
+    return Run(folder, folder.result, max((record.get("step", 0) for record in folder.log), default=0))
 
 
 def _line(label: str, results: Sequence[RunResult], tasks: Sequence[str]) -> Line:
@@ -258,7 +257,7 @@ def _loss_panels(runs: Sequence[Run]) -> dict[str, dict[str, Points]]:
     """Task -> label of the run -> its loss over the steps; unfinished runs go by the names of their folders."""
     panels: dict[str, dict[str, Points]] = {}
     for run in runs:
-        points = read_series(run.folder).get("loss")
+        points = read_series(run.folder.log).get("loss")
         if points is not None:
             result, name = run.result, run.folder.path.name
             title = "not finished" if result is None else f"{result.task}, {result.kind}"

@@ -1,66 +1,123 @@
-"""The folder of one run of distillation: what it was asked, how it went, where it can go on, and what it came to."""
+"""The folder of one run of distillation: its identity, transformers' checkpoints, its model and what it came to."""
 
 from __future__ import annotations
 
+import dataclasses
+import fcntl
+import hashlib
+import importlib.metadata
 import json
 import logging
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..compress.files import NoSpaceError, write_text
-from . import checkpoints, locks
-from .environment import describe_environment, peak_memory
-from .run_result import RunResult
+import torch
+from torch import nn
+from transformers.trainer_utils import sort_checkpoints
 
+from ..compress.files import sync, write_text
+from ..testing import describe_machine
+
+VERSION = 1
+KINDS = ("finetune", "pretrain", "task")
 _LOG = logging.getLogger(__name__)
-_LOCK = ".lock"
-_PEAK = "peak_memory_bytes"  # of a start
-_MISSING = object()
+_IDENTITY, _RESULT, _MARKER, _LOCK = "run.json", "result.json", "complete.json", ".lock"
+_HELD: dict[tuple[int, Path], Any] = {}  # open lock files, by process and folder
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Hold what a finished run came to.
+
+    Attributes:
+        kind: "finetune" (a dense model on a task), "pretrain" (stage 1) or "task" (stage 2).
+        name: of the model: "teacher", "K8", ...
+        task: "sst2", "mrpc", ...; of stage 1 the name of its text.
+        seed: of the run.
+        parameters: of the model.
+        steps: updates of the weights.
+        seconds: of training, over all starts.
+        variant: what sets the run apart from the usual one, such as "no stage 1"; "" for the usual one.
+        metrics: metric -> value on the development set.
+        score: the task's main metric in percent; None where there is none, as in stage 1.
+        teacher_score: the same of the run's teacher; None without a teacher or its score.
+        teacher_parameters: of the teacher; None without one.
+        peak_memory_bytes: largest memory in use, as far as it was logged.
+        train_tokens: tokens seen in training, padding left out.
+    """
+
+    kind: str
+    name: str
+    task: str
+    seed: int
+    parameters: int
+    steps: int
+    seconds: float
+    variant: str = ""
+    metrics: Mapping[str, float | None] = field(default_factory=dict)
+    score: float | None = None
+    teacher_score: float | None = None
+    teacher_parameters: int | None = None
+    peak_memory_bytes: int | None = None
+    train_tokens: int | None = None
+
+    @property
+    def label(self) -> str:
+        """Join name and variant, as tables and plots show them."""
+        return f"{self.name}, {self.variant}" if self.variant else self.name
+
+    def to_dict(self) -> dict[str, Any]:
+        """Make a JSON-able dict with a ``version``."""
+        return {"version": VERSION, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, data: Any) -> RunResult:
+        """Read what ``to_dict`` gave; ValueError for another version and for missing or unknown fields."""
+        if not isinstance(data, dict) or data.get("version") != VERSION or data.get("kind") not in KINDS:
+            raise ValueError(f"expected a run's result of version {VERSION}, got {str(data)[:60]}")
+        try:
+            return cls(**{name: value for name, value in data.items() if name != "version"})
+        except TypeError as error:
+            raise ValueError(str(error)) from None
 
 
 class RunFolder:
-    """One run of training on disk.
+    """A run on disk. ``RunFolder(path)`` reads one, of whatever state; :meth:`create` starts or resumes one.
 
     | entry | what |
     | --- | --- |
-    | ``config.yaml`` | the run's configuration |
-    | ``environment.json`` | a list with, for each start, the machine, the versions, the step and the peak memory |
-    | ``metrics.jsonl`` | a JSON object a line: ``step``, ``epoch``, ``seconds`` and losses or ``eval/...`` metrics |
-    | ``curves.png`` | the same, drawn (``curves.write_curves``) |
-    | ``checkpoints/checkpoint-N`` | transformers' checkpoints |
+    | ``run.json`` | the run's identity: its configuration, and the sha256 of its data and of its teacher's weights |
+    | ``checkpoints/checkpoint-N`` | transformers' checkpoints, each with the sha256 of its files in ``complete.json`` |
     | ``start`` | the student as it was made, where the run made it |
     | ``model`` | the final model with its tokenizer |
-    | ``result.json`` | the :class:`RunResult`; a run that has one is finished |
+    | ``curves.png`` | losses and metrics over the steps, drawn |
+    | ``result.json`` | the :class:`RunResult`, the log and the machine; a run that has one is finished |
 
-    A process may be killed at any point, in the middle of a write too. A checkpoint counts only with a marker, which is
-    written after everything else in it is on the disk, holds the sizes of its files, and is removed first when the
-    checkpoint is deleted. transformers' own rotation deletes the last checkpoint before the marker of the next is
-    there, and without regard to the marker: leave ``save_total_limit`` unset and call :meth:`prune`, as
-    :class:`~kron_kernels.distill.callbacks.RunLogger` does.
-
-    ``RunFolder(path)`` reads a run, of whatever state; :meth:`create` starts one or goes on with it.
+    A process may be killed at any point, in the middle of a write too: a checkpoint counts only where all of its files
+    have the hashes that were written last.
 
     Raises:
         FileNotFoundError: ``path`` is not a run's folder.
     """
 
+    is_new = False  # whether create made it here
+
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._lock: locks.Lock | None = None  # of a run that create began
-        self._has_new_folder = False
-        if not self.config_path.is_file():
-            raise FileNotFoundError(f"run: expected a run's folder, with config.yaml, got {self.path}")
+        self.checkpoints_path = self.path / "checkpoints"  # the output_dir of transformers' TrainingArguments
+        self.start_path = self.path / "start"
+        self.model_path = self.path / "model"
+        if not (self.path / _IDENTITY).is_file():
+            raise FileNotFoundError(f"run: expected a run's folder, with {_IDENTITY}, got {self.path}")
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], config: Mapping[str, Any], resume: bool | None = None) -> RunFolder:
-        """Start a run, or go on with one of the same configuration.
-
-        A run to go on with is put back to its last complete checkpoint (see :meth:`rewind`), unless it is finished.
-        The folder is this process's own until the process ends.
+        """Start a run, or resume one of the same configuration. The folder is this process's own until that ends.
 
         Args:
             path: folder; its parents are made.
@@ -69,249 +126,182 @@ class RunFolder:
 
         Raises:
             ValueError: the run there has another configuration; the message names what differs.
-            TypeError: ``config`` holds something that is not plain.
             FileExistsError: a file, a folder of something else, or, where ``resume`` is False, a run.
             FileNotFoundError: no run where ``resume`` is True.
             BlockingIOError: another process is at work in the folder.
         """
-        path, plain = Path(path), _plain(config)
-        if not (path / "config.yaml").is_file():
-            if path.exists() and not (path.is_dir() and all(_is_ours(entry) for entry in path.iterdir())):
-                raise FileExistsError(f"run: expected a new folder or a run's, got {path}, which holds other things")
-            if resume:
-                raise FileNotFoundError(f"run: expected a run to resume, got {path}, which is none")
-            existed = path.is_dir()
-            path.mkdir(parents=True, exist_ok=True)
-            lock = locks.acquire(path / _LOCK)
-            write_text(path / "config.yaml", _to_yaml(plain))
-            run = cls(path)
-            run._lock, run._has_new_folder = lock, not existed
-            return run._start()
-        if resume is False:
+        path, plain = Path(path), json.loads(json.dumps(dict(config)))
+        is_new = not (path / _IDENTITY).is_file()
+        if resume is False and not is_new:
             raise FileExistsError(f"run: {path} exists; resume it, or choose another folder")
+        if resume and is_new:
+            raise FileNotFoundError(f"run: expected a run to resume, got {path}")
+        # What a process leaves that was killed as it made the folder.
+        ours = (_LOCK, f".{_IDENTITY}.tmp")
+        if is_new and path.exists() and not (path.is_dir() and all(entry.name in ours for entry in path.iterdir())):
+            raise FileExistsError(f"run: expected a new folder or a run's, got {path}, which holds other things")
+        path.mkdir(parents=True, exist_ok=True)
+        _lock(path)
+        if is_new:
+            write_text(path / _IDENTITY, json.dumps({"config": plain}, indent=2) + "\n")
         run = cls(path)
-        differing = list(_differences(run.config, plain))
-        if differing:
-            more = f" (and {len(differing) - 3} more)" if len(differing) > 3 else ""
-            raise ValueError(f"config: {path} holds a run with another one: {'; '.join(differing[:3])}{more}")
-        locks.acquire(path / _LOCK)
-        return run._start()
+        run.is_new = is_new
+        run.identify(config=plain)
+        return run
 
-    def _start(self) -> RunFolder:
-        if self.finished:
-            return self
-        self.checkpoints_path.mkdir(exist_ok=True)
-        last = self.last_checkpoint()
-        self.rewind(last)
-        step = 0 if last is None else checkpoints.step_of(last)
-        self._write_starts([*self._starts(), {**describe_environment(), "step": step, _PEAK: peak_memory()}])
-        return self
+    def identify(self, **parts: Any) -> None:
+        """Compare parts of the run's identity with those it was begun with; write down those that are new.
 
-    def note_memory(self) -> None:
-        """Keep the peak memory of this process, where it has grown, as that of the last start."""
-        starts = self._starts()
-        if (peak := peak_memory()) > starts[-1][_PEAK]:
-            starts[-1][_PEAK] = peak
-            self._write_starts(starts)
-
-    @property
-    def peak_memory_bytes(self) -> int | None:
-        """The largest peak of all starts, as far as it was noted; None where one of them has none."""
-        starts = self._starts()
-        if not all(_PEAK in start for start in starts):
-            return None
-        return max((start[_PEAK] for start in starts), default=None)
-
-    def _starts(self) -> list[dict[str, Any]]:
-        path = self.path / "environment.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-
-    def _write_starts(self, starts: list[dict[str, Any]]) -> None:
-        write_text(self.path / "environment.json", json.dumps(starts, indent=2) + "\n")
+        Raises:
+            ValueError: a part is another one.
+        """
+        known = self.identity
+        for name, value in parts.items():
+            if name in known and known[name] != value:
+                differing = list(_differences(known[name], value))
+                detail = f": {'; '.join(differing[:3])}" if isinstance(value, dict) else ""
+                raise ValueError(
+                    f"{name}: {self.path} holds a run with another {name}{detail}; choose another folder, or resume "
+                    f"with the {name} it was begun with"
+                )
+        if parts.keys() - known.keys():
+            write_text(self.path / _IDENTITY, json.dumps({**known, **parts}, indent=2) + "\n")
 
     def discard(self) -> None:
-        """Delete the run where ``create`` began it here, with the folder unless that was there before; else nothing."""
-        if self._lock is None:
-            return
-        # The configuration last: killed in between, it is a run still.
-        for entry in sorted(self.path.iterdir(), key=lambda entry: entry == self.config_path):
-            if entry.is_dir():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink()
-        if self._has_new_folder:
-            self.path.rmdir()
-        # Not before: another process may have the place from here on.
-        locks.release(self._lock)
+        """Delete the folder where :meth:`create` began the run here; else nothing."""
+        if self.is_new:
+            shutil.rmtree(self.path)
+            _HELD.pop((os.getpid(), self.path.resolve())).close()
 
     @property
-    def config_path(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def checkpoints_path(self) -> Path:
-        """The ``output_dir`` of transformers' TrainingArguments."""
-        return self.path / "checkpoints"
-
-    @property
-    def start_path(self) -> Path:
-        return self.path / "start"
-
-    @property
-    def model_path(self) -> Path:
-        """The final model; written in ``_files.new_folder(run.model_path)`` it is there whole or not at all."""
-        return self.path / "model"
-
-    @property
-    def metrics_path(self) -> Path:
-        return self.path / "metrics.jsonl"
+    def identity(self) -> dict[str, Any]:
+        """Read ``run.json``; ValueError for a damaged file."""
+        return _read_json(self.path / _IDENTITY)
 
     @property
     def config(self) -> dict[str, Any]:
-        """The run's configuration; ValueError for a damaged file."""
-        import yaml
-
-        try:
-            config = yaml.safe_load(self.config_path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ValueError(f"{self.config_path}: expected YAML: {error}") from error
-        if not isinstance(config, dict):
-            raise ValueError(f"{self.config_path}: expected values by name, got {type(config).__name__}")
-        return config
-
-    @property
-    def finished(self) -> bool:
-        return (self.path / "result.json").is_file()
+        """Give the run's configuration."""
+        return self.identity["config"]
 
     @property
     def result(self) -> RunResult | None:
-        """What the run came to, None before its end; ValueError for a damaged file."""
-        path = self.path / "result.json"
+        """Read what the run came to, None before its end; ValueError for a damaged file."""
+        path = self.path / _RESULT
         if not path.is_file():
             return None
+        data = _read_json(path)
         try:
-            return RunResult.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except ValueError as error:
+            return RunResult.from_dict(data["result"])
+        except (KeyError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from error
 
-    def finish(self, result: RunResult) -> None:
-        """Write ``result.json``: the last thing a run does."""
-        write_text(self.path / "result.json", json.dumps(_finite(result.to_dict()), indent=2, allow_nan=False) + "\n")
+    @property
+    def log(self) -> list[dict[str, Any]]:
+        """Give what the Trainer logged, up to the last checkpoint of a run that is not finished."""
+        if (self.path / _RESULT).is_file():
+            return _read_json(self.path / _RESULT)["log"]
+        states = [path / "trainer_state.json" for path in reversed(self._checkpoints())]
+        return next((_read_json(state)["log_history"] for state in states if state.is_file()), [])
 
-    def log(self, record: Mapping[str, Any]) -> None:
-        """Append one line of metrics and wait until it is on the disk; what is not finite becomes null.
-
-        Raises:
-            OSError: it could not be written; the file ends as before.
-        """
-        line = (json.dumps(_finite(record), allow_nan=False) + "\n").encode()
-        # Unbuffered, so that a line which does not fit is not tried again as the file is closed.
-        with open(self.metrics_path, "ab", buffering=0) as file:
-            end = file.tell()
-            try:
-                if file.write(line) < len(line):
-                    raise NoSpaceError(f"{self.metrics_path}: the disk is full")
-                os.fsync(file.fileno())
-            except OSError:
-                file.truncate(end)
-                raise
-
-    def metrics(self) -> list[dict[str, Any]]:
-        """The lines logged so far; one that was torn, at the end, is left out.
-
-        Raises:
-            ValueError: a damaged line before the end.
-        """
-        if not self.metrics_path.exists():
-            return []
-        # What follows the last line break was being written as the process was killed.
-        lines = self.metrics_path.read_bytes().split(b"\n")[:-1]
-        records = []
-        for number, line in enumerate(lines, 1):
-            try:
-                record = json.loads(line)
-            except ValueError:
-                record = None
-            if not isinstance(record, dict):
-                raise ValueError(f"{self.metrics_path}: line {number}: expected a JSON object, got {line[:40]!r}")
-            records.append(record)
-        return records
-
-    def mark_complete(self, checkpoint: Path) -> None:
-        """Say that everything in the checkpoint is written, once it is on the disk."""
-        checkpoints.mark_complete(checkpoint, metrics=len(self.metrics()))
-
-    def complete_checkpoints(self) -> list[Path]:
-        """Those that are whole, by step."""
-        return [path for path in checkpoints.find(self.checkpoints_path) if checkpoints.read_marker(path) is not None]
+    def finish(self, result: RunResult, log: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Write ``result.json``, the last thing a run does; numbers that are not finite become null."""
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+        versions = {"transformers": importlib.metadata.version("transformers"), "device": device}
+        document = {"result": result.to_dict(), "environment": {**describe_machine(), **versions}, "log": list(log)}
+        write_text(self.path / _RESULT, json.dumps(_finite(document), indent=1, allow_nan=False) + "\n")
 
     def last_checkpoint(self) -> Path | None:
-        """The newest whole one: what ``Trainer.train(resume_from_checkpoint=...)`` takes."""
-        return next(reversed(self.complete_checkpoints()), None)
+        """Find the newest checkpoint that is whole."""
+        return next((path for path in reversed(self._checkpoints()) if _is_whole(path)), None)
 
-    def prune(self, keep: int, best: str | os.PathLike[str] | None = None) -> None:
-        """Delete all complete checkpoints but the ``keep`` newest and ``best``."""
-        if keep < 1:
-            raise ValueError(f"keep: expected at least 1, got {keep}")
-        kept = None if best is None else Path(best).resolve()
-        for path in self.complete_checkpoints()[:-keep]:
-            if path.resolve() != kept:
-                checkpoints.delete(path)
+    def rewind(self) -> None:
+        """Delete checkpoints after the last whole one, partial or damaged, and say so."""
+        last, paths = self.last_checkpoint(), self._checkpoints()
+        for path in paths[0 if last is None else paths.index(last) + 1 :]:
+            _LOG.warning("%s is damaged or was not written to its end: resuming from %s", path, last or "the start")
+            shutil.rmtree(path)
 
-    def rewind(self, checkpoint: Path | None) -> None:
-        """Put the run back to where it was as ``checkpoint`` was saved, or to its beginning.
-
-        Checkpoints that are partial or of later steps are deleted, and later lines of the metrics cut off.
-        """
-        step, kept = 0, 0
-        if checkpoint is not None:
-            marker = checkpoints.read_marker(checkpoint)
-            if marker is None:
-                raise ValueError(f"checkpoint: expected a complete one, got {checkpoint}")
-            step, kept = marker["step"], marker["metrics"]
-        for path in checkpoints.find(self.checkpoints_path):
-            partial = checkpoints.read_marker(path) is None
-            if partial or checkpoints.step_of(path) > step:
-                _LOG.warning("deleting %s: %s", path, "partial" if partial else "of a later step")
-                checkpoints.delete(path)
-        if self.metrics_path.exists():
-            lines = self.metrics_path.read_bytes().splitlines(keepends=True)
-            if len(lines) > kept:
-                write_text(self.metrics_path, b"".join(lines[:kept]).decode())
+    def _checkpoints(self) -> list[Path]:
+        return [Path(path) for path in sort_checkpoints(str(self.checkpoints_path))]
 
 
-def _is_ours(entry: Path) -> bool:
-    """Whether it is what a process leaves that was killed as it made the folder."""
-    return entry.name in (_LOCK, ".config.yaml.tmp")
+def mark_complete(checkpoint: Path) -> None:
+    """Write the hashes of a checkpoint's files, once all of them are on the disk."""
+    files = {}
+    for path in sorted(checkpoint.rglob("*")):
+        if path.is_file() and path.name != _MARKER:
+            sync(path)
+            files[path.relative_to(checkpoint).as_posix()] = _sha256(path)
+    sync(checkpoint)
+    write_text(checkpoint / _MARKER, json.dumps(files, indent=2) + "\n")
 
 
-def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration as a file gives it back: lists for tuples, text for names."""
+def rows_fingerprint(*tables: Any) -> str:
+    """Hash the rows of Datasets, in their order."""
+    digest = hashlib.sha256()
+    for rows in tables:
+        for start in range(0, len(rows), 1000):
+            digest.update(json.dumps(rows[start : start + 1000], sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """Hash the names, dtypes and values of a model's tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _is_whole(checkpoint: Path) -> bool:
     try:
-        return json.loads(json.dumps(dict(config), allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"config: expected plain values, what JSON can hold: {error}") from error
+        files = json.loads((checkpoint / _MARKER).read_text(encoding="utf-8"))
+        return all(_sha256(checkpoint / name) == digest for name, digest in files.items())
+    except (OSError, ValueError):
+        return False
 
 
-def _to_yaml(config: Mapping[str, Any]) -> str:
-    import yaml
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
-    return yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
+
+def _lock(folder: Path) -> None:
+    """Hold a folder until the process ends: closing any descriptor of the file would give its lock up."""
+    key = (os.getpid(), folder.resolve())
+    if key in _HELD:
+        return
+    file = open(folder / _LOCK, "ab")  # noqa: SIM115
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        raise BlockingIOError(f"run: another process is at work in {folder}") from None
+    _HELD[key] = file
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged file: {error}") from None
 
 
 def _finite(value: Any) -> Any:
-    """The same with plain numbers for those of numpy and torch, and null for numbers that JSON does not know."""
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return {key: _finite(each) for key, each in value.items()}
-    value = value.item() if hasattr(value, "item") else value
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _differences(expected: Any, got: Any, name: str = "") -> Iterator[str]:
     if isinstance(expected, dict) and isinstance(got, dict):
-        for key in [*expected, *(key for key in got if key not in expected)]:
-            inner = f"{name}.{key}" if name else key
-            yield from _differences(expected.get(key, _MISSING), got.get(key, _MISSING), inner)
-    elif expected != got or isinstance(expected, bool) != isinstance(got, bool):
-        shown = ("nothing" if value is _MISSING else repr(value) for value in (expected, got))
-        yield "{}: expected {}, got {}".format(name, *shown)
+        for key in {**expected, **got}:
+            yield from _differences(expected.get(key), got.get(key), f"{name}.{key}" if name else key)
+    elif expected != got:
+        yield f"{name}: expected {expected!r}, got {got!r}"

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 
 from .. import models
@@ -24,15 +25,25 @@ _HEADS = {
 
 
 def load_model(folder: str | os.PathLike[str]) -> Any:
-    """The BERT of a checkpoint folder or hub name, dense or KronBert, in the class its configuration names."""
+    """Load the BERT of a checkpoint folder or hub name, dense or KronBert, in the class its configuration names.
+
+    Raises OSError for what cannot be loaded, and for a checkpoint that lacks weights other than a pooler's.
+    """
     config = model_config(folder)
     if config.model_type != KronBertConfig.model_type:
         return load_dense(folder)
-    return getattr(models, config.architectures[0]).from_pretrained(folder).eval()
+    kind = getattr(models, config.architectures[0])
+    try:
+        model, info = kind.from_pretrained(folder, output_loading_info=True)
+    except SafetensorError as error:
+        raise OSError(f"model: damaged checkpoint {folder}: {error}") from error
+    if missing := sorted(key for key in info["missing_keys"] if "pooler." not in key):
+        raise OSError(f"model: {folder} lacks {len(missing)} weights, among them {missing[0]}")
+    return model.eval()
 
 
 def load_student(folder: str | os.PathLike[str]) -> Any:
-    """A model to train, as ``load_model``; ValueError for one with int8 factors."""
+    """Load a model to train, as ``load_model``; ValueError for one with int8 factors."""
     student = load_model(folder)
     if any(isinstance(module, Int8Factored) for module in student.modules()):
         raise ValueError("student: expected factors in floating point to train, got int8 ones; quantize afterwards")
@@ -40,7 +51,7 @@ def load_student(folder: str | os.PathLike[str]) -> Any:
 
 
 def model_config(folder: str | os.PathLike[str]) -> Any:
-    """The configuration of a checkpoint folder or hub name; OSError for what is neither."""
+    """Load the configuration of a checkpoint folder or hub name; OSError for what is neither."""
     if Path(folder).exists() and not (Path(folder) / "config.json").is_file():
         raise FileNotFoundError(f"model: expected a folder with config.json, got {folder}")
     try:
@@ -48,11 +59,11 @@ def model_config(folder: str | os.PathLike[str]) -> Any:
             folder, local_files_only=Path(folder).is_dir(), trust_remote_code=False
         )
     except (OSError, ValueError) as error:
-        raise OSError(f"model: {folder} is neither a checkpoint folder nor to be had from the hub: {error}") from error
+        raise OSError(f"model: {folder} cannot be loaded, from a folder or the hub: {error}") from error
 
 
 def with_task_head(model: Any, task: Task, seed: int = 0) -> Any:
-    """``model`` in the class of the task; its head drawn from ``seed`` unless it is one for as many labels already."""
+    """Put ``model`` in the class of the task, its head drawn from ``seed`` unless it has one for as many labels."""
     architecture = _HEADS[task.kind]
     labels = task.num_labels
     if isinstance(model, KronBertPreTrainedModel):
@@ -74,7 +85,7 @@ def with_task_head(model: Any, task: Task, seed: int = 0) -> Any:
 
 
 def with_teachers_head(student: Any, teacher: Any) -> Any:
-    """A KronBert of the teacher's class: the student's encoder under the teacher's pooler and head, copied."""
+    """Make a KronBert of the teacher's class: the student's encoder under the teacher's pooler and head, copied."""
     target = ARCHITECTURES[type(teacher).__name__]
     if type(student) is target:
         return student

@@ -13,12 +13,39 @@ from transformers import __version__ as version
 
 from .hidden_states import Captured, capture
 from .losses import LossConfig, Normalizers, distillation_losses
-from .objectives import LABEL_NAMES, Counts, Objective, attention_mask
-from .teacher import TeacherOutputs
+from .objectives import LABEL_NAMES, Batch, Counts, Objective, attention_mask
 
 Terms = dict[str, Tensor]
 # Batches may carry what is no input of a model: its labels, their lengths.
 _NO_INPUTS = (*LABEL_NAMES, "length")
+
+
+class TeacherOutputs:
+    """A frozen model in evaluation mode, called as ``outputs(arguments, batch)``, without gradients.
+
+    Returns what the losses need of the teacher: its ``Captured`` activations and its logits, None for a model without
+    a head. ``autocast`` computes it in that dtype.
+    """
+
+    def __init__(
+        self, model: Any, losses: LossConfig, objective: Objective, autocast: torch.dtype | None = None
+    ) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self._losses = losses
+        self._objective = objective
+        self._autocast = autocast
+
+    @torch.no_grad()
+    def __call__(self, arguments: Mapping[str, Tensor], batch: Batch) -> tuple[Captured, Tensor | None]:
+        """Run the teacher on a batch."""
+        device = attention_mask(batch).device.type
+        with (
+            self._objective.on(self.model, batch),
+            capture(self.model, **self._losses.capture_options()) as tape,
+            torch.autocast(device, self._autocast, enabled=self._autocast is not None),
+        ):
+            outputs = self.model(**arguments)
+        return tape.take(), self._objective.logits(outputs)
 
 
 class DistillTrainer(Trainer):
@@ -62,12 +89,12 @@ class DistillTrainer(Trainer):
         self._sums: Terms = {}
         self._summed_from = 0  # step
         if teacher is not None:
-            teacher.to(self.args.device)
+            teacher.model.to(self.args.device)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
-        """The batches of one step, and its ``Counts`` in place of transformers' number of labels."""
+        """Fetch the batches of one step, and its ``Counts`` in place of transformers' number of labels."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         return batches, self._counts(batches, device) if batches else None
 
@@ -79,7 +106,7 @@ class DistillTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The weighted sum of the terms; ``num_items_in_batch`` are the step's ``Counts``, this batch's where None."""
+        """Compute the weighted sum of the terms; ``num_items_in_batch`` are the step's ``Counts`` or None."""
         counts = num_items_in_batch if num_items_in_batch is not None else self._counts([inputs], self.args.device)
         terms, outputs = self._terms(model, inputs, counts)
         if model.training:
@@ -127,7 +154,7 @@ class DistillTrainer(Trainer):
         return terms, outputs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Transformers' logs with the terms of the loss, averaged over the steps and processes behind them."""
+        """Log as transformers, with the terms of the loss, averaged over the steps and processes behind them."""
         if "loss" in logs and self._sums:
             steps = self.state.global_step - self._summed_from
             names = [name for name in self._sums if name != "loss"]
@@ -139,7 +166,7 @@ class DistillTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Metrics of the model as it is: those of ``scores``, or the terms of the loss on the evaluation data."""
+        """Compute metrics of the model: those of ``scores``, or the terms of the loss on the evaluation data."""
         model: Any = self.model
         model.eval()
         found = self._scores(self.accelerator.unwrap_model(model)) if self._scores else self._losses_on(eval_dataset)

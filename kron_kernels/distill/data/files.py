@@ -1,29 +1,35 @@
-"""A task's data from a folder, files or the hub, in one form; and its tokens."""
+"""A task's data from a folder, files or the hub, read by ``datasets`` into one form; and its tokens."""
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import glob
+import logging
+import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 
-from .sources import hub_name, load_hub
-from .tables import (
-    SUFFIXES,
-    Table,
-    column,
-    read_table,
-    strings,
-    suffix,
-)
-from .tasks import Task, class_index, class_names, get_task, score
+from .tasks import Task, get_task
 
-Source = str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]]
+Source = str | os.PathLike[str]
+_LOG = logging.getLogger(__name__)
 
+_TEXT = {"keep_default_na": False, "encoding": "utf-8-sig"}
+# Suffix -> reader of ``datasets`` and its options. GLUE's quotes are part of the text: tabs alone separate.
+READERS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".tsv": ("csv", {"delimiter": "\t", "quoting": csv.QUOTE_NONE, **_TEXT}),
+    ".csv": ("csv", _TEXT),
+    ".jsonl": ("json", {}),
+    ".json": ("json", {}),
+    ".parquet": ("parquet", {}),
+    ".txt": ("text", {}),
+}
 # What the files of each split may be called, apart from the suffix. The validation set of MNLI is the matched one.
 _STEMS = {
     "train": r"train(-v\d\.\d)?",
@@ -34,45 +40,90 @@ _STEMS = {
 }
 
 
+def suffix(path: Path) -> str:
+    """Give the suffix that tells the format: the one before a ``.gz``."""
+    return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+
+
+def read_rows(path: Path, **options: Any) -> list[dict[str, Any]]:
+    """Read the rows of a file by the reader of its suffix (``READERS``), also packed by gzip.
+
+    ``options`` go to the reader. Streamed, so that ``datasets`` leaves no copy on the disk.
+    Raises ValueError, with the file's name, for another suffix, a file that is damaged and one without rows.
+    """
+    if suffix(path) not in READERS:
+        raise ValueError(f"{path}: expected a file of {', '.join(READERS)}")
+    reader, settings = READERS[suffix(path)]
+    files = glob.escape(str(path.absolute()))
+    try:
+        rows = list(
+            datasets.load_dataset(reader, data_files=files, split="train", streaming=True, **{**settings, **options})
+        )
+    except Exception as error:  # each reader has its own kinds
+        raise ValueError(f"{path}: cannot be read as {reader}: {_reason(error)}") from error
+    if not rows:
+        raise ValueError(f"{path}: expected rows, got none")
+    return rows
+
+
+def load_hub(name: Source, configuration: str | None = None, split: str | None = None) -> Any:
+    """Load a data set of the hub by its name and ``:configuration``, or one split of it.
+
+    Raises FileNotFoundError for what can only be a path, OSError for a data set that cannot be loaded.
+    """
+    text = str(name)
+    if text.startswith((".", "/", "~")) or text.count("/") > 1 or Path(text).suffix in (*READERS, ".gz"):
+        raise FileNotFoundError(f"data: expected a folder, a file or a data set's name, got {text}")
+    repository, _, given = text.partition(":")
+    try:
+        return datasets.load_dataset(repository, given or configuration, split=split)
+    except Exception as error:  # the client of the hub, that of HTTP and the readers have many kinds
+        raise OSError(
+            f"data: {text} is neither a local folder or file nor can be loaded from the hub: {_reason(error)}"
+        ) from error
+
+
 def load_task(source: Source, task: str | Task, splits: Sequence[str] | None = None) -> datasets.DatasetDict:
-    """The data of a task, each split with the columns that all tasks share.
+    """Load the data of a task, each split with the columns that all tasks share.
 
     Columns: ``text``, ``text_pair`` (tasks of two texts) and ``label``, a class label with the names of the classes or
-    a float. Question answering: ``id``, ``title``, ``context``, ``question`` and ``answers`` (a dict of two lists,
-    ``text`` and ``answer_start`` in characters). A test set without labels has no ``label``.
+    a float. Question answering: ``id``, ``context``, ``question`` and ``answers`` (a dict of two lists, ``text`` and
+    ``answer_start`` in characters). A test set without labels has no ``label``.
 
     Args:
         source: a local folder with ``train.*`` and ``dev.*`` or ``validation.*`` (and ``test.*``) as .tsv, .csv,
-            .jsonl, .json (a JSON object a line, or SQuAD's release) or .parquet; a mapping from splits to files; one
-            file, taken as the validation set; or a dataset's name on the hub ("glue" for GLUE), with
-            ``:configuration`` where it has several.
+            .jsonl, .json (a JSON object a line, or SQuAD's release) or .parquet; one file, taken as the validation
+            set; or a dataset's name on the hub ("glue" for GLUE), with ``:configuration`` where it has several.
         task: a task or its name. Classes without names are those found in the training set (without one, in the rest).
         splits: the splits to read, which must be there; by default train and validation, with the others if present.
 
     Raises:
         OSError: a source that is not there, or that could not be downloaded.
-        ValueError: a file that is not as expected; the message names file and line.
+        ValueError: a file that is not as expected; the message names file and row.
     """
     task = get_task(task)
-    found, complete = _find(source, task)
-    required = splits or (("train", "validation") if complete else ())
+    found = _find(Path(source) if os.path.exists(source) else source, task)
+    required = splits or (() if os.path.isfile(source) else ("train", "validation"))
     if missing := [split for split in required if split not in found]:
-        raise FileNotFoundError(f"source: expected {' and '.join(missing)} data, got {', '.join(found)} in {source}")
+        raise FileNotFoundError(f"data: expected {' and '.join(missing)} data, got {', '.join(found)} in {source}")
     kept = list(splits or found)
     from_train = task.kind == "classification" and not task.labels and "train" in found
-    read = {
-        split: read_table(table, task) if isinstance(table, Path) else table
+    tables = {
+        split: (str(table), _read(table, task)) if isinstance(table, Path) else (f"{source}/{split}", table)
         for split, table in found.items()
         if split in kept or (from_train and split == "train")
     }
     if task.kind == "classification" and not task.labels:
-        named = [read["train"]] if from_train else list(read.values())
-        task = dataclasses.replace(task, labels=_found_names(named, task))
-    return datasets.DatasetDict({split: _normalised(read[split], task, split) for split in kept})
+        named = [tables["train"]] if from_train else list(tables.values())
+        names = class_names([_column(where, rows, task.label, row) for where, rows in named for row in rows])
+        if len(names) < 2:
+            raise ValueError(f"{named[0][0]}: expected at least two classes, got {', '.join(map(repr, names))} alone")
+        task = dataclasses.replace(task, labels=names)
+    return datasets.DatasetDict({split: _normalised(tables[split][0], tables[split][1], task, split) for split in kept})
 
 
 def resolved(task: str | Task, data: datasets.DatasetDict) -> Task:
-    """The task with the names of the classes that :func:`load_task` found, if it had none."""
+    """Give the task the names of the classes that :func:`load_task` found, if it had none."""
     task = get_task(task)
     if task.kind != "classification" or task.labels:
         return task
@@ -80,182 +131,190 @@ def resolved(task: str | Task, data: datasets.DatasetDict) -> Task:
     return dataclasses.replace(task, labels=tuple(feature.names))
 
 
-def encode(data: Any, tokenizer: Any, task: str | Task, max_length: int = 128) -> Any:
-    """Token ids of a Dataset or DatasetDict of :func:`load_task`, without padding.
+def encode(data: Any, tokenizer: Any, task: Task, max_length: int = 128) -> Any:
+    """Tokenize a Dataset of :func:`load_task` for a classification or a regression, without padding.
 
     Columns: ``input_ids``, ``token_type_ids`` and ``attention_mask`` (lists of ``length`` integers), ``length``, and
     ``labels`` where there is a label. Longer inputs are cut to ``max_length`` tokens, special tokens included; of a
-    pair the longer text first. Nothing is written to disk.
-
-    Raises ValueError for question answering (see :func:`~.squad.qa_features`) and a ``max_length`` without room for
-    text.
+    pair the longer text first. Raises ValueError for a ``max_length`` without room for text.
     """
-    task = get_task(task)
-    if task.kind == "qa":
-        raise ValueError("task: expected classification or regression, got question answering; use qa_features")
     least = tokenizer.num_special_tokens_to_add(task.pair) + len(task.text)
     if max_length < least:
         raise ValueError(f"max_length: expected at least {least}, got {max_length}")
 
     def tokenized(batch: dict[str, list[Any]]) -> dict[str, Any]:
-        tokens = tokenizer(
-            batch["text"],
-            batch["text_pair"] if task.pair else None,
-            truncation=True,
-            max_length=max_length,
-            return_token_type_ids=True,
-            return_attention_mask=True,
-        )
-        columns = {name: tokens[name] for name in ("input_ids", "token_type_ids", "attention_mask")}
+        texts = (batch["text"], batch["text_pair"] if task.pair else None)
+        columns = dict(tokenizer(*texts, truncation=True, max_length=max_length, return_token_type_ids=True))
         columns["length"] = [len(ids) for ids in columns["input_ids"]]
-        if "label" in batch:
-            columns["labels"] = batch["label"]
-        return columns
+        return columns | ({"labels": batch["label"]} if "label" in batch else {})
 
-    if isinstance(data, datasets.DatasetDict):
-        return datasets.DatasetDict({split: encode(rows, tokenizer, task, max_length) for split, rows in data.items()})
-    return data.map(
-        tokenized, batched=True, remove_columns=data.column_names, keep_in_memory=True, load_from_cache_file=False
-    )
+    return mapped(data, tokenized)
 
 
-def _find(source: Source, task: Task) -> tuple[dict[str, Path | Table], bool]:
-    """The file or table of each split, and whether the source should have both train and validation data."""
-    if isinstance(source, Mapping):
-        if unknown := [split for split in source if split not in _STEMS]:
-            raise ValueError(f"source: expected splits of {', '.join(_STEMS)}, got {unknown[0]!r}")
-        found: dict[str, Path | Table] = {split: Path(path) for split, path in source.items()}
-        for path in found.values():
-            if isinstance(path, Path) and not path.is_file():
-                raise FileNotFoundError(f"source: expected a file, got {path}")
-        return found, False
-    path = Path(source)
-    if path.is_file():
-        return {"validation": path}, False
-    if path.is_dir():
-        return _folder(path), True
-    return _hub(hub_name("source", source), task), True
+def mapped(data: Any, function: Callable[..., Any], **options: Any) -> Any:
+    """Map batches of rows to new columns in memory; nothing is written to disk."""
+    settings = {"batched": True, "remove_columns": data.column_names, "keep_in_memory": True}
+    return data.map(function, load_from_cache_file=False, **settings, **options)
 
 
-def _folder(folder: Path) -> dict[str, Path | Table]:
-    found: dict[str, Path | Table] = {}
-    paths = [path for path in sorted(folder.iterdir()) if suffix(path) in SUFFIXES]
-    for split, pattern in _STEMS.items():
-        for path in paths:
+def class_names(values: Sequence[object]) -> tuple[str, ...]:
+    """Name the classes of these labels: in numerical order if all are whole numbers, else in that of text."""
+    names = {_label_text(value) for value in values}
+    return tuple(sorted(names, key=int if all(map(_is_integer, names)) else None))
+
+
+def _find(source: Any, task: Task) -> dict[str, Any]:
+    """The file, or the rows of the hub, of each split."""
+    if not isinstance(source, Path):
+        glue = source in ("glue", "nyu-mll/glue")
+        loaded = load_hub("nyu-mll/glue" if glue else source, task.name if glue else None)
+        return {split.removesuffix("_matched"): _named_classes(rows, task) for split, rows in loaded.items()}
+    if source.is_file():
+        return {"validation": source}
+    found: dict[str, Any] = {}
+    for path in sorted(path for path in source.iterdir() if suffix(path) in READERS):
+        for split, pattern in _STEMS.items():
             if re.fullmatch(pattern, path.name.removesuffix(".gz").removesuffix(suffix(path))):
                 if split in found:
-                    raise ValueError(f"source: expected one file of {split} data, got {found[split]} and {path}")
+                    raise ValueError(f"data: expected one file of {split} data, got {found[split]} and {path}")
                 found[split] = path
     if not found:
-        raise FileNotFoundError(
-            f"source: expected train.* and dev.* or validation.* ({', '.join(SUFFIXES)}) in {folder}"
-        )
-    return found
+        raise FileNotFoundError(f"data: expected train.* and dev.* or validation.* ({', '.join(READERS)}) in {source}")
+    return {split: found[split] for split in _STEMS if split in found}
 
 
-def _hub(source: str, task: Task) -> dict[str, Path | Table]:
-    glue = source in ("glue", "nyu-mll/glue")
-    loaded = load_hub("source", "nyu-mll/glue" if glue else source, task.name if glue else None)
-    return {
-        split.removesuffix("_matched"): Table(
-            f"{source}/{split}", _named_classes(rows, task), range(1, len(rows) + 1), "row"
-        )
-        for split, rows in loaded.items()
-    }
-
-
-def _named_classes(rows: datasets.Dataset, task: Task) -> dict[str, list[Any]]:
-    """Columns with the names of classes in place of indices, where the task has no other names for them."""
-    columns = rows.to_dict()
-    for name in task.label:
-        names = getattr(rows.features.get(name), "names", ())
+def _named_classes(rows: datasets.Dataset, task: Task) -> list[dict[str, Any]]:
+    """Rows with the names of classes in place of indices, where the task has no other names for them."""
+    plain = rows.to_list()
+    for column in task.label:
+        names = getattr(rows.features.get(column), "names", ())
         if names and (not task.labels or set(names) == set(task.labels)):
-            columns[name] = [names[index] if index in range(len(names)) else index for index in columns[name]]
-    return columns
+            for row in plain:
+                row[column] = names[row[column]] if row[column] in range(len(names)) else row[column]
+    return plain
 
 
-def _found_names(tables: Sequence[Table], task: Task) -> tuple[str, ...]:
-    names = class_names([value for table in tables for value in column(table, task.label, "label")])
-    if len(names) < 2:
-        raise ValueError(f"{tables[0].path}: expected at least two classes, got {', '.join(map(repr, names))} alone")
-    return names
+def _read(path: Path, task: Task) -> list[dict[str, Any]]:
+    if suffix(path) == ".json" and task.kind == "qa":
+        articles = read_rows(path, field="data")
+        try:
+            return [
+                {**question, "context": paragraph["context"], "answers": _transposed(question)}
+                for article in articles
+                for paragraph in article["paragraphs"]
+                for question in paragraph["qas"]
+            ]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path}: expected SQuAD's data, paragraphs and qas, got {error!r}") from error
+    options: dict[str, Any] = {}
+    if suffix(path) in (".tsv", ".csv"):
+        # As text: "007" and "NA" are words.
+        options["converters"] = dict.fromkeys((*task.label, *(name for names in task.text for name in names)), str)
+        if task.headerless and not {"sentence"} & set(read_rows(path, nrows=1)[0]):
+            options |= {"column_names": list(task.headerless), "header": None}
+    rows = read_rows(path, **options)
+    if "__index_level_0__" in rows[0]:
+        raise ValueError(f"{path}: expected as many columns in a row as in the header, got more")
+    if task.skip_short_rows:
+        whole = [row for row in rows if _column(str(path), rows, task.label, row) not in ("", None)]
+        if len(whole) < len(rows):
+            _LOG.warning("%s: left out %d rows that are too short", path, len(rows) - len(whole))
+        return whole
+    return rows
 
 
-def _normalised(table: Table, task: Task, split: str) -> datasets.Dataset:
+def _transposed(question: dict[str, Any]) -> dict[str, list[Any]]:
+    answers = [] if question.get("is_impossible") else question["answers"]
+    return {name: [answer[name] for answer in answers] for name in ("text", "answer_start")}
+
+
+def _column(where: str, rows: list[dict[str, Any]], names: Sequence[str], row: dict[str, Any]) -> Any:
+    """The value of the first of these columns that is there."""
+    for name in names:
+        if name in row:
+            return row[name]
+    wanted = " or ".join(map(repr, names))
+    raise ValueError(f"{where}: expected a column {wanted}, got {', '.join(map(repr, rows[0]))}")
+
+
+def _normalised(where: str, rows: list[dict[str, Any]], task: Task, split: str) -> datasets.Dataset:
+    string = datasets.Value("string")
     if task.kind == "qa":
-        return _questions(table, task)
-    columns: dict[str, list[Any]] = {}
-    features: dict[str, Any] = {}
-    for name, names in zip(("text", "text_pair"), task.text, strict=False):
-        columns[name] = strings(table, column(table, names, name), name)
-        features[name] = datasets.Value("string")
-    if not _unlabelled(table, task, split):
-        convert = class_index if task.kind == "classification" else score
-        columns["label"] = [
-            _at(table, row, convert, task, value) for row, value in enumerate(column(table, task.label, "label"))
-        ]
-        names_of = task.kind == "classification"
-        features["label"] = datasets.ClassLabel(names=list(task.labels)) if names_of else datasets.Value("float32")
+        texts: dict[str, Sequence[str]] = {name: (name,) for name in ("id", "context", "question")}
+    else:
+        texts = dict(zip(("text", "text_pair"), task.text, strict=False))
+    features: dict[str, Any] = dict.fromkeys(texts, string)
+    given = [next((row[name] for name in task.label if name in row), None) for row in rows]
+    # Test sets have no labels, or -1 throughout on the hub.
+    labelled = not split.startswith("test") or any(value not in (-1, -1.0, None) for value in given)
+    target = "answers" if task.kind == "qa" else "label"
+    if labelled:
+        features[target] = {
+            "classification": datasets.ClassLabel(names=list(task.labels)),
+            "regression": datasets.Value("float32"),
+            "qa": {"text": [string], "answer_start": [datasets.Value("int32")]},
+        }[task.kind]
+    convert = {"classification": _class_index, "regression": _score, "qa": _answers}[task.kind]
+    columns: dict[str, list[Any]] = {name: [] for name in features}
+    for number, row in enumerate(rows, 1):
+        for name, names in texts.items():
+            value = _column(where, rows, names, row)
+            if not isinstance(value, str):
+                raise ValueError(f"{where}, row {number}: {name}: expected a string, got {value!r}")
+            columns[name].append(value)
+        if labelled:
+            value = _column(where, rows, task.label, row)
+            try:
+                columns[target].append(convert(task, value, row))
+            except ValueError as error:
+                raise ValueError(f"{where}, row {number}: {error}") from None
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
 
 
-def _unlabelled(table: Table, task: Task, split: str) -> bool:
-    """Whether this is a test set without labels: no such column, or -1 throughout, as on the hub."""
-    if not split.startswith("test"):
-        return False
-    values = next((table.columns[name] for name in task.label if name in table.columns), None)
-    return values is None or all(value in (-1, -1.0, None) for value in values)
+def _class_index(task: Task, value: object, _: Any) -> int:
+    """The index of a class given by its name or, where no name is itself a number, by its index."""
+    text = _label_text(value)
+    if text in task.labels:
+        return task.labels.index(text)
+    if _is_integer(text) and not any(map(_is_integer, task.labels)) and 0 <= int(text) < len(task.labels):
+        return int(text)
+    raise ValueError(f"label: expected one of {', '.join(task.labels)}, or their index, got {text!r}")
 
 
-def _at(table: Table, row: int, convert: Any, task: Task, value: Any) -> Any:
+def _score(task: Task, value: Any, _: Any) -> float:
+    low, high = task.score_range or (-math.inf, math.inf)
     try:
-        return convert(task, value)
-    except ValueError as error:
-        raise ValueError(f"{table.where(row)}: {error}") from None
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not (math.isfinite(number) and low <= number <= high):
+        raise ValueError(f"label: expected a number of {low} to {high}, got {value!r}")
+    return number
 
 
-def _questions(table: Table, task: Task) -> datasets.Dataset:
-    """The columns of question answering, each answer checked against its context."""
-    columns: dict[str, list[Any]] = {
-        name: strings(table, column(table, (name,), name), name) for name in ("id", "context", "question")
-    }
-    columns["title"] = table.columns.get("title", [""] * len(table.lines))
-    columns["answers"] = list(column(table, task.label, "answers"))
-    for row, (context, answers) in enumerate(zip(columns["context"], columns["answers"], strict=True)):
-        try:
-            columns["answers"][row] = _checked_answers(task, context, answers)
-        except ValueError as error:
-            raise ValueError(f"{table.where(row)} (id {columns['id'][row]}): {error}") from None
-    string = datasets.Value("string")
-    features = dict.fromkeys(("id", "title", "context", "question"), string)
-    answers_feature = {"text": [string], "answer_start": [datasets.Value("int32")]}
-    return datasets.Dataset.from_dict(
-        {name: columns[name] for name in (*features, "answers")},
-        features=datasets.Features({**features, "answers": answers_feature}),
-    )
-
-
-def _checked_answers(task: Task, context: str, answers: Any) -> dict[str, list[Any]]:
+def _answers(task: Task, answers: Any, row: dict[str, Any]) -> dict[str, list[Any]]:
     """The answers, each where its text is: some annotations are a character or two off."""
-    try:
-        pairs = list(zip(answers["text"], answers["answer_start"], strict=True))
-        if not all(isinstance(text, str) and isinstance(start, int) for text, start in pairs):
-            raise TypeError
-    except (KeyError, TypeError, ValueError):
-        raise ValueError(f"answers: expected lists text and answer_start of one length, got {answers!r}") from None
-    if not pairs and not task.no_answer:
+    context, starts = row["context"], []
+    if not answers["text"] and not task.no_answer:
         raise ValueError(f"answers: expected at least one for {task.name}, got none")
-    starts = []
-    for text, start in pairs:
-        found = next((start + shift for shift in (0, -1, 1, -2, 2) if _is_at(context, text, start + shift)), None)
+    for text, start in zip(answers["text"], answers["answer_start"], strict=True):
+        places = [start + shift for shift in (0, -1, 1, -2, 2)]
+        found = next((place for place in places if place >= 0 and context.startswith(text, place)), None)
         if found is None:
-            raise ValueError(
-                f"answers: expected {text!r} at character {start} of the context, "
-                f"got {context[max(start, 0) : max(start, 0) + len(text)]!r}"
-            )
+            raise ValueError(f"answers: expected {text!r} at character {start} of the context of {row['id']!r}")
         starts.append(found)
-    return {"text": [text for text, _ in pairs], "answer_start": starts}
+    return {"text": list(answers["text"]), "answer_start": starts}
 
 
-def _is_at(context: str, text: str, start: int) -> bool:
-    return start >= 0 and context.startswith(text, start)
+def _label_text(value: object) -> str:
+    """A label as text; 1.0, True and 1 are all "1"."""
+    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    return str(int(value)) if whole else str(value)  # type: ignore[call-overload]
+
+
+def _is_integer(text: str) -> bool:
+    return text.removeprefix("-").isascii() and text.removeprefix("-").isdigit()
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -12,10 +12,11 @@ import pytest
 pytest.importorskip("yaml")
 pytest.importorskip("matplotlib")
 
+from kron_kernels.distill.run_result import RunResult
+
 from kron_kernels.cli import main
 from kron_kernels.distill.report import build_report, write_report
 from kron_kernels.distill.run_folder import RunFolder
-from kron_kernels.distill.run_result import RunResult
 
 Capture = pytest.CaptureFixture[str]
 K8 = RunResult(
@@ -38,10 +39,13 @@ K8 = RunResult(
 def save_run(path: Path, result: RunResult | None = None, steps: int = 3, **changes: Any) -> Path:
     """A run, finished where there is a result or changes to that of K8."""
     run = RunFolder.create(path, {"name": path.name})
-    for step in range(1, steps + 1):
-        run.log({"step": step, "loss": 1.0 / step})
+    log = [{"step": step, "loss": 1.0 / step} for step in range(1, steps + 1)]
     if result is not None or changes:
-        run.finish(dataclasses.replace(result or K8, **changes))
+        run.finish(dataclasses.replace(result or K8, **changes), log)
+    elif log:
+        checkpoint = run.checkpoints_path / f"checkpoint-{steps}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "trainer_state.json").write_text(json.dumps({"log_history": log}))
     return path
 
 
@@ -168,7 +172,7 @@ def test_bad_folders_are_one_clear_line(runs: list[Path], tmp_path: Path, capsys
     assert main(["report", str(runs[0]), str(tmp_path)]) == 2
     assert capsys.readouterr() == (
         "",
-        f"kron-kernels report: error: run: expected a run's folder, with config.yaml, got {tmp_path}\n",
+        f"kron-kernels report: error: run: expected a run's folder, with run.json, got {tmp_path}\n",
     )
     (runs[0] / "result.json").write_text("{")
     assert main(["report", *map(str, runs)]) == 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -151,21 +150,6 @@ def test_the_fused_ops_stay_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls == ["kron_embedding", *["kron_qkv", "kron_matmul_norm", "kron_ffn"] * 3]
 
 
-@models
-def test_everything_is_as_before_after_a_capture(kind: str) -> None:
-    model = MODELS[kind]().eval()
-    hooks = ("_forward_hooks", "_forward_pre_hooks")
-    before = [{name: value for name, value in vars(module).items() if name not in hooks} for module in model.modules()]
-    counts = [[len(getattr(module, name)) for name in hooks] for module in model.modules()]
-    config, keys = model.config.to_dict(), [list(each) for each in before]
-    with contextlib.suppress(KeyError), capture(model):
-        assert model.config.to_dict() == config  # a checkpoint saved meanwhile is as any other
-        raise KeyError
-    assert [[len(getattr(module, name)) for name in hooks] for module in model.modules()] == counts
-    after = [[name for name in vars(module) if name not in hooks] for module in model.modules()]
-    assert after == keys
-
-
 def test_padding_is_left_out_again_after_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     model = KronBertModel(KronBertConfig(**SIZES)).eval()
     seen: list[torch.Size] = []
@@ -210,16 +194,6 @@ def test_take_is_of_the_last_forward_and_empties_the_tape() -> None:
             model(torch.tensor([[50]]))
         with pytest.raises(RuntimeError, match=message):
             tape.take()
-
-
-def test_student_and_teacher_of_one_configuration_are_captured_apart() -> None:
-    config = BertConfig(**SIZES)
-    student, teacher = BertModel(config).eval(), BertModel(config).eval()
-    with capture(student) as mine, capture(teacher) as theirs:
-        expected = student(IDS).last_hidden_state
-        other = teacher(IDS).last_hidden_state
-        assert torch.equal(mine.take().ffn[-1], expected)
-        assert torch.equal(theirs.take().ffn[-1], other)
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")

@@ -20,7 +20,7 @@ pytest.importorskip("datasets", reason="the extra 'distill' is not installed")
 pytest.importorskip("torchmetrics", reason="the extra 'distill' is not installed")
 
 from kron_kernels.distill.data import compute_metrics, get_task, load_task
-from kron_kernels.distill.evaluate import evaluate, predict
+from kron_kernels.distill.evaluate import evaluate
 
 Capture = pytest.CaptureFixture[str]
 PAIRS = [(left, right) for left in WORDS for right in WORDS][::4]
@@ -98,21 +98,6 @@ def test_a_model_in_memory_is_left_as_it_was(dense: Path, data: Path) -> None:
         evaluate(model, "sst2", data)
 
 
-def test_predictions_come_in_the_order_of_the_rows(dense: Path) -> None:
-    import datasets
-
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(dense)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(dense)
-    tokens = tokenizer(TEXTS)
-    rows = {"input_ids": tokens["input_ids"], "length": [len(ids) for ids in tokens["input_ids"]]}
-    seen: list[tuple[int, int]] = []
-    outputs = predict(
-        model, datasets.Dataset.from_dict(rows), tokenizer, 10, lambda done, total, _: seen.append((done, total))
-    )
-    torch.testing.assert_close(torch.stack([output[0] for output in outputs]), logits_one_by_one(dense))
-    assert seen == [(step, 5) for step in range(1, 6)]
-
-
 def test_classes_of_the_model_in_another_order(dense: Path, data: Path, tmp_path: Path) -> None:
     plain = evaluate(dense, "sst2", data).score
     for names, wanted in ((["Positive", "NEGATIVE"], 100 - plain), (["negative", "positive"], plain), ("xy", plain)):
@@ -121,18 +106,6 @@ def test_classes_of_the_model_in_another_order(dense: Path, data: Path, tmp_path
         config |= {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
         (tmp_path / "named" / "config.json").write_text(json.dumps(config))
         assert evaluate(tmp_path / "named", "sst2", data).score == pytest.approx(wanted, abs=1e-4)
-
-
-def test_custom_classes_are_named_by_the_model(dense: Path, tmp_path: Path, capsys: Capture) -> None:
-    config = {"id2label": {0: "ham", 1: "spam"}, "label2id": {"ham": 0, "spam": 1}}
-    folder = save_classifier(tmp_path / "named", **config)
-    # One class alone is there: the names cannot come from these data.
-    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"body": text, "kind": "spam"}) for text in TEXTS))
-    arguments = ["--task", "custom", "--text", "body", "--label", "kind", "--data", str(tmp_path / "rows.jsonl")]
-    assert main(["evaluate", str(folder), *arguments, "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
-    share = logits_one_by_one(folder).argmax(1).double().mean()
-    assert result["metrics"] == pytest.approx({"accuracy": 100 * float(share)}, abs=1e-4)
 
 
 def test_regression(tmp_path: Path, capsys: Capture) -> None:
@@ -204,7 +177,7 @@ def test_bad_input_is_one_clear_line(dense: Path, data: Path, tmp_path: Path, ca
     )
     nowhere = str(tmp_path / "absent" / "result.json")
     assert "out: expected a file in a folder that exists, got" in run_error([model, *sst2, "--out", nowhere], capsys)
-    assert "tokenizer: none to be had from" in run_error([str(tmp_path), *sst2], capsys)
+    assert "tokenizer: none can be loaded from" in run_error([str(tmp_path), *sst2], capsys)
     (tmp_path / "test.tsv").write_text("index\tsentence\n0\tthe cat\n")
     unlabelled = ["--task", "sst2", "--data", str(tmp_path), "--split", "test"]
     assert "split: expected data with labels, got test without" in run_error([model, *unlabelled], capsys)

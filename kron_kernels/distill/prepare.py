@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import nn
-from transformers import AutoTokenizer, BertForPreTraining
+from transformers import BertForPreTraining
 
 from ..compress import ARCHITECTURES, WARM_STARTS, start_model
 from ..compress.files import new_folder
-from ..compress.text import BATCH
 from ..convert.presets import preset
 from ..models import KronBertPreTrainedModel
 from .config import DistillConfig
@@ -31,8 +30,7 @@ from .data import (
     resolved,
     task_from,
 )
-from .data.squad import window_sizes
-from .evaluate import evaluate
+from .evaluate import evaluate, load_tokenizer
 from .losses import check_pair
 from .objectives import Classification, MaskedLanguageModel, Objective, QuestionAnswering, Regression
 from .run_folder import RunFolder
@@ -42,13 +40,13 @@ Progress = Callable[[int, int, str], None]
 
 # Share of the packed sequences of stage 1 that is kept for its evaluation.
 _HELD_OUT = 0.01
-# Rows of the training data that a student is fitted to when it is made, and their tokens, at most.
-_FITTED_ROWS, _FITTED_TOKENS = 2000, 100_000
+# Rows of the training data that a student is fitted to when it is made, their tokens at most, and rows a batch.
+_FITTED_ROWS, _FITTED_TOKENS, _FITTED_BATCH = 2000, 100_000, 32
 
 
 @dataclass
 class Work:
-    """One run's models, data and labels, ready for a trainer."""
+    """Hold one run's models, data and labels, ready for a trainer."""
 
     config: DistillConfig  # with every number in place
     student: Any
@@ -66,29 +64,29 @@ class Work:
 
 
 def prepare_task(config: DistillConfig, folder: RunFolder, progress: Progress | None = None) -> Work:
-    """The work of "finetune" and "task"."""
-    task = _task(config)
-    _check_preset(config)
+    """Prepare "finetune" and "task"; raises what ``run_stage`` raises."""
+    columns = {name: getattr(config, name) for name in ("text", "text_pair", "label")}
+    task = task_from(str(config.task), {name: column for name, column in columns.items() if column}, config.regression)
+    if config.preset is not None:
+        preset(config.preset)
     data = load_task(str(config.data), task, ("train", "validation"))
     task = resolved(task, data)
     train = data["train"]
     if config.train_limit is not None and config.train_limit < len(train):
         train = train.shuffle(seed=config.seed).select(range(config.train_limit))
     tokenizer = _tokenizer(config)
-    teacher = None if config.teacher is None else _teacher(config, task)
+    teacher = None if config.teacher is None else _fine_tuned(config.teacher, task)
     loaded, preset_name, config = _resolved(config, teacher)
-    assert config.max_length is not None
+    length = config.max_length or 0
 
     def scores(model: Any) -> Mapping[str, float]:
-        return evaluate(model, task, data, tokenizer=tokenizer, max_length=config.max_length).metrics
+        return evaluate(model, task, data, tokenizer=tokenizer, max_length=length).metrics
 
     objective: Objective
     if task.kind == "qa":
-        stride, question = window_sizes(config.max_length)
-        encoded = qa_features(train, tokenizer, config.max_length, stride, max_question_length=question)
-        objective = QuestionAnswering()
+        encoded, objective = qa_features(train, tokenizer, length), QuestionAnswering()
     else:
-        encoded = encode(train, tokenizer, task, config.max_length)
+        encoded = encode(train, tokenizer, task, length)
         objective = Regression() if task.kind == "regression" else Classification(task.num_labels)
     if teacher is None:
         student = with_task_head(loaded, task, config.seed)
@@ -112,17 +110,17 @@ def prepare_task(config: DistillConfig, folder: RunFolder, progress: Progress | 
 
 
 def prepare_pretraining(config: DistillConfig, folder: RunFolder, progress: Progress | None = None) -> Work:
-    """The work of "pretrain"."""
-    _check_preset(config)
+    """Prepare "pretrain"; raises what ``run_stage`` raises."""
+    if config.preset is not None:
+        preset(config.preset)
     sources = [config.data] if isinstance(config.data, str) else list(config.data)
-    documents = load_text(sources, **({} if config.text is None else {"text_column": config.text}))
+    documents = load_text(sources, config.text or "text")
     tokenizer = _tokenizer(config)
-    teacher = load_model(_named(config.teacher))
+    teacher = load_model(str(config.teacher))
     if config.next_sentence and not isinstance(teacher, BertForPreTraining):
         raise ValueError(f"next_sentence: expected a BertForPreTraining as teacher, got {type(teacher).__name__}")
     loaded, preset_name, config = _resolved(config, teacher)
-    assert config.max_length is not None
-    length = config.max_length
+    length = config.max_length or 0
     packed = pack(documents, tokenizer, length, next_sentence=config.next_sentence, seed=config.seed)
     held_out = max(1, round(_HELD_OUT * len(packed)))
     if len(packed) <= held_out:
@@ -131,15 +129,14 @@ def prepare_pretraining(config: DistillConfig, folder: RunFolder, progress: Prog
     most = min(len(packed) - held_out, config.train_limit or len(packed))
     train = packed.select(range(held_out, held_out + most))
     student = _student(config, loaded, teacher, tokenizer, train, folder, progress)
-    objective = MaskedLanguageModel() if hasattr(teacher, "cls") else Objective()
-    masked = isinstance(objective, MaskedLanguageModel)
+    masked = hasattr(teacher, "cls")
     return Work(
         config,
         student,
         teacher,
         tokenizer,
         preset_name,
-        objective,
+        MaskedLanguageModel() if masked else Objective(),
         MaskingCollator(tokenizer, config.seed) if masked else PaddingCollator(tokenizer),
         train,
         packed.select(range(held_out)),
@@ -147,37 +144,16 @@ def prepare_pretraining(config: DistillConfig, folder: RunFolder, progress: Prog
     )
 
 
-def _task(config: DistillConfig) -> Task:
-    columns = {name: getattr(config, name) for name in ("text", "text_pair", "label")}
-    given = {name: column for name, column in columns.items() if column is not None}
-    assert config.task is not None, "DistillConfig checks this"
-    return task_from(config.task, given, config.regression)
-
-
-def _check_preset(config: DistillConfig) -> None:
-    if config.preset is not None:
-        preset(config.preset)
-
-
-def _named(folder: str | None) -> str:
-    assert folder is not None, "DistillConfig checks this"
-    return folder
-
-
 def _tokenizer(config: DistillConfig) -> Any:
-    source = _named(config.teacher or config.student)
-    # A folder without a model is better told by that.
-    model_config(source)
-    try:
-        return AutoTokenizer.from_pretrained(source, local_files_only=Path(source).is_dir(), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise OSError(f"tokenizer: expected one beside the model {source}: {error}") from error
+    source = str(config.teacher or config.student)
+    model_config(source)  # a folder without a model is better reported as such
+    return load_tokenizer(source)
 
 
-def _teacher(config: DistillConfig, task: Task) -> Any:
-    """The fine-tuned teacher: it must have the task's head already."""
-    teacher = load_model(_named(config.teacher))
-    if with_task_head(teacher, task, config.seed) is not teacher:
+def _fine_tuned(folder: str, task: Task) -> Any:
+    """The teacher, which must have the task's head already."""
+    teacher = load_model(folder)
+    if with_task_head(teacher, task) is not teacher:
         raise ValueError(
             f"teacher: expected a model fine-tuned on {task.name} ({task.num_labels} outputs), "
             f"got a {type(teacher).__name__} with {teacher.config.num_labels} labels; `kron-kernels distill finetune` "
@@ -215,7 +191,7 @@ def _student(
         made, _, _ = start_model(
             ARCHITECTURES[type(teacher).__name__],
             teacher,
-            preset(_named(config.preset), teacher.config.hidden_size, teacher.config.intermediate_size),
+            preset(str(config.preset), teacher.config.hidden_size, teacher.config.intermediate_size),
             _fitted(rows, tokenizer),
             method=config.warm_start or WARM_STARTS[-1],
             seed=config.seed,
@@ -234,5 +210,5 @@ def _fitted(rows: Any, tokenizer: Any) -> list[dict[str, torch.Tensor]]:
     order = sorted(range(count), key=lengths.__getitem__)
     wanted = [name for name in ("input_ids", "token_type_ids", "attention_mask") if name in rows.column_names]
     chosen, collate = rows.select_columns(wanted).select(order), PaddingCollator(tokenizer)
-    parts = (range(start, min(start + BATCH, count)) for start in range(0, count, BATCH))
+    parts = (range(start, min(start + _FITTED_BATCH, count)) for start in range(0, count, _FITTED_BATCH))
     return [dict(collate([chosen[index] for index in part])) for part in parts]

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from kron_kernels.distill.teacher import TeacherOutputs
 from torch.utils.data import Dataset
 from transformers import BertConfig, BertForPreTraining, BertForSequenceClassification, TrainingArguments
 
 from kron_kernels.distill.losses import LossConfig
 from kron_kernels.distill.objectives import Classification, Counts, MaskedLanguageModel, Objective
-from kron_kernels.distill.teacher import TeacherOutputs
 from kron_kernels.distill.trainer import DistillTrainer
 from kron_kernels.models import KronBertForPreTraining, KronBertForSequenceClassification
 from tests.distill import distill_runs
@@ -182,7 +182,7 @@ import json, sys, torch
 from accelerate import PartialState
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from tests.distill.test_distill_trainer import pair, trainer, logged
+from tests.distill.test_trainer import pair, trainer, logged
 teacher, student = pair()
 one = trainer(Path(sys.argv[1]), student, teacher, per_device_train_batch_size=4, ddp_backend="gloo")
 one.train()
@@ -196,12 +196,13 @@ PartialState().destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
     teacher, student = pair()
     one = trainer(tmp_path / "one", student, teacher, per_device_train_batch_size=8)
     one.train()
     script = tmp_path / "worker.py"
-    script.write_text(WORKER.format(tests=str(Path(__file__).parent)), encoding="utf-8")
+    script.write_text(WORKER.format(tests=str(Path(__file__).parents[2])), encoding="utf-8")
     (tmp_path / "two").mkdir()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     done = subprocess.run([*command, str(tmp_path / "two")], capture_output=True, text=True, timeout=240)

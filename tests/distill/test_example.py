@@ -15,9 +15,9 @@ from tests.distill import distill_runs
 pytest.importorskip("accelerate", reason="the extra 'distill' is not installed")
 pytest.importorskip("datasets", reason="the extra 'distill' is not installed")
 
-from kron_kernels.distill import RunFolder, work
+from kron_kernels.distill import RunFolder, prepare
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 REVIEWS = [(text, ("negative", "positive")[label]) for text, label in distill_runs.sentences(150, 5)]
 
 
@@ -39,11 +39,12 @@ def test_data_are_split_and_the_same_every_time(example: ModuleType, tmp_path: P
     assert found != REVIEWS
 
 
+@pytest.mark.slow
 def test_teacher_and_students_are_trained_and_reported_once(
     example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The warm start takes 300 steps a block.
-    monkeypatch.setattr(work, "start_model", functools.partial(work.start_model, steps=3))
+    monkeypatch.setattr(prepare, "start_model", functools.partial(prepare.start_model, steps=3))
     bert = distill_runs.save_bert(tmp_path / "bert")
     out = tmp_path / "out"
     flags = ["--out", str(out), "--examples", "64", "--teacher-epochs", "2", "--epochs", "1", "--compare"]
@@ -54,7 +55,7 @@ def test_teacher_and_students_are_trained_and_reported_once(
     assert report.tasks == ["custom"]
     assert not report.unfinished
     folders = ["teacher", "K8", "K8-labels-alone"]
-    steps = {name: json.loads((out / name / "result.json").read_text())["steps"] for name in folders}
+    steps = {name: json.loads((out / name / "result.json").read_text())["result"]["steps"] for name in folders}
     assert steps == {"teacher": 4, **dict.fromkeys(folders[1:], 2)}
     # The students begin from one start; what differs is what they learn from.
     distilled, alone = (RunFolder(out / name).config for name in folders[1:])
@@ -67,9 +68,9 @@ def test_teacher_and_students_are_trained_and_reported_once(
     assert "| K8, labels alone |" in (out / "report.md").read_text()
 
     # Started again it has nothing to do; asked for something else, it says so.
-    before = {name: (out / name / "metrics.jsonl").stat().st_mtime_ns for name in folders}
+    before = {name: (out / name / "result.json").stat().st_mtime_ns for name in folders}
     assert example.distill(bert, REVIEWS, example.parse(flags), held_out=30).lines == report.lines
-    assert {name: (out / name / "metrics.jsonl").stat().st_mtime_ns for name in folders} == before
+    assert {name: (out / name / "result.json").stat().st_mtime_ns for name in folders} == before
     monkeypatch.setattr(example, "encoder_folder", lambda: bert)
     monkeypatch.setattr(example, "reviews", lambda: REVIEWS)
     monkeypatch.setattr("sys.argv", ["distill", *flags, "--examples", "32"])
