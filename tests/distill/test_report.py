@@ -12,11 +12,10 @@ import pytest
 pytest.importorskip("yaml")
 pytest.importorskip("matplotlib")
 
-from kron_kernels.distill.run_result import RunResult
 
 from kron_kernels.cli import main
 from kron_kernels.distill.report import build_report, write_report
-from kron_kernels.distill.run_folder import RunFolder
+from kron_kernels.distill.run_folder import RunFolder, RunResult
 
 Capture = pytest.CaptureFixture[str]
 K8 = RunResult(

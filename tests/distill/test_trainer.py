@@ -12,13 +12,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from kron_kernels.distill.teacher import TeacherOutputs
 from torch.utils.data import Dataset
 from transformers import BertConfig, BertForPreTraining, BertForSequenceClassification, TrainingArguments
 
 from kron_kernels.distill.losses import LossConfig
 from kron_kernels.distill.objectives import Classification, Counts, MaskedLanguageModel, Objective
-from kron_kernels.distill.trainer import DistillTrainer
+from kron_kernels.distill.trainer import DistillTrainer, TeacherOutputs
 from kron_kernels.models import KronBertForPreTraining, KronBertForSequenceClassification
 from tests.distill import distill_runs
 

@@ -102,7 +102,7 @@ def load_task(source: Source, task: str | Task, splits: Sequence[str] | None = N
         ValueError: a file that is not as expected; the message names file and row.
     """
     task = get_task(task)
-    found = _find(Path(source) if os.path.exists(source) else source, task)
+    found = _find(Path(source) if os.path.exists(source) else str(source), task)
     required = splits or (() if os.path.isfile(source) else ("train", "validation"))
     if missing := [split for split in required if split not in found]:
         raise FileNotFoundError(f"data: expected {' and '.join(missing)} data, got {', '.join(found)} in {source}")

@@ -121,6 +121,7 @@ def sentence_pairs(corpus: Sequence[Sequence[Tokens]], room: int, seed: int) -> 
         corpus: documents of sentences of token ids, two documents at least.
     """
     random = np.random.default_rng(seed)
+    starts = np.cumsum([0, *map(len, corpus)])  # of documents, in sentences
     forced = 0
     for number, document in enumerate(corpus):
         first = 0
@@ -142,10 +143,12 @@ def sentence_pairs(corpus: Sequence[Sequence[Tokens]], room: int, seed: int) -> 
             else:
                 wanted = after or min(len(a), max(room - len(a), room // 2))
                 for _ in range(_DRAWS):
-                    other = corpus[(number + int(random.integers(1, len(corpus)))) % len(corpus)]
-                    if sum(map(len, other)) >= wanted:
+                    sentence = int(random.integers(starts[-1] - len(document)))
+                    sentence += len(document) if sentence >= starts[number] else 0
+                    other = int(np.searchsorted(starts, sentence, side="right")) - 1
+                    if sum(map(len, corpus[other])) >= wanted:
                         break
-                b = _from_a_sentence(other, wanted, random)
+                b = _from_sentence(corpus[other], sentence - int(starts[other]), wanted)
             keep = min(len(a), max(room - len(b), room // 2))
             yield a[len(a) - keep :], b[: room - keep], follows
             first = last if follows else cut
@@ -207,9 +210,8 @@ def _tokenized(pieces: list[str], tokenizer: Any) -> list[Tokens]:
     return [np.array(each, np.int32) for each in ids if each]
 
 
-def _from_a_sentence(document: Sequence[Tokens], wanted: int, random: np.random.Generator) -> Tokens:
-    """``wanted`` tokens from the start of a random sentence; nearer to the document's start if too few are left."""
-    start = int(random.integers(len(document)))
+def _from_sentence(document: Sequence[Tokens], start: int, wanted: int) -> Tokens:
+    """``wanted`` tokens from the start of a sentence; nearer to the document's start if too few are left."""
     while start and sum(map(len, document[start:])) < wanted:
         start -= 1
     return np.concatenate(document[start:])[:wanted]

@@ -64,7 +64,7 @@ def test_correlations(ties: bool) -> None:
 
 def test_forms_of_predictions() -> None:
     logits = torch.tensor([[0.1, 0.9], [2.0, -1.0], [0.3, 0.2]])
-    assert compute_metrics("sst2", logits, [1, 0, 1])["accuracy"] == 200 / 3
+    assert compute_metrics("sst2", logits, [1, 0, 1])["accuracy"] == pytest.approx(200 / 3, rel=1e-12)
     column = torch.tensor([[0.1], [0.5], [0.4]])
     assert compute_metrics("stsb", column, [1.0, 3.0, 2.5])["spearman"] == pytest.approx(100, rel=1e-12)
     references = [{"id": "q", "answers": {"text": ["the red cat"], "answer_start": [0]}}]
