@@ -1,6 +1,7 @@
 """Write docs/results from the CSV files: ``python -m bench.report`` (``--check``: exit code 1 where they differ).
 
-cpu.md and gpu.md hold speed and memory, accuracy.md what compressed models keep, encoder.png the plot of the README.
+cpu.md and gpu.md hold speed and memory, accuracy.md what compressed models keep; summary.md and encoder.png are for the
+README.
 Generated text lives there alone.
 """
 
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from bench.harness import KEY, RESULTS, ROOT, Row, read_rows
 from bench.report_accuracy import accuracy
+from bench.report_summary import summary
 from bench.targets import target
 from kron_kernels.testing.tables import markdown, save, subplots
 
@@ -43,7 +45,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results", help="folder to write to")
     parser.add_argument("--check", action="store_true", help="write nothing, compare")
     arguments = parser.parse_args()
-    pages = {"cpu.md": cpu, "gpu.md": gpu, "accuracy.md": accuracy}
+    pages = {"cpu.md": cpu, "gpu.md": gpu, "accuracy.md": accuracy, "summary.md": summary}
     for name, make in pages.items():
         text, path = HEADER + make(arguments.results), arguments.out / name
         if arguments.check and (not path.is_file() or path.read_text(encoding="utf-8") != text):

@@ -31,7 +31,7 @@ def test_pages_are_what_the_results_give(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_an_edited_page_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("cpu.md", "gpu.md", "accuracy.md"):
+    for name in ("cpu.md", "gpu.md", "accuracy.md", "summary.md"):
         text = (ROOT / "docs" / "results" / name).read_text(encoding="utf-8")
         (tmp_path / name).write_text(text + "more\n", encoding="utf-8")
     monkeypatch.setattr(sys, "argv", ["report", "--check", "--out", str(tmp_path)])
@@ -72,6 +72,7 @@ def test_encoder_table_and_plot(tmp_path: Path) -> None:
     assert "| fp32 | 1x128 | 1 ms | 4.00 ✓ | 2.00 |" in page
     assert "| fp32 | 1x128 | 440 | 60 |" in page
     assert "| 1x128 | 3.0e-02 |" in page
+    assert "| OpenVINO, int8 | 0.5 (2.0x) | 0.5 (2.0x) |" in report.summary(tmp_path)
     report.plot(read_rows(tmp_path / "encoder.csv"), tmp_path / "encoder.png")
     assert (tmp_path / "encoder.png").read_bytes().startswith(b"\x89PNG")
 
