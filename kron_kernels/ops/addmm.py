@@ -16,7 +16,7 @@ from ..schemas.addmm import kron_addmm_ as addmm_op_
 from ..schemas.product import stacks
 from ..schemas.reference import order_cost
 from ..schemas.registry import needs_mask
-from ..schemas.torch_internals import apply, functorch_is_active, is_transformed, needs_autograd
+from ..schemas.torch_internals import apply, forward_mode_is_active, functorch_is_active, is_transformed, needs_autograd
 from .autocast import autocasts, cast_for_autocast
 from .checks import (
     check_alpha,
@@ -59,7 +59,7 @@ def kron_addmm(
     if backends.is_unforced(backend):
         return backends.forced(kron_addmm, base, x, a, b, alpha=alpha, backend=backend)
     base, x, a, b, name = _prepare(base, x, a, b, alpha, backend, in_place=False)
-    if name == "reference":
+    if name == "reference" or forward_mode_is_active():
         return reference.kron_addmm(base, x, a, b, alpha)
     if not needs_autograd(base, x, a, b):
         return addmm_op(base, x, a, b, alpha)
@@ -85,8 +85,10 @@ def kron_addmm_(
     if (
         name == "reference"
         or is_transformed()
+        or forward_mode_is_active()
         or not plain
         or not base.is_contiguous()
+        or base.is_neg()
         or _shares_memory(base, x, a, b)
     ):
         return base.copy_(kron_addmm(base, x, a, b, alpha=alpha, backend=name))
@@ -120,16 +122,18 @@ class KronAddmm(torch.autograd.Function):
         alpha, needs = ctx.alpha, ctx.needs_input_grad[:4]
         if not any(needs[1:]):
             return grad, None, None, None, None
-        scaled = 1 if a.numel() <= b.numel() else 2
-        factors = [x, a, b]
+        dbase = grad if needs[0] else None
+        if shrinks_first(alpha, grad) and needs[2] and needs[3]:
+            grad, alpha = grad * alpha, 1.0
+        # Of a factor that asks for no gradient, if there is one: none lacks alpha then.
+        to_a = a.numel() <= b.numel() if needs[2] == needs[3] else needs[3]
         if alpha != 1:
-            factors[scaled] = factors[scaled] * alpha
+            a, b = (a * alpha, b) if to_a else (a, b * alpha)
         with select.force(ctx.backend):
-            found = list(only_needed(gradients(grad, *factors, needs_mask(needs[1:])), needs[1:]))
-        scaled_gradient = found[scaled]
-        if alpha != 1 and scaled_gradient is not None:
-            found[scaled] = scaled_gradient * alpha
-        return (grad if needs[0] else None, *found, None)
+            dx, da, db = only_needed(gradients(grad, x, a, b, needs_mask(needs[1:])), needs[1:])
+        if alpha != 1 and da is not None and db is not None:
+            da, db = (da * alpha, db) if to_a else (da, db * alpha)
+        return dbase, dx, da, db, None
 
 
 class KronAddmmInPlace(torch.autograd.Function):
@@ -165,6 +169,11 @@ def _prepare(
         x, p = (fold(x, a, q), p) if folding_pays(a, p, q) else (x, p @ q)
     check_base(base, x, a.shape[1] * p.shape[1])
     return base, x, a, p, backends.resolve(backend, device_type)
+
+
+def shrinks_first(alpha: float, tensor: Tensor) -> bool:
+    """Whether alpha goes to an operand of sums over tokens: in half precision they may overflow before it."""
+    return abs(alpha) < 1 and tensor.element_size() == 2
 
 
 def stacked(a: Tensor, p: Tensor, q: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from ..schemas import reference
 from ..schemas.embedding import kron_embedding as embedding_op
 from ..schemas.embedding import kron_embedding_backward as backward_op
 from ..schemas.product import stacks
-from ..schemas.torch_internals import apply, functorch_is_active, is_observed
+from ..schemas.torch_internals import apply, forward_mode_is_active, functorch_is_active, is_observed
 from .checks import check_embedding, check_types
 from .route import REJECTED, observed
 
@@ -87,6 +87,7 @@ def is_differentiated_by_ops(backend: str | None, device_type: str) -> bool:
         backends.has_kernel("kron_embedding_backward", device_type)
         and backends.resolve(backend, device_type) != "reference"
         and not functorch_is_active()
+        and not forward_mode_is_active()
     )
 
 
@@ -105,11 +106,14 @@ class KronEmbedding(torch.autograd.Function):
         tensors = ctx.saved_tensors
         wanted = [place for place in _DIFFERENTIABLE if ctx.needs_input_grad[place]]
         gradients: list[Tensor | None] = [None] * (len(tensors) + 1)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or forward_mode_is_active():
             # Higher orders: the gradient of the reference, which is differentiable itself.
             operands: tuple[Any, ...] = (*tensors, ctx.eps)
-            y = reference.kron_embedding(*operands)
-            found = torch.autograd.grad(y, [tensors[place] for place in wanted], grad, create_graph=True)
+            with torch.enable_grad():
+                y = reference.kron_embedding(*operands)
+            found = torch.autograd.grad(
+                y, [tensors[place] for place in wanted], grad, create_graph=torch.is_grad_enabled()
+            )
             for place, gradient in zip(wanted, found, strict=True):
                 gradients[place] = gradient
         else:

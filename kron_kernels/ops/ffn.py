@@ -12,7 +12,7 @@ from ..backends import select
 from ..schemas.ffn import kron_ffn as ffn_op
 from ..schemas.ffn import kron_ffn_backward
 from ..schemas.product import stacks
-from ..schemas.torch_internals import apply, functorch_is_active, is_observed, needs_autograd
+from ..schemas.torch_internals import apply, forward_mode_is_active, functorch_is_active, is_observed, needs_autograd
 from .autocast import autocasts, cast_for_autocast
 from .checks import activation_code, check_ffn, check_norm, check_norm_types, check_types
 from .matmul import kron_matmul
@@ -89,7 +89,7 @@ def _observed_ffn(
     x, a1, b1, bias1, a2, b2, bias2 = tensors
     device_type = x.device.type
     reference_asked = backends.resolve(backend, device_type) == "reference"
-    if reference_asked or functorch_is_active():
+    if reference_asked or functorch_is_active() or forward_mode_is_active():
         # Two products, each of which composes with whatever transforms it.
         hidden = kron_matmul(x, a1, b1, bias1, activation=activation, backend=backend)
         return kron_matmul(hidden, a2, b2, bias2, backend=backend)
@@ -123,13 +123,16 @@ class KronFfn(torch.autograd.Function):
     def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
         needs = [need and tensor is not None for need, tensor in zip(ctx.needs_input_grad, tensors, strict=False)]
-        if torch.is_grad_enabled():
-            # Higher orders: the gradient of two products, which is differentiable itself.
-            x, a1, b1, bias1, a2, b2, bias2 = tensors
-            hidden = kron_matmul(x, a1, b1, bias1, activation=ctx.activation)
-            y = kron_matmul(hidden, a2, b2, bias2)
+        if torch.is_grad_enabled() or forward_mode_is_active():
+            # Higher orders: the gradient of two products, which is differentiable itself. Of aliases: one operand may
+            # have been computed from another, and what flows that way is not counted here.
+            with torch.enable_grad():
+                tensors = [None if tensor is None else tensor.view_as(tensor) for tensor in tensors]
+                x, a1, b1, bias1, a2, b2, bias2 = tensors
+                hidden = kron_matmul(x, a1, b1, bias1, activation=ctx.activation)
+                y = kron_matmul(hidden, a2, b2, bias2)
             wanted = [tensor for tensor, need in zip(tensors, needs, strict=True) if need]
-            found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+            found = iter(torch.autograd.grad(y, wanted, grad, create_graph=torch.is_grad_enabled()))
             return (*(next(found) if need else None for need in needs), None)
         mask = sum(need << bit for bit, need in enumerate(needs))
         x, a1, b1, bias1, a2, b2, _ = tensors

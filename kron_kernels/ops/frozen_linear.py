@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
 from ..schemas.registry import needs_mask
-from ..schemas.torch_internals import apply, is_transformed
+from ..schemas.torch_internals import apply, forward_mode_is_active, is_transformed
 from .addmm import (
     RightFactor,
     check_factors,
@@ -22,6 +22,7 @@ from .addmm import (
     folding_pays,
     kron_addmm,
     kron_addmm_,
+    shrinks_first,
     stacked,
 )
 from .autocast import autocasts
@@ -53,7 +54,7 @@ def frozen_linear_kron(
     p, q = check_low_rank_types(b)
     check_types(x, a, p, None)
     check_alpha(alpha)
-    if is_transformed() or autocasts(x.device.type):
+    if is_transformed() or forward_mode_is_active() or autocasts(x.device.type):
         return kron_addmm(F.linear(x, weight, bias), x, a, b, alpha=alpha)
     a, p = stacked(a, p, q)
     check_factors(x, a, p, q)
@@ -123,15 +124,21 @@ class FrozenLinearKron(torch.autograd.Function):
         need_x, _, _, need_a, need_p, need_q, _ = ctx.needs_input_grad
         dx = grad @ weight if need_x else None
         dq = None
+        after = alpha
+        grid = x if q is None else fold(x, a, q)
+        if shrinks_first(alpha, x) and (need_a or need_p):
+            grid, after = grid * alpha, 1.0
         if q is None:
             if dx is not None:  # dX = G W + alpha sum_s A_s^T G B_s: the same product by the transposed factors
                 dx = kron_addmm_(dx, grad, a.mT, p.mT, alpha=alpha)
-            _, da, dp, _ = gradients(grad, x, a, p, needs_mask((False, need_a, need_p)))
+            _, da, dp, _ = gradients(grad, grid, a, p, needs_mask((False, need_a, need_p)))
         else:
-            dh, da, dp, _ = gradients(grad, fold(x, a, q), a, p, needs_mask((need_x or need_q, need_a, need_p)))
+            dh, da, dp, _ = gradients(grad, grid, a, p, needs_mask((need_x or need_q, need_a, need_p)))
             rows = alpha * dh.reshape(-1, q.shape[0])  # (T * n1, r)
             if need_q:
                 dq = rows.mT @ x.reshape(-1, q.shape[1])
             if dx is not None:
                 dx = dx.view(-1, q.shape[1]).addmm_(rows, q).view(x.shape)
-        return dx, None, None, alpha * da if need_a else None, alpha * dp if need_p else None, dq, None
+        if after != 1:
+            da, dp = after * da, after * dp
+        return dx, None, None, da if need_a else None, dp if need_p else None, dq, None

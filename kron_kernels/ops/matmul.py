@@ -15,7 +15,7 @@ from ..schemas.matmul import kron_matmul as matmul_op
 from ..schemas.matmul import kron_matmul_backward as matmul_backward_op
 from ..schemas.product import stacks
 from ..schemas.registry import needed, needs_mask
-from ..schemas.torch_internals import apply, functorch_is_active, is_observed, needs_autograd
+from ..schemas.torch_internals import apply, forward_mode_is_active, functorch_is_active, is_observed, needs_autograd
 from .autocast import autocasts, cast_for_autocast
 from .checks import activation_code, check_operands, check_types
 
@@ -68,7 +68,7 @@ def kron_matmul(
     if autocasts(device_type):
         x, a, b, bias = cast_for_autocast(device_type, x, a, b, bias)
     check_operands(x, a, b, bias)
-    if backends.resolve(backend, device_type) == "reference":
+    if backends.resolve(backend, device_type) == "reference" or forward_mode_is_active():
         return reference.kron_matmul(x, a, b, bias, activation)
     if not needs_autograd(x, a, b, bias):
         return matmul_op(x, a, b, bias, code)
@@ -98,7 +98,8 @@ class KronMatmul(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad
         with select.force(ctx.backend):
-            return only_needed(gradients(grad, *ctx.saved_tensors, needs_mask(needs)), needs)
+            x, a, b = ctx.saved_tensors
+            return only_needed(gradients(grad, x, a, b, needs_mask(needs)), needs)
 
 
 class KronMatmulBackward(torch.autograd.Function):
@@ -138,10 +139,10 @@ class KronMatmulBackward(torch.autograd.Function):
             operands = [x, a, b]
             operands[position] = tangent
             if need_grad:
-                total[0] = _add(total[0], apply(KronMatmul, *operands, None))
+                total[0] = _add(total[0], kron_matmul(*operands))
             wanted = tuple(need and index != position for index, need in enumerate(needs))
             if any(wanted):
-                parts = only_needed(gradients(grad, *operands, needs_mask(wanted)), wanted)
+                parts = only_needed(gradients(grad, operands[0], operands[1], operands[2], needs_mask(wanted)), wanted)
                 total[1:] = [_add(old, part) for old, part in zip(total[1:], parts, strict=True)]
         if need_grad and ctx.needed[3]:
             total[0] = _add(total[0], grad_dbias.expand_as(grad))
@@ -150,6 +151,8 @@ class KronMatmulBackward(torch.autograd.Function):
 
 def gradients(grad: Tensor, x: Tensor, a: Tensor, b: Tensor, needs: int) -> tuple[Tensor, ...]:
     """Of a product's x, a, b and bias, differentiable where that may be asked for; those not needed are empty."""
+    if forward_mode_is_active():
+        return reference.kron_matmul_backward(grad, x, a, b)
     if torch.is_grad_enabled() or functorch_is_active():
         return apply(KronMatmulBackward, grad, x, a, b, needs)
     return matmul_backward_op(grad, x, a, b, needs)

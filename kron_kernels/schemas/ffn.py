@@ -54,9 +54,9 @@ kron_ffn = define(
 )
 
 
-def _backward_reference(grad: Tensor, *operands: Any) -> tuple[Tensor, ...]:
-    *layers, activation, needs = operands
-    outputs = reference.kron_ffn_backward(grad, *layers[:6], ACTIVATION_NAMES[activation])
+def _backward_reference(grad: Tensor, x: Tensor, *operands: Any) -> tuple[Tensor, ...]:
+    a1, b1, bias1, a2, b2, activation, needs = operands
+    outputs = reference.kron_ffn_backward(grad, x, a1, b1, bias1, a2, b2, ACTIVATION_NAMES[activation])
     return only_needed(outputs, needed(needs, len(FFN_GRADIENTS)))
 
 

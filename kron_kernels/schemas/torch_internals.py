@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def has_kernel(op: str, device_type: str) -> bool:
@@ -18,15 +19,21 @@ def functorch_is_active() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+@torch.compiler.assume_constant_result  # a compiler guards this level itself
+def forward_mode_is_active() -> bool:
+    """Tell whether tensors may carry tangents: inside ``forward_ad.dual_level`` and the transforms built on it."""
+    return forward_ad._current_level >= 0
+
+
 def is_transformed() -> bool:
     """Tell whether a compiler or a function transform takes part in this call."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def needs_autograd(*tensors: Tensor | None) -> bool:
-    """Tell whether a gradient may be asked of a function of these tensors."""
+    """Tell whether a gradient or a tangent may be asked of a function of these tensors."""
     # A tensor wrapped by a torch.func transform does not show the levels below it: always differentiable then.
-    if torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active() or forward_mode_is_active():
         return True
     if not torch.is_grad_enabled():
         return False

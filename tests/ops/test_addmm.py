@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from kron_kernels import backends, kron_addmm, kron_addmm_
-from kron_kernels.ops import addmm
+from kron_kernels.ops import addmm, frozen_linear_kron
 from kron_kernels.schemas import reference
 from kron_kernels.testing import accuracy, shapes
 
@@ -279,3 +279,33 @@ def test_bad_input(
     given = {"base": torch.zeros(4, 21), "x": torch.zeros(4, 10), "a": torch.zeros(3, 5), "b": torch.zeros(7, 2)}
     with pytest.raises(error, match=message):
         function(**{**given, **change})
+
+
+@pytest.mark.parametrize("alpha", [1 / 64, -0.3])
+@pytest.mark.parametrize("low_rank", [False, True], ids=["full", "low-rank"])
+@pytest.mark.parametrize("frozen", [False, True], ids=["kron_addmm", "frozen_linear_kron"])
+def test_half_precision_gradients_do_not_overflow_before_alpha(alpha: float, low_rank: bool, frozen: bool) -> None:
+    x = torch.rand(4096, 36) * 8 + 8
+    a, p, q, weight = torch.randn(6, 6), torch.randn(6, 2 if low_rank else 6), torch.randn(2, 6), torch.randn(36, 36)
+
+    def gradients(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = [tensor.half().to(dtype).requires_grad_() for tensor in (x, a, p)]
+        right = (leaves[2], q.half().to(dtype)) if low_rank else leaves[2]
+        if frozen:
+            y = frozen_linear_kron(leaves[0], weight.half().to(dtype), None, leaves[1], right, alpha=alpha)
+        else:
+            y = kron_addmm(torch.zeros_like(leaves[0]), leaves[0], leaves[1], right, alpha=alpha)
+        return torch.autograd.grad(y, leaves, torch.ones_like(y))
+
+    for gradient, oracle in zip(gradients(torch.float16), gradients(torch.float64), strict=True):
+        assert (gradient - oracle).abs().max() < 3e-3 * oracle.abs().max()
+
+
+def test_a_base_that_is_a_negated_view() -> None:
+    o = shapes.make(shapes.Case("odd", 5))
+    storage = o.grad.clone()
+    base = torch._neg_view(storage)
+    expected = kron_addmm(-o.grad, o.x, o.a, o.b)
+    assert kron_addmm_(base, o.x, o.a, o.b) is base
+    torch.testing.assert_close(base.resolve_neg(), expected)
+    torch.testing.assert_close(storage, -expected)
