@@ -14,7 +14,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 from kron_kernels.convert.kronify import kronify_
 from kron_kernels.distill.hidden_states import Captured, capture, encoder_of
-from kron_kernels.models import KronBertConfig, KronBertForMaskedLM, KronBertModel, bert_layers, fuse_
+from kron_kernels.models import KronBertConfig, KronBertForMaskedLM, KronBertModel, bert_layers, blocks, fuse_
 
 SIZES = {
     "vocab_size": 50,
@@ -136,9 +136,10 @@ def test_a_model_inside_distributed_data_parallel() -> None:
 def test_the_fused_ops_stay_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     for name in ("kron_embedding", "kron_qkv", "kron_matmul_norm", "kron_ffn"):
-        op = getattr(bert_layers, name)
+        module = bert_layers if name == "kron_embedding" else blocks
+        op = getattr(module, name)
         monkeypatch.setattr(
-            bert_layers, name, lambda *args, _op=op, _name=name, **k: (calls.append(_name), _op(*args, **k))[1]
+            module, name, lambda *args, _op=op, _name=name, **k: (calls.append(_name), _op(*args, **k))[1]
         )
     model = KronBertModel(KronBertConfig(**SIZES)).eval()
     with capture(model), torch.no_grad():
