@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from kron_kernels.testing import Variant, describe_machine, interleave, peak_memory_growth
+from kron_kernels.testing import Variant, describe_machine, interleave, peak_memory_growth, timing
 from kron_kernels.testing.problems import (
     Candidate,
     Case,
@@ -37,12 +36,6 @@ FAST = 1e-3
 def candidates(case: Case) -> list[Candidate]:
     mine = [Candidate("dense", dense_op(case.op), ("weight", "bias")), Candidate("kron_kernels", kron_op(case.op))]
     return [*mine, Candidate("b", b_first), Candidate("a", a_first)] if case.op == "kron_matmul" else mine
-
-
-def scripted(*seconds: float) -> Callable[[Callable[[], object], int], float]:
-    """A clock that gives these times in turn."""
-    times = itertools.cycle(seconds)
-    return lambda run, calls: next(times)
 
 
 def test_quantiles_interpolate() -> None:
@@ -119,15 +112,16 @@ def test_nothing_is_timed_without_a_right_baseline() -> None:
     assert [(result.status, result.timing) for result in results] == [("failed", None), ("failed", None)]
 
 
-def test_a_disturbed_timing_is_taken_again_and_marked() -> None:
+def test_a_disturbed_timing_is_taken_again_and_marked(monkeypatch: pytest.MonkeyPatch) -> None:
     problem, asked = OpProblem(CASES["one"], 5, torch.float32), candidates(CASES["one"])[:1]
-    calm = compare(problem, asked, seconds=1.0, clock=scripted(0.2, 0.21))
-    assert calm[0].status == "ok"
-    # Warm-up and five rounds: the first attempt alone is disturbed.
-    again = compare(problem, asked, seconds=1.0, clock=scripted(0.2, *(0.2, 0.9) * 3, *[0.2] * 60))
-    assert (again[0].status, again[0].timing is not None and again[0].timing.seconds.q90) == ("ok", 0.2)
-    noisy = compare(problem, asked, seconds=1.0, clock=scripted(0.2, 0.9))
-    assert (noisy[0].status, noisy[0].reason) == ("noisy", "quantiles differ by more than 3x")
+    one = Quantiles(1.0, 1.0, 1.0)
+    calm, stalled = (timing.Timing("dense", seconds, one, 5) for seconds in (one, Quantiles(1.0, 2.0, 3.1)))
+    for attempts, status in (([stalled, calm], "ok"), ([stalled] * 3, "noisy")):
+        left = iter(attempts)
+        monkeypatch.setattr(timing, "interleave", lambda *_, left=left, **__: [next(left)])
+        (result,) = compare(problem, asked)
+        assert (result.status, result.timing, list(left)) == (status, attempts[-1], [])
+    assert result.reason == "quantiles differ by more than 3x"
 
 
 def test_weights_take_turns() -> None:
