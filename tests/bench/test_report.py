@@ -90,7 +90,7 @@ def test_gpu_page_shows_the_proof_beside_every_figure(tmp_path: Path) -> None:
         ({"input": "1"}, 3.0),
         ({"weights": "cold"}, None),
         ({"variant": "matmul"}, None),
-        ({"dtype": "bf16"}, None),
+        ({"dtype": "bf16", "case": "k8-ffn"}, None),
         ({"dtype": "bf16", "isa": "amx", "case": "k8-ffn"}, 4.0),
         ({"direction": "forward+backward", "case": "balanced", "input": "4096"}, 7.0),
         ({"case": "bert-base", "variant": "K21, inference form", "input": "1x128"}, 5.0),
