@@ -27,9 +27,9 @@ help:
 env: $(BUILT)
 dev-env: $(DEV)
 
-# The package with what it needs to run. The development tools come on top, for tests and lint.
+# The package with what it needs to run and to distil. The development tools come on top, for tests and lint.
 $(BUILT): $(BUILD_INPUTS)
-	$(PYTHON) tools/make_env.py --venv $(VENV) --torch '$(TORCH)'
+	$(PYTHON) tools/make_env.py --venv $(VENV) --torch '$(TORCH)' --extras distill
 	@touch $@
 
 $(DEV): $(BUILT)

@@ -26,7 +26,7 @@ from kron_kernels.compress import start_model
 from kron_kernels.compress.text import tokenize
 from kron_kernels.convert import preset
 from kron_kernels.convert.counting import count_parameters
-from kron_kernels.distill.encoder import distill_encoder, encode
+from kron_kernels.distill.encoder import agreement, distill_encoder, encode
 from kron_kernels.models import KronBertModel
 from kron_kernels.nn import KronLinear
 from kron_kernels.schemas import reference
@@ -91,7 +91,7 @@ def main() -> None:
             name,
             f"{count / 1e6:.2f}M",
             f"{size / 1e6:.1f} MB",
-            *(f"{value:.3f}" for value in agreement(vectors["dense fp32"], vectors[name])),
+            *(f"{value:.3f}" for value in agreement(vectors["dense fp32"], vectors[name]).values()),
             f"{milliseconds[name]:.1f}" if name in milliseconds else "",
         )
         for name, (_, count, size) in models.items()
@@ -113,19 +113,6 @@ def kernel_error(model: nn.Module) -> float:
             with torch.no_grad():
                 worst = max(worst, float((module(x) - wanted).norm() / wanted.norm()))
     return worst
-
-
-def agreement(wanted: Tensor, got: Tensor) -> tuple[float, float, float]:
-    """Mean cosine of both vectors of a sentence, correlation of the similarities, share of equal nearest neighbours."""
-    above = torch.triu_indices(len(wanted), len(wanted), offset=1)
-    both = [vectors @ vectors.T for vectors in (wanted, got)]
-    pairs = torch.stack([similarities[above[0], above[1]] for similarities in both])
-    nearest = [similarities.fill_diagonal_(-1).argmax(1) for similarities in both]
-    return (
-        float((wanted * got).sum(-1).mean()),
-        float(torch.corrcoef(pairs)[0, 1]),
-        float((nearest[0] == nearest[1]).float().mean()),
-    )
 
 
 def show_neighbours(sentences: Sequence[str], vectors: dict[str, Tensor]) -> None:

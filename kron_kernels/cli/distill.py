@@ -9,6 +9,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import distill_encoder
 from .evaluate import add_task_flags
 from .extras import needs_extra
 from .output import Progress, add_json_flag, format_table, print_json
@@ -27,7 +28,8 @@ def add_parser(commands: Any) -> None:
         description="Two-stage intermediate-layer distillation of KroneckerBERT. Every run leaves a folder with its "
         "configuration, metrics, curves and model; started again after an interruption it goes on where it was.",
     )
-    stages = parser.add_subparsers(dest="stage", required=True, metavar="{finetune,pretrain,task}")
+    stages = parser.add_subparsers(dest="stage", required=True, metavar="{encoder,finetune,pretrain,task}")
+    distill_encoder.add_stage(stages)
     finetune = stages.add_parser("finetune", help="train a model on a task, without a teacher")
     finetune.add_argument("student", nargs="?", metavar="MODEL", help="folder or hub name of the model")
     pretrain = stages.add_parser("pretrain", help="stage 1: distil on unlabelled text")

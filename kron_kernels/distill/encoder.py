@@ -59,6 +59,23 @@ def encode(model: nn.Module, rows: Sequence[Sequence[int]], pad: int = 0, batch_
     return torch.stack(vectors)
 
 
+def agreement(wanted: Tensor, got: Tensor) -> dict[str, float]:
+    """Compare unit vectors (N, d) of two models.
+
+    Returns the mean ``cosine`` of both vectors of a sentence, the ``correlation`` of the similarities of all pairs, and
+    ``same neighbour``, the share of sentences whose nearest other sentence is the same.
+    """
+    above = torch.triu_indices(len(wanted), len(wanted), offset=1)
+    both = [vectors @ vectors.T for vectors in (wanted, got)]
+    pairs = torch.stack([similarities[above[0], above[1]] for similarities in both])
+    nearest = [similarities.fill_diagonal_(-1).argmax(1) for similarities in both]
+    return {
+        "cosine": float((wanted * got).sum(-1).mean()),
+        "correlation": float(torch.corrcoef(pairs)[0, 1]),
+        "same neighbour": float((nearest[0] == nearest[1]).float().mean()),
+    }
+
+
 def distill_encoder(
     teacher: Any,
     student: Any,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -102,3 +103,31 @@ def test_loss_that_is_not_finite_ends_the_run(teacher: Any, tmp_path: Path) -> N
         student.encoder.layer[0].attention.self.query.a.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="loss: expected a finite number, got nan"):
         encoder.distill_encoder(teacher, student, Tokenizer(), sentences(40), tmp_path, max_steps=3, batch_size=8)
+
+
+def test_agreement() -> None:
+    wanted = torch.nn.functional.normalize(torch.randn(8, 16), dim=-1)
+    rotated = wanted @ torch.linalg.qr(torch.randn(16, 16)).Q
+    assert encoder.agreement(wanted, wanted) == pytest.approx({"cosine": 1, "correlation": 1, "same neighbour": 1})
+    found = encoder.agreement(wanted, rotated)  # other vectors, the same similarities
+    assert found["cosine"] < 0.9
+    assert (found["correlation"], found["same neighbour"]) == pytest.approx((1, 1), abs=1e-4)
+
+
+def test_command(bert: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from kron_kernels.cli import main
+
+    assert main(["compress", str(bert), str(tmp_path / "small"), "--preset", "K8"]) == 0
+    lines = [f"{line} {line}" if twice else line for line in text.read_text().splitlines() for twice in (0, 1)]
+    (tmp_path / "lines.txt").write_text("\n".join(lines))
+    arguments = ["--teacher", str(bert), "--student", str(tmp_path / "small"), "--text", str(tmp_path / "lines.txt")]
+    options = ["--max-steps", "3", "--batch-size", "4", "--json", "--out", str(tmp_path / "run")]
+    capsys.readouterr()
+    assert main(["distill", "encoder", *arguments, *options]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["steps"] == 3
+    assert result["before"]["cosine"] != result["after"]["cosine"]
+    assert (tmp_path / "run/model/tokenizer_config.json").is_file() or (tmp_path / "run/model/vocab.txt").is_file()
+    (tmp_path / "few.txt").write_text("one\ntwo\n")
+    assert main(["distill", "encoder", *arguments[:4], "--text", str(tmp_path / "few.txt"), *options]) == 2
+    assert "text: expected at least 20 different sentences, got 2" in capsys.readouterr().err
