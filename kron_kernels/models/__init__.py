@@ -3,6 +3,8 @@
 ``vit`` and ``gpt2_permute`` are modules of their own, which nothing here imports.
 """
 
+from typing import Any
+
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -31,7 +33,7 @@ from .gpt2 import KronGPT2Config, KronGPT2LMHeadModel, KronGPT2Model
 from .inference import optimize_for_inference
 
 # A new family: its configuration and tokenizer, and for each Auto class its model.
-REGISTRY = {
+REGISTRY: dict[Any, tuple[Any, dict[Any, Any]]] = {
     KronBertConfig: (
         BertTokenizer,
         {

@@ -61,7 +61,8 @@ def matmul_norm(x: Tensor, dense: Any, norm: AddNorm) -> Tensor:
     """Return ``norm`` of ``dense(x)``, for a layer that is factored."""
     packed = _packed(dense)
     if packed is None:
-        return kron_matmul_norm(x, *dense.operands(), norm)
+        a, b, bias = dense.operands()
+        return kron_matmul_norm(x, a, b, bias, norm)
     check_inference_call(x)
     return _kron_matmul_norm(x, *dense.operands(), *norm, packed)
 

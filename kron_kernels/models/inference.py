@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -48,8 +48,8 @@ def optimize_for_inference(model: _Model, dtype: str | None = None) -> _Model:
     _check(model)
     for kind in (KronLinear, KronEmbedding, Int8KronDecoder):  # a decoder shares the factors of its embedding
         for module in model.modules():
-            if isinstance(module, Int8Factored) and isinstance(module, kind):
-                from_int8_(module)
+            if isinstance(module, kind) and isinstance(module, Int8Factored):
+                from_int8_(cast(Int8Factored, module))
     if dtype is not None:
         model.to(_DTYPES[dtype])
     model.eval()
@@ -61,7 +61,8 @@ def optimize_for_inference(model: _Model, dtype: str | None = None) -> _Model:
         fuse_(model)
     for module in model.modules():
         if module is model or hasattr(type(module), "save_pretrained"):
-            module.__class__ = _inference_class(type(module))
+            plain: Any = type(module)
+            module.__class__ = _inference_class(plain)
     return model
 
 
@@ -111,7 +112,7 @@ class InferenceModel(nn.Module):
     def train(self: _Model, mode: bool = True) -> _Model:
         if mode:
             raise inference_form_error("train()")
-        return super().train(False)  # type: ignore[misc]
+        return super().train(False)
 
     def requires_grad_(self: _Model, requires_grad: bool = True) -> _Model:
         if requires_grad:
@@ -139,11 +140,11 @@ for _name in ("state_dict", "load_state_dict", "save_pretrained", "resize_token_
 
 
 @cache
-def _inference_class(base: type[nn.Module]) -> type[InferenceModel]:
+def _inference_class(base: Any) -> Any:
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     return type(base.__name__, (InferenceModel, base), names)
 
 
-def _restore(base: type[nn.Module]) -> nn.Module:
+def _restore(base: Any) -> nn.Module:
     kind = _inference_class(base)
     return kind.__new__(kind)

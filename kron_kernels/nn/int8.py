@@ -181,7 +181,7 @@ def from_int8_(module: Int8Factored) -> None:
         factors = (module.a, module.b)
         for name in module.factor_names():
             module._buffers.pop(name, None)
-    module.__class__ = _FLOAT[type(module)]  # type: ignore[assignment]
+    module.__class__ = _FLOAT[type(module)]
     for name, factor in zip("ab", factors, strict=True):
         module._parameters[name] = factor if isinstance(factor, nn.Parameter) else nn.Parameter(factor)
 
