@@ -186,4 +186,4 @@ def from_int8_(module: Int8Factored) -> None:
         module._parameters[name] = factor if isinstance(factor, nn.Parameter) else nn.Parameter(factor)
 
 
-_FLOAT = {Int8KronDecoder: KronDecoder, **{int8: plain for plain, int8 in _INT8.items()}}
+_FLOAT: dict[type[nn.Module], Any] = {Int8KronDecoder: KronDecoder, **{int8: plain for plain, int8 in _INT8.items()}}
