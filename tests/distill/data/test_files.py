@@ -19,7 +19,7 @@ pytest.importorskip("torchmetrics", reason="the extra 'distill' is not installed
 from kron_kernels.distill.data import custom_task, encode, get_task, load_task, resolved  # noqa: E402
 
 RELEASES = {
-    "SST-2": ("sentence\tlabel\na \"fine film \t1\nit 's \x0bd\x85ull \t0\n", ['a "fine film ', "it 's \x0bd\x85ull "]),
+    "SST-2": ("sentence\tlabel\n\"a fine film \t1\nit 's \x0bd\x85ull \t0\n", ['"a fine film ', "it 's \x0bd\x85ull "]),
     "CoLA": ("gj04\t1\t\tThe cat sat.\ngj04\t0\t*\tCat the sat.\n", ["The cat sat.", "Cat the sat."]),
     "MRPC": (
         '\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t1\t2\tHe said " so .\tSo he said .\n0\t3\t4\t7\tNA\n',

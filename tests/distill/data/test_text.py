@@ -201,6 +201,9 @@ def test_masks(tokenizer: Any) -> None:
     assert torch.equal(collator(examples)["input_ids"], batch["input_ids"])
     assert not torch.equal(MaskingCollator(tokenizer, seed=2)(examples)["labels"], batch["labels"])
     assert not torch.equal(collator(examples[::-1])["labels"].flip(0), batch["labels"])
+    rows = pack(numbered(14, 200), tokenizer, 24)
+    one, other = (collator([row for row in rows if row["length"] == 24][start : start + 50]) for start in (0, 50))
+    assert not torch.equal(one["labels"] != -100, other["labels"] != -100)
 
 
 def test_padding_collator(tokenizer: Any) -> None:
