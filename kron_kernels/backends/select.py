@@ -1,7 +1,7 @@
 """Which backend computes a call of an op on a CUDA device, and why.
 
 The one measured to be faster, else the first of the table that takes the call, at last the reference.
-``choices.json`` holds what was measured: ``python -m bench.gpu`` writes it.
+``choices.json`` holds what was measured: ``python -m bench.run gpu`` writes it.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, reduce
 
 import torch
 from torch import Tensor
@@ -115,7 +115,8 @@ def dense_op(op: str) -> Callable[..., Tensor]:
     def qkv(x: Tensor, *operands: Tensor) -> Tensor:
         return F.linear(x, torch.cat(operands[0::2]), torch.cat(operands[1::2]))
 
-    return {"kron_matmul": F.linear, "kron_ffn": ffn, "kron_qkv": qkv}[op]
+    forms: dict[str, Callable[..., Tensor]] = {"kron_matmul": F.linear, "kron_ffn": ffn, "kron_qkv": qkv}
+    return forms[op]
 
 
 def kron_op(op: str, backend: str | None = None) -> Callable[..., Tensor]:
@@ -130,20 +131,21 @@ def kron_op(op: str, backend: str | None = None) -> Callable[..., Tensor]:
     def ffn(x: Tensor, *operands: Tensor) -> Tensor:
         return kron_ffn(x, *operands, backend=backend)
 
-    return {"kron_matmul": matmul, "kron_ffn": ffn, "kron_qkv": qkv}[op]
+    forms: dict[str, Callable[..., Tensor]] = {"kron_matmul": matmul, "kron_ffn": ffn, "kron_qkv": qkv}
+    return forms[op]
 
 
 def b_first(x: Tensor, a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
     """Compute ``sum over terms of A (X B^T)`` by two stock matrix products a term."""
     grid = x.reshape(-1, a.shape[-1], b.shape[-1])
-    y = sum(torch.matmul(left, torch.matmul(grid, right.mT)) for left, right in zip(a, b, strict=True))
+    y = reduce(torch.add, (left @ (grid @ right.mT) for left, right in zip(a, b, strict=True)))
     return y.reshape(x.shape[0], -1) + bias
 
 
 def a_first(x: Tensor, a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
     """Compute ``sum over terms of (A X) B^T`` likewise."""
     grid = x.reshape(-1, a.shape[-1], b.shape[-1])
-    y = sum(torch.matmul(torch.matmul(left, grid), right.mT) for left, right in zip(a, b, strict=True))
+    y = reduce(torch.add, ((left @ grid) @ right.mT for left, right in zip(a, b, strict=True)))
     return y.reshape(x.shape[0], -1) + bias
 
 
