@@ -1,4 +1,4 @@
-"""The gradient op of the embedding, and the function that autograd sees where a device has kernels for it."""
+"""kron_embedding and its gradients: accuracy, and the function that autograd sees where a device has kernels."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ import torch
 from torch import Tensor
 
 from kron_kernels import backends, kron_embedding
-from kron_kernels.schemas import embedding
+from kron_kernels.schemas.embedding import EMBEDDING_GRADIENTS as NAMES
+from kron_kernels.testing import accuracy, shapes
+from tests.ops import block_cases
+from tests.ops.sampling import LOWER, OPS, TOP, needs_extension, short
 
-NAMES = embedding.EMBEDDING_GRADIENTS
 IDS = torch.tensor([[2, 0, 2], [1, 2, 4]])
 POSITIONS, TYPES = torch.tensor([0, 2, 1]), torch.tensor([[0], [1]], dtype=torch.int32)
 
 
 @pytest.fixture(params=["function", "reference"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """As on a device with kernels for the gradient, and as on others."""
     has_kernels(monkeypatch, request.param == "function")
     return request.param
@@ -35,11 +37,24 @@ def has_kernels(monkeypatch: pytest.MonkeyPatch, answer: bool) -> list[tuple[str
 def leaves(terms: int = 2, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     """Rows of 3 * 2 values."""
     generator = torch.Generator().manual_seed(0)
-    shapes = ((terms, 5, 3), (terms, 1, 2), (4, 6), (2, 6), (6,), (6,))
+    sizes = ((terms, 5, 3), (terms, 1, 2), (4, 6), (2, 6), (6,), (6,))
     return {
-        name: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-        for name, shape in zip(NAMES, shapes, strict=True)
+        name: torch.randn(size, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+        for name, size in zip(NAMES, sizes, strict=True)
     }
+
+
+@needs_extension
+@pytest.mark.parametrize("isa", [TOP, *LOWER[:1]], indirect=True)
+@pytest.mark.parametrize("dtype", shapes.DTYPES, ids=short)
+def test_accuracy(dtype: torch.dtype, isa: str) -> None:
+    for case in block_cases.EMBEDDINGS:
+        o, same_dtype, oracle = block_cases.embedding_case(*case, dtype)
+        ids, a, *rest = o.operands
+        y = OPS.kron_embedding(ids, a, *rest)
+        accuracy.assert_accurate(y, same_dtype, oracle, str(case))
+        columns = OPS.kron_embedding(ids.T.contiguous().T, a.mT.contiguous().mT, *rest)
+        assert torch.equal(columns, y)
 
 
 def embed(*tensors: Tensor, names: tuple[str, ...] = NAMES) -> Tensor:
@@ -52,15 +67,15 @@ def embed(*tensors: Tensor, names: tuple[str, ...] = NAMES) -> Tensor:
 
 
 @pytest.mark.parametrize("names", [NAMES, NAMES[:2], NAMES[:3], (*NAMES[:2], *NAMES[3:])], ids=len)
-def test_gradients_are_those_of_finite_differences(way: str, names: tuple[str, ...]) -> None:
+def test_gradients_are_those_of_finite_differences(path: str, names: tuple[str, ...]) -> None:
     tensors = [leaves()[name] for name in names]
     function = functools.partial(embed, names=names)
     torch.autograd.gradcheck(function, tensors)
-    torch.autograd.gradgradcheck(function, tensors)
+    torch.autograd.gradgradcheck(function, tensors, fast_mode=True)
 
 
 @pytest.mark.parametrize("wanted", [*NAMES, NAMES[::2]])
-def test_gradients_of_some(way: str, wanted: str | tuple[str, ...]) -> None:
+def test_gradients_of_some(path: str, wanted: str | tuple[str, ...]) -> None:
     every = leaves()
     expected = dict(zip(NAMES, torch.autograd.grad(embed(*every.values()).square().sum(), every.values()), strict=True))
     tensors = {name: tensor.detach().requires_grad_(name in wanted) for name, tensor in every.items()}
@@ -94,7 +109,7 @@ def test_the_function_is_for_devices_with_kernels_alone(monkeypatch: pytest.Monk
     assert not backends.has_kernel("kron_embedding_backward", "cpu")
 
 
-def test_torch_func(way: str) -> None:
+def test_torch_func(path: str) -> None:
     tensors = leaves()
     expected = torch.autograd.grad(embed(*tensors.values()).sum(), tensors.values())
     actual = torch.func.grad(lambda *t: embed(*t).sum(), argnums=tuple(range(6)))(
@@ -103,31 +118,10 @@ def test_torch_func(way: str) -> None:
     torch.testing.assert_close(actual, expected)
 
 
-@pytest.mark.compile
-def test_compiles_whole(way: str) -> None:
-    compiled = torch.compile(embed, fullgraph=True, backend="aot_eager")
-    results = []
-    for function in (compiled, embed):
-        tensors = leaves()
-        y = function(*tensors.values())
-        results.append((y, *torch.autograd.grad(y.square().sum(), tensors.values())))
-    torch.testing.assert_close(*results)
-
-
-@pytest.mark.parametrize("tables", [True, False])
-def test_opcheck(tables: bool) -> None:
-    o = {name: tensor.detach() for name, tensor in leaves(dtype=torch.float32).items()}
-    rest: list[Any] = [POSITIONS, o["position_weight"], TYPES, o["type_weight"], o["norm_weight"]]
-    rest = rest if tables else [None] * 5
-    grad = torch.randn(2, 3, 6)
-    for needs in (0b111111, 0b010010) if tables else (0b11, 0b10, 0):
-        torch.library.opcheck(embedding.kron_embedding_backward, (grad, IDS, o["a"], o["b"], *rest, 1e-3, needs))
-
-
 def test_no_tokens_give_zero_gradients() -> None:
     o = {name: tensor.detach() for name, tensor in leaves().items()}
     none = IDS[:0]
-    gradients = embedding.kron_embedding_backward(
+    gradients = OPS.kron_embedding_backward(
         torch.zeros(0, 3, 6, dtype=torch.float64), none, o["a"], o["b"], POSITIONS, o["position_weight"], none,
         o["type_weight"], o["norm_weight"], 1e-3, 0b111111,
     )  # fmt: skip
