@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from kron_kernels.backends import cuda
 from kron_kernels.backends.base import Call
@@ -161,24 +160,6 @@ def test_ffn_and_its_gradients(case: FfnCase, dtype: torch.dtype) -> None:
     some = cuda.kron_ffn_backward(o.grad, *o.layers[:-1], code, 0b0100010)
     assert [tensor.numel() > 0 for tensor in some] == [False, True, False, False, False, True, False]
     assert torch.equal(some[1], found[1])
-
-
-def test_norm_that_the_kernel_leaves_follows_it() -> None:
-    """Over more columns than the fused norm holds."""
-    shape = (((2, 1), (16, 16)), ((1, 2), (400, 16)))
-    first, second = (shapes.make_operands(pair, 3, dtype=torch.bfloat16, seed=i) for i, pair in enumerate(shape))
-    norm = block_cases.norm_operands(second.grad, torch.bfloat16)
-    tensors = (first.x, first.a, first.b, first.bias, second.a, second.b, second.bias, *norm)
-    products = (Product(1, 2, 1, 16, 16), Product(1, 1, 2, 400, 16))
-    assert cuda.unsupported_reason(Call("kron_ffn", products, torch.bfloat16, 3)) is None
-    assert not cuda._fuses_norm(products, torch.bfloat16, 80)
-
-    def expected(*tensors: Tensor) -> Tensor:
-        *operands, residual, weight, bias = tensors
-        return F.layer_norm(residual + reference.kron_ffn(*operands, "gelu"), weight.shape, weight, bias, 1e-5)
-
-    got = cuda.kron_ffn(*tensors[:7], 1, *norm, 1e-5)
-    assert_accurate(got, expected(*tensors), expected(*(tensor.double() for tensor in tensors)))
 
 
 @pytest.mark.parametrize("norm", [False, True])

@@ -28,18 +28,10 @@ def test_cpu() -> None:
 @pytest.mark.parametrize(
     ("op", "products", "dtype", "start"),
     [
-        (
-            "kron_matmul",
-            [W1],
-            BF16,
-            "one product of 2 rows a token with the 384x384 factor, the 8x2 factor on",
-        ),
-        ("kron_matmul", [(16, 64, 48, 48)], BF16, "two chained products, the left factor first"),
+        ("kron_matmul", [W1], BF16, "one product of 2 rows a token with the 384x384 factor, the 8x2 factor on"),
         ("kron_matmul", [(300, 300, 40, 20)], BF16, "of 300x300 (x) 40x20 neither factor is tiny"),
         ("kron_matmul", [W1], torch.float64, "the kernels compute float32, bfloat16 and float16, not torch.float64"),
         ("kron_ffn", [W1, W2], BF16, "one kernel, the 3072 wide middle in registers; "),
-        ("kron_ffn", [W1, W2], torch.float32, "two kernels that hand over the narrow middle"),
-        ("kron_ffn", [(384, 384, 8, 2), (384, 384, 2, 8)], BF16, "two products: "),
         ("kron_embedding", [(30522, 12, 1, 64)], BF16, "rows gathered, expanded and normed in one pass, "),
         ("kron_embedding_backward", [(30522, 12, 1, 4096)], BF16, "a program cannot hold rows of 12 * 4096 values"),
     ],
@@ -57,7 +49,6 @@ def test_forms_of_the_triton_kernels(
     [
         (lambda: explain(W1, op="kron"), "op: expected one of 'kron_matmul', .*, got 'kron'"),
         (lambda: explain(W1, op="kron_ffn"), "products: expected 2 for kron_ffn, got 1"),
-        (lambda: explain(op="kron_qkv"), "products: expected one or more for kron_qkv, got 0"),
         (lambda: explain((2, 2, 3, 0)), r"products: expected .*, all positive, got \(2, 2, 3, 0\)"),
         (lambda: explain(W1, device="tpu"), "device: expected 'cpu' or 'cuda', got 'tpu'"),
     ],
@@ -71,7 +62,5 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", "8x2,384x384", "2x8,384x384", "--op", "kron_ffn", "--device", "cpu", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["call"] == "kron_ffn of 8x2 (x) 384x384, 2x8 (x) 384x384, 128 tokens in float32 on cpu"
-    assert main(["explain", "24x24,32x32,4", "--device", "cpu"]) == 0
-    assert "4 terms of 24x24 (x) 32x32" in capsys.readouterr().out
     assert main(["explain", "24x24", "--device", "cpu"]) == 2
     assert "products: expected sizes such as 384x384,2x2" in capsys.readouterr().err

@@ -47,13 +47,6 @@ def test_moment_and_mean_of_unpadded_tokens() -> None:
     assert calibration.tokens == dict.fromkeys(("query", "key", "value", "output"), 19)
 
 
-def test_layers_with_one_input_share_one_moment() -> None:
-    calibration = calibrate(Attention(), token_batches())
-    assert list(calibration) == ["query", "key", "value", "output"]
-    assert calibration["query"] is calibration["key"] is calibration["value"]
-    assert calibration["output"] is not calibration["query"]
-
-
 def test_a_tensor_changed_in_place_is_another_input() -> None:
     class InPlace(nn.Module):
         def __init__(self) -> None:
@@ -103,54 +96,16 @@ def test_mask_applies_to_stacked_and_flattened_tokens(shape: tuple[int, ...]) ->
     assert calibration.tokens["pooled"] == 2
 
 
-def test_low_precision_inputs_are_summed_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kron_kernels.convert.input_moments._CHUNK_ROWS", 100)
-    model, x = nn.Linear(4, 4).bfloat16(), (torch.randn(3000, 4) + 3).bfloat16()
-    with torch.autocast("cpu", torch.bfloat16):
-        calibration = calibrate(model, [x])
-    exact = x.double().T @ x.double() / 3000
-    torch.testing.assert_close(calibration[""].double(), exact, rtol=1e-4, atol=0)
-
-
-def test_real_encoder_groups_its_layers() -> None:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.BertConfig(
-        hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12, vocab_size=20
-    )
-    calibration = calibrate(transformers.BertModel(config), token_batches_for(20))
-    assert len(calibration) == 2 * 6 + 1
-    assert len({id(moment) for moment in calibration.values()}) == 2 * 4 + 1
-    assert calibration["encoder.layer.1.output.dense"].shape == (12, 12)
-    assert calibration.tokens["encoder.layer.1.output.dense"] == 4
-    assert calibration.tokens["pooler.dense"] == 2
-
-
-def token_batches_for(vocab: int) -> list[dict[str, Tensor]]:
-    mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]])
-    return [{"input_ids": torch.randint(vocab, (2, 4)), "attention_mask": mask}]
-
-
-def hooks_of(model: nn.Module) -> int:
-    return sum(len(module._forward_pre_hooks) for module in model.modules())
-
-
 def test_model_is_left_as_it_was() -> None:
     model = Attention().train()
     model.query.eval()
     calibrate(model, token_batches())
-    assert model.training
-    assert model.dropout.training
-    assert not model.query.training
-    assert hooks_of(model) == 0
-    assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def test_model_is_left_as_it_was_after_an_error() -> None:
-    model = Attention().train()
     with pytest.raises(IndexError):
         calibrate(model, [{"input_ids": torch.full((2, 4), 99)}])
     assert model.training
-    assert hooks_of(model) == 0
+    assert model.dropout.training
+    assert not model.query.training
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_inputs_shared_in_the_first_batch_only() -> None:
@@ -170,27 +125,14 @@ def test_inputs_shared_in_the_first_batch_only() -> None:
     ("batches", "arguments", "error", "message"),
     [
         ([], {}, ValueError, "batches: expected at least one batch, got none"),
-        (["text"], {}, ValueError, "batches: expected mappings, tuples or tensors, got str"),
         (None, {"modules": ["querry"]}, ValueError, "modules: 'querry' is no module of the model; is it 'query'?"),
         (None, {"modules": "query"}, TypeError, "modules: expected a sequence of names, got the string 'query'"),
         (None, {"modules": ["unused"]}, ValueError, "modules: unused did not run"),
-        (
-            None,
-            {"modules": ["embed"]},
-            ValueError,
-            r"modules: embed must take floating-point rows \(..., n\), got torch.int64",
-        ),
         (
             [{"input_ids": torch.ones(2, 4, dtype=torch.long), "attention_mask": torch.ones(2, 1, 1, 4)}],
             {},
             ValueError,
             r"attention_mask: expected a tensor \(B, L\), got shape \(2, 1, 1, 4\)",
-        ),
-        (
-            [{"input_ids": torch.ones(2, 4, dtype=torch.long), "attention_mask": torch.zeros(2, 4)}],
-            {},
-            ValueError,
-            "batches: attention_mask leaves no token for query",
         ),
     ],
 )
@@ -199,10 +141,8 @@ def test_bad_input(batches: Any, arguments: dict[str, Any], error: type[Exceptio
         calibrate(Attention(), token_batches() if batches is None else batches, **arguments)
 
 
-def test_inputs_that_are_not_finite_or_change_width() -> None:
+def test_inputs_that_are_not_finite() -> None:
     with pytest.raises(ValueError, match="batches: the inputs of 0 hold NaN or inf"):
         calibrate(nn.Sequential(nn.Linear(4, 4)), [torch.full((2, 4), torch.nan)])
-    with pytest.raises(ValueError, match="modules: 0 takes inputs 4 wide and 5 wide"):
-        calibrate(nn.Sequential(nn.Tanh()), [torch.ones(2, 4), torch.ones(2, 5)], ["0"])
     with pytest.raises(ValueError, match=r"model: expected at least one nn\.Linear, got none"):
         calibrate(nn.Tanh(), [torch.ones(2, 4)])

@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertForMaskedLM, BertModel, MPNetConfig, MPNetModel
+from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from kron_kernels.convert.counting import count_parameters, linear_flops
-from kron_kernels.convert.kronify import kronify_
 from kron_kernels.models import KronBertConfig, KronBertForMaskedLM, KronBertModel
 
 
@@ -25,7 +24,6 @@ def make_bert_base(name: str | None, **options) -> nn.Module:
         (None, 109_482_240, 108_891_648, 21_732_655_104),
         ("K8", 14_654_216, 14_063_624, 5_474_746_368),
         ("K21", 5_228_272, 4_637_680, 1_403_191_296),
-        ("K19", 5_716_620, 5_126_028, 1_403_191_296),
     ],
 )
 def test_bert_base(name, with_pooler, without_pooler, flops):
@@ -36,17 +34,10 @@ def test_bert_base(name, with_pooler, without_pooler, flops):
     assert linear_flops(model, 128) == flops
 
 
+@pytest.mark.slow
 def test_a_tied_decoder_adds_only_the_head():
     with torch.device("meta"):
         dense, kron = BertForMaskedLM(BertConfig()), KronBertForMaskedLM(KronBertConfig(kron="K8"))
     head = 768 * 768 + 3 * 768 + 30522
     assert count_parameters(dense) == 108_891_648 + head
     assert count_parameters(kron) == 14_063_624 + head
-
-
-def test_mpnet_counts_as_bert():
-    with torch.device("meta"):
-        model = MPNetModel(MPNetConfig())
-    assert linear_flops(model, 1) == 21_732_655_104 // 128
-    kronify_(model, "K8", fit=False)
-    assert linear_flops(model, 1) == 5_474_746_368 // 128

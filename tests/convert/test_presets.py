@@ -11,19 +11,13 @@ from kron_kernels.convert.presets import KronConfig, ShapeRule, as_kron_config, 
 
 WEIGHTS = {"attention": (768, 768), "ffn_in": (3072, 768), "ffn_out": (768, 3072), "embedding": (30522, 768)}
 
-# Tahaei et al., NAACL 2022, table 1, and our own K19
+# Tahaei et al., NAACL 2022, table 1
 SHAPES = {
     "K8": {
         "attention": ((384, 384), (2, 2)),
         "ffn_in": ((8, 2), (384, 384)),
         "ffn_out": ((2, 8), (384, 384)),
         "embedding": ((30522, 96), (1, 8)),
-    },
-    "K19": {
-        "attention": ((384, 48), (2, 16)),
-        "ffn_in": ((16, 2), (192, 384)),
-        "ffn_out": ((2, 16), (384, 192)),
-        "embedding": ((30522, 64), (1, 12)),
     },
     "K21": {
         "attention": ((384, 48), (2, 16)),
@@ -41,13 +35,6 @@ def test_presets_have_their_shapes_on_bert_base(name):
     assert {role: rule.resolve(*WEIGHTS[role]) for role, rule in config.rules.items()} == SHAPES[name]
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_presets_fit_smaller_models(name):
-    rules = preset(name, 384, 1536).rules
-    assert rules["attention"].resolve(384, 384)[1] == SHAPES[name]["attention"][1]
-    assert rules["ffn_in"].resolve(1536, 384)[0] == SHAPES[name]["ffn_in"][0]
-
-
 def test_a_size_that_does_not_divide_is_named():
     with pytest.raises(
         ValueError,
@@ -55,13 +42,6 @@ def test_a_size_that_does_not_divide_is_named():
         r"b: a factor of 2x16 does not divide a weight of 200x200",
     ):
         preset("K21", 200, 800)
-
-
-def test_unknown_preset_lists_the_known_ones():
-    with pytest.raises(
-        ValueError, match="preset: expected one of K8, K19, K21, KnGPT2, TQCompressor, TQCompressor-QKV, got 'K9'"
-    ):
-        preset("K9", 768, 3072)
 
 
 def test_json_round_trip():
@@ -82,25 +62,16 @@ def test_json_round_trip():
     ("name", "role"),
     [
         ("bert.encoder.layer.11.attention.self.query", "attention"),
-        ("encoder.layer.0.attention.output.dense", "attention"),
-        ("encoder.layer.0.crossattention.self.key", "attention"),
         ("mpnet.encoder.layer.3.attention.attn.o", "attention"),
         ("encoder.layer.0.intermediate.dense", "ffn_in"),
         ("encoder.layer.0.output.dense", "ffn_out"),
         ("embeddings.word_embeddings", "embedding"),
-        ("embeddings.position_embeddings", None),
         ("pooler.dense", None),
         ("cls.predictions.decoder", None),
     ],
 )
 def test_roles_of_module_names(name, role):
     assert preset("K8").role_of(name) == role
-
-
-def test_a_module_of_two_roles_is_an_error():
-    config = KronConfig({"attention": ShapeRule(a=(1, 1))}, patterns={"attention": ("q",), "other": ("q$",)})
-    with pytest.raises(ValueError, match=r"patterns: layer.q matches several roles: attention, other"):
-        config.role_of("layer.q")
 
 
 def changed(**changes):
@@ -116,7 +87,6 @@ def changed(**changes):
         (changed(rules={}), "rules: expected at least one role, got none"),
         (changed(rules={"mixer": {"a": [2, 2]}}), "rules: role 'mixer' has no patterns; known roles: attention"),
         (changed(version=2, weight_dtype="int4"), "weight_dtype: expected None or 'int8', got 'int4'"),
-        (changed(skip=["("]), r"patterns: '\(' is not a regular expression"),
         (changed(rules={"attention": {"a": [2, 0]}}), r"a: expected two positive integers, got \[2, 0\]"),
         (changed(rules={"attention": {}}), "rule: expected exactly one of a and b, got a=None, b=None"),
     ],
@@ -124,11 +94,6 @@ def changed(**changes):
 def test_bad_configurations(data, match):
     with pytest.raises(ValueError, match=match):
         KronConfig.from_dict(data)
-
-
-def test_another_type_is_an_error():
-    with pytest.raises(TypeError, match="config: expected a KronConfig, its dict or a preset's name, got int"):
-        as_kron_config(8)
 
 
 def test_weight_dtype_is_written_in_version_2_only():

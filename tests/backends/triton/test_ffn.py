@@ -5,13 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kron_kernels.backends.base import Device
-from kron_kernels.backends.triton import ffn, ffn_tiles, implementations
+from kron_kernels.backends.triton import ffn, implementations
 from kron_kernels.backends.triton.ffn_tiles import FfnTiles
-from kron_kernels.backends.triton.launch import recording
 from kron_kernels.backends.triton.tiles import Tiles
 from kron_kernels.schemas import reference
-from kron_kernels.schemas.product import Product
 from kron_kernels.testing.accuracy import assert_accurate
 from kron_kernels.testing.shapes import LAYOUTS
 from tests.ops.block_cases import FFN_SHAPES, FfnCase, ffn_case, ffn_gradients
@@ -79,37 +76,3 @@ def test_gradients(case: FfnCase, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("shape", ["odd", "tiny-right"])
 def test_only_the_gradients_needed(shape: str, needs: int) -> None:
     check_gradients(FfnCase(shape, 5), torch.float32, needs)
-
-
-# Of a first pair A (m1, n1), B (m2, n2), and A, B of the second.
-SIZES = {
-    "k8": ((8, 2), (384, 384), (2, 8), (384, 384)),
-    "k21": ((16, 2), (192, 384), (2, 16), (384, 192)),
-    "unchained": ((8, 2), (384, 384), (2, 16), (384, 192)),
-    "tiny-right": ((384, 384), (8, 2), (384, 384), (2, 8)),
-}
-
-
-@pytest.mark.quick
-@pytest.mark.parametrize(
-    ("name", "dtype", "arch", "kernels", "reason"),
-    [
-        ("k8", torch.bfloat16, 90, {"ffn_forward_kernel"}, "None"),
-        ("k8", torch.float16, 80, {"ffn_forward_kernel"}, "None"),
-        ("k8", torch.float32, 90, {"ffn_middle_kernel", "ffn_rows_kernel"}, "cannot hold"),
-        ("k21", torch.bfloat16, 90, {"ffn_middle_kernel", "ffn_rows_kernel"}, "cannot hold"),
-        ("k8", torch.bfloat16, "gfx942", {"ffn_middle_kernel", "ffn_rows_kernel"}, "cannot hold"),
-        ("unchained", torch.bfloat16, 90, {"matmul_kernel"}, "grid of 8x384, the second takes one of 16x192"),
-        ("tiny-right", torch.bfloat16, 90, {"matmul_kernel"}, "too large to be fused"),
-    ],
-)
-def test_what_is_launched_and_why(
-    name: str, dtype: torch.dtype, arch: int | str, kernels: set[str], reason: str
-) -> None:
-    device = Device(arch, 132, {90: 227, 80: 163}.get(arch, 64) * 1024)
-    a1, b1, a2, b2 = (torch.empty(1, *size, dtype=dtype, device="meta") for size in SIZES[name])
-    x = torch.empty(4096, a1.shape[2] * b1.shape[2], dtype=dtype, device="meta")
-    with recording(device) as launches:
-        OPS["kron_ffn"](x, a1, b1, None, a2, b2, None, 1, None, None, None, 0.0)
-    assert {launch.kernel.fn.__name__ for launch in launches} == kernels
-    assert reason in str(ffn_tiles.fits(Product.of(a1, b1), Product.of(a2, b2), 4096, dtype, device))

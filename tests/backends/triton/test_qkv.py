@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
-from kron_kernels.backends.base import Device
 from kron_kernels.backends.triton import implementations
-from kron_kernels.backends.triton.launch import recording
 from kron_kernels.schemas import reference
 from kron_kernels.testing.accuracy import assert_accurate, forward_oracle
 from kron_kernels.testing.shapes import LAYOUTS, Case, Operands, make
@@ -40,36 +37,6 @@ def test_smoke() -> None:
 @pytest.mark.parametrize("case", SAMPLE, ids=lambda case: case.id)
 def test_accuracy(case: Case, dtype: torch.dtype) -> None:
     check(case, dtype)
-
-
-SIZES = {"odd": ((3, 5), (7, 2)), "plain": ((20, 10), (1, 1)), "balanced": ((24, 24), (32, 32))}
-
-
-@pytest.mark.quick
-@pytest.mark.parametrize(
-    ("shapes", "launches"),
-    [
-        (["odd"], ["matmul_kernel"]),
-        (["odd"] * 4, ["projections_kernel"]),
-        (["odd"] * 5, ["projections_kernel", "matmul_kernel"]),
-        (["plain", "odd", "odd"], ["matmul_kernel", "projections_kernel"]),
-        (["odd", "transposed"], ["matmul_kernel"] * 2),
-        (["balanced"] * 3, ["chain_kernel"] * 3),
-    ],
-    ids=lambda value: "-".join(value),
-)
-def test_neighbours_of_one_shape_share_a_launch(shapes: list[str], launches: list[str]) -> None:
-    def factor(shape: str, side: int) -> Tensor:
-        value = torch.randn(1, *SIZES.get(shape, SIZES["odd"])[side])
-        return value.mT.contiguous().mT if shape == "transposed" else value
-
-    x = torch.randn(9, 768 if "balanced" in shapes else 10)
-    a, b = ([factor(shape, side) for shape in shapes] for side in (0, 1))
-    with recording(Device(80, 108, 166912)) as seen:
-        kron_qkv(x, a, b, [], [])
-    assert [launch.kernel.fn.__name__ for launch in seen] == launches
-    for left, right, y in zip(a, b, kron_qkv(x, a, b, [], []), strict=True):
-        torch.testing.assert_close(y, reference.kron_matmul(x, left, right), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.quick
