@@ -77,33 +77,6 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new(
     assert found == {"old", "new"}
 
 
-def test_two_writers_never_share_a_folder(tmp_path: Path) -> None:
-    path = tmp_path / "model"
-    with new_folder(path) as first:
-        (first / "one").write_text("first")
-        write(path, "second")
-        assert first.is_dir()
-    assert os.listdir(path) == ["one"]
-    with (
-        pytest.raises(FileExistsError, match="another process made it in the meantime"),
-        new_folder(tmp_path / "new", replace=False),
-    ):
-        write(tmp_path / "new", "other")
-    assert content(tmp_path / "new") == ["other", "other"]
-
-
-def test_what_is_the_users_stays(tmp_path: Path) -> None:
-    users = tmp_path / ".model.tmp"
-    users.mkdir()
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
-    write(tmp_path / "model", "new")
-    with pytest.raises(FileExistsError, match="link: expected a folder to replace, got a link"):
-        write(tmp_path / "link", "new")
-    assert users.is_dir()
-    assert not os.listdir(tmp_path / "elsewhere")
-
-
 def test_full_disks_are_named(tmp_path: Path) -> None:
     for error in (OSError(errno.ENOSPC, "full"), RuntimeError("I/O error: No space left on device (os error 28)")):
         with pytest.raises(NoSpaceError, match="model: the disk is full") as caught, new_folder(tmp_path / "model"):
@@ -112,3 +85,19 @@ def test_full_disks_are_named(tmp_path: Path) -> None:
     assert not os.listdir(tmp_path)
     with pytest.raises(NoSpaceError, match=r"cache: expected .* GB free at .*, got"):
         check_space(tmp_path / "cache", 10**18, "cache")
+
+
+def test_two_writers_and_links(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "model") as first:
+        (first / "one").write_text("first")
+        write(tmp_path / "model", "second")
+    assert os.listdir(tmp_path / "model") == ["one"]
+    with (
+        pytest.raises(FileExistsError, match="another process made it in the meantime"),
+        new_folder(tmp_path / "new", replace=False),
+    ):
+        write(tmp_path / "new", "other")
+    assert content(tmp_path / "new") == ["other", "other"]
+    (tmp_path / "link").symlink_to(tmp_path / "new")
+    with pytest.raises(FileExistsError, match="link: expected a folder to replace, got a link"):
+        write(tmp_path / "link", "new")

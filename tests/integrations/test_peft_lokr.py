@@ -14,8 +14,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.autograd.functional import jacobian
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from kron_kernels.convert.versions import check_version
@@ -27,7 +25,6 @@ from peft.tuners.lokr import layer as lokr  # noqa: E402
 
 from kron_kernels.integrations import peft_lokr  # noqa: E402
 from kron_kernels.integrations.peft_lokr import (  # noqa: E402
-    PEFT_VERSIONS,
     apply_kron_kernels_to_peft,
     kron_kernels_in_peft,
     remove_kron_kernels_from_peft,
@@ -57,16 +54,12 @@ CASES: dict[str, tuple[Make, dict[str, Any]]] = {
     "linear-full": (linear, FULL),
     "linear-low-rank": (linear, LOW),
     "linear-no-bias": (lambda: nn.Linear(24, 40, bias=False), FULL),
-    "linear-near-square": (linear, {"r": 64, "decompose_factor": -1}),
     "linear-both-low-rank": (linear, {"r": 2, "decompose_both": True, "decompose_factor": -1}),
     "linear-rank-dropout": (linear, {**FULL, "rank_dropout": 0.5}),
     "linear-rank-dropout-scaled": (linear, {**LOW, "rank_dropout": 0.5, "rank_dropout_scale": True}),
     "linear-module-dropout": (linear, {**LOW, "module_dropout": 0.5}),
-    "linear-both-dropouts": (linear, {**LOW, "module_dropout": 0.3, "rank_dropout": 0.3}),
-    "conv1d-full": (conv1d, FULL),
     "conv1d-low-rank": (conv1d, LOW),
     "conv1d-stride": (lambda: nn.Conv1d(24, 40, 1, stride=2), FULL),
-    "conv2d-full": (conv2d, FULL),
     "conv2d-low-rank": (conv2d, {**LOW, "use_effective_conv2d": True}),
     "conv2d-stride": (partial(conv2d, stride=(2, 3), padding="valid"), FULL),
     "conv2d-rank-dropout": (conv2d, {**FULL, "rank_dropout": 0.5, "rank_dropout_scale": True}),
@@ -142,8 +135,7 @@ IN_BF16 = ("linear-full", "linear-low-rank", "linear-rank-dropout-scaled", "conv
 
 
 @pytest.mark.parametrize(
-    ("case", "dtype"),
-    [*((case, torch.float32) for case in CASES), *((case, torch.bfloat16) for case in IN_BF16)],
+    ("case", "dtype"), [*((case, torch.float32) for case in CASES), *((case, torch.bfloat16) for case in IN_BF16)]
 )
 def test_output_gradients_and_draws_are_those_of_peft(case: str, dtype: torch.dtype) -> None:
     make, options = CASES[case]
@@ -168,8 +160,6 @@ def test_what_is_not_active_takes_no_part() -> None:
         model.base_model.set_adapter(["adapter0"])
         assert not torch.allclose(model(x), one)
         assert_equals_peft(model, x)
-        model.base_model.model.layer._active_adapter = ["adapter0", "of another layer"]
-        assert_equals_peft(model, x)
         with model.disable_adapter():
             assert torch.equal(model(x), model.base_model.model.layer.base_layer(x))
 
@@ -185,20 +175,6 @@ def test_merging_and_unmerging_are_as_before() -> None:
         merged = copy.deepcopy(model).merge_and_unload()
     assert type(merged.layer) is nn.Linear
     assert torch.allclose(merged(x), plain, atol=1e-5)
-
-
-def test_patching_the_classes_reaches_every_layer_and_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "kron", _refuse)
-    model, x = adapted(linear, **FULL), make_x(linear)
-    for _ in range(2):
-        apply_kron_kernels_to_peft()
-    model(x)
-    adapted(conv2d, **LOW)(make_x(conv2d))
-    remove_kron_kernels_from_peft()
-    assert {cls: dict(vars(cls)) for cls in CLASSES} == OWN
-    with pytest.raises(AssertionError, match="weight"):
-        model(x)
-    remove_kron_kernels_from_peft()
 
 
 def test_patching_a_model_leaves_the_classes_and_other_models_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,43 +223,28 @@ class Subclass(lokr.Linear):
         return 2 * super()._get_delta_activations(adapter_name, input, *args, **kwargs)
 
 
-class Wrapped(Tensor):
-    """A factor of a class of its own, such as a quantised one."""
-
-
 UNSUPPORTED = {
     "kernel": (partial(conv2d, kernel_size=3), r"kernel size \(3, 3\)", lambda layer: None),
-    "groups": (partial(conv2d, groups=2), "2 groups", lambda layer: None),
     "padding": (partial(conv2d, padding=1), r"padding \(1, 1\)", lambda layer: None),
-    "conv1d": (lambda: nn.Conv1d(24, 40, 3, padding="same"), r"kernel size \(3,\)", lambda layer: None),
     "subclass": (linear, "class Subclass", lambda layer: setattr(layer, "__class__", Subclass)),
-    "factor": (
-        linear,
-        "factor of class Wrapped",
-        lambda layer: setattr(layer.lokr_w1["adapter0"], "__class__", Wrapped),
-    ),
 }
 
 
-@pytest.mark.parametrize("of_classes", [False, True], ids=["model", "classes"])
 @pytest.mark.parametrize("case", UNSUPPORTED)
-def test_what_is_not_supported_keeps_pefts_path_with_one_warning(case: str, of_classes: bool) -> None:
+def test_what_is_not_supported_keeps_pefts_path_with_one_warning(case: str) -> None:
     make, named, change = UNSUPPORTED[case]
     model, x = adapted(make, **{**FULL, "rank_dropout": 0.5}), make_x(make)
     change(model.base_model.model.layer)
     want = outcome(model, x)
-    scope = None if of_classes else model
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        apply_kron_kernels_to_peft(scope)
+        apply_kron_kernels_to_peft(model)
         found = [outcome(model, x) for _ in range(2)]
-        apply_kron_kernels_to_peft(scope)
     assert re.fullmatch(
         f"PEFT LoKr: a .*{named}.* keeps PEFT's own computation, which builds the weight", str(warned[0].message)
     )
     assert len(warned) == 1
     assert all(torch.equal(one[name], want[name]) for one in found for name in want)
-    remove_kron_kernels_from_peft(scope)
 
 
 def test_versions_and_models_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,79 +254,20 @@ def test_versions_and_models_are_checked(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.undo()
     with pytest.raises(ImportError, match="no-such-package: expected version >=1, got none: it is not installed"):
         check_version("no-such-package", ">=1")
-    check_version("peft", PEFT_VERSIONS)
-    for function in (apply_kron_kernels_to_peft, remove_kron_kernels_from_peft):
-        with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module or None, got str"):
-            function("model")
-        with pytest.raises(ValueError, match="model: expected a model with LoKr layers of PEFT, got Linear without"):
-            function(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module or None, got str"):
+        apply_kron_kernels_to_peft("model")
+    with pytest.raises(ValueError, match="model: expected a model with LoKr layers of PEFT, got Linear without"):
+        apply_kron_kernels_to_peft(nn.Linear(2, 2))
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("shape", [(5, 24), (2, 5, 24), (24,)], ids=str)
-def test_the_product_is_added_into_what_a_plain_layer_gave(
-    shape: tuple[int, ...], bias: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given: list[Tensor] = []
-    plain = F.linear
-    monkeypatch.setattr(F, "linear", lambda *operands: given.append(plain(*operands)) or given[-1])
-    model, x = adapted(lambda: nn.Linear(24, 40, bias=bias), adapters=2, **FULL), torch.randn(shape)
-    want, given[:] = outcome(model, x), []
-    with kron_kernels_in_peft(model):
-        y = model(x)
-        assert y.data_ptr() == given[0].data_ptr()
-        found = outcome(model, x)
-        assert all(torch.allclose(found[name], want[name], atol=1e-5) for name in want)
-        given.clear()
-        with torch.inference_mode():
-            assert model(x).data_ptr() == given[0].data_ptr()
-
-
-class GivesInput(nn.Linear):
-    """A layer that hands on what it got."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return input
-
-
-class GivesKept(nn.Linear):
-    """A layer that gives a view of what it keeps, and needs for its backward."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        self.kept = super().forward(input).exp()
-        return self.kept[:]
-
-
-@pytest.mark.parametrize("kind", [GivesInput, GivesKept])
-def test_what_other_layers_give_is_not_overwritten(kind: type[nn.Linear]) -> None:
-    torch.manual_seed(1)
-    model: Any = peft.get_peft_model(Model(kind(24, 24)), peft.LoKrConfig(target_modules=["layer"], init_weights=False))
-    x = make_x(linear)
-    before = x.clone()
-    assert_equals_peft(model, x)
-    with kron_kernels_in_peft(model):
-        y = model(x)
-    assert torch.equal(x, before)
-    if kind is GivesKept:
-        base_layer = model.base_model.model.layer.base_layer
-        assert torch.equal(base_layer.kept, F.linear(x, base_layer.weight, base_layer.bias).exp())
-        assert not torch.allclose(y, base_layer.kept)
-
-
-@pytest.mark.parametrize("hooked", ["forward", "backward"])
-def test_what_hooks_saw_is_not_overwritten(hooked: str) -> None:
+def test_what_hooks_saw_is_not_overwritten() -> None:
     model, x = adapted(linear, **FULL), make_x(linear)
     base_layer = model.base_model.model.layer.base_layer
     whole, want, seen = model(x), base_layer(x).detach(), []
-    if hooked == "forward":
-        base_layer.register_forward_hook(lambda module, operands, result: seen.append(result))
-    else:
-        base_layer.register_full_backward_hook(lambda module, before, after: seen.append(after[0]))
+    base_layer.register_forward_hook(lambda module, operands, result: seen.append(result))
     with kron_kernels_in_peft(model):
-        y = model(x.requires_grad_())
-        assert torch.allclose(y, whole, atol=1e-5)
-    y.backward(want)
-    assert torch.equal(seen[0], want), "the result, or the gradient of it"
+        assert torch.allclose(model(x), whole, atol=1e-5)
+    assert torch.equal(seen[0], want)
 
 
 def largest_allocation(run: Callable[[], object]) -> int:
@@ -375,14 +277,7 @@ def largest_allocation(run: Callable[[], object]) -> int:
     return max(event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
 
 
-MEMORY = {
-    "full": {**FULL, "decompose_factor": 8},
-    "low-rank": {**LOW, "decompose_factor": 2},  # its w2 would be a quarter of the weight
-    "dropout": {**LOW, "decompose_factor": 2, "rank_dropout": 0.1},
-}
-
-
-@pytest.mark.parametrize("options", MEMORY.values(), ids=MEMORY)
+@pytest.mark.parametrize("options", [{**FULL, "decompose_factor": 8}, {**LOW, "decompose_factor": 2}])
 def test_nothing_of_the_weights_size_is_made(options: dict[str, Any]) -> None:
     model = adapted(lambda: nn.Linear(256, 384), **options)
     weight = 256 * 384 * 4
@@ -417,76 +312,11 @@ def test_a_patched_model_compiles_to_one_graph(case: str) -> None:
     assert all(torch.allclose(found[f"_orig_mod.{name}"], plain[name], atol=1e-4) for name in plain if "lokr" in name)
 
 
-@pytest.mark.parametrize("adapters", [1, 2])
-@pytest.mark.parametrize("options", [FULL, LOW], ids=["full", "low-rank"])
-def test_batched_gradients_are_those_of_peft(options: dict[str, Any], adapters: int) -> None:
-    model = adapted(linear, adapters=adapters, **options)
-    x = torch.randn(3, 24, requires_grad=True)
-    wanted = [x, *(parameter for parameter in model.parameters() if parameter.requires_grad)]
-
-    def gradients() -> list[Tensor]:
-        y = model(x)
-        rows = torch.eye(y.numel()).view(-1, *y.shape)
-        batched = torch.autograd.grad(y, wanted, rows, is_grads_batched=True)
-        return [jacobian(model, x, vectorize=True), *batched]
-
-    plain = gradients()
+@pytest.mark.parametrize("shape", [(0, 24), (2, 0, 24)], ids=str)
+def test_empty_batches(shape: tuple[int, ...]) -> None:
+    model, x = adapted(linear, adapters=2, **FULL), torch.randn(shape, requires_grad=True)
     with kron_kernels_in_peft(model):
-        for got, want in zip(gradients(), plain, strict=True):
-            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("adapters", [1, 2])
-@pytest.mark.parametrize("shape", [(0, 24), (0, 5, 24), (2, 0, 24)], ids=str)
-def test_empty_batches(shape: tuple[int, ...], adapters: int, autocast: bool) -> None:
-    model, x = adapted(linear, adapters=adapters, **FULL), torch.randn(shape, requires_grad=True)
-    with kron_kernels_in_peft(model), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         y = model(x)
-    assert (y.shape, y.dtype) == ((*shape[:-1], 40), torch.float32)
+    assert y.shape == (*shape[:-1], 40)
     y.sum().backward()
     assert x.grad.shape == shape
-
-
-CONDITIONS: dict[str, tuple[dict[str, Any], bool]] = {
-    "plain": ({}, True),
-    "no gradients": ({"inference": True}, True),
-    "two adapters": ({"adapters": 2}, False),
-    "trained layer": ({"trained": True}, False),
-    "hook before": ({"hook": True}, False),
-    "rank dropout": ({"rank_dropout": 0.5}, False),
-    "adapter of another dtype": ({"adapter_dtype": torch.float64}, False),
-    "autocast": ({"autocast": True}, False),
-}
-
-
-@pytest.mark.parametrize("condition", CONDITIONS)
-def test_one_adapter_on_a_plain_frozen_layer_shares_its_gradient(
-    condition: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    changes, shared = CONDITIONS[condition]
-    options = {name: changes[name] for name in ("adapters", "rank_dropout") if name in changes}
-    model, x = adapted(linear, **FULL, **options), make_x(linear)
-    layer = model.base_model.model.layer
-    layer.base_layer.weight.requires_grad_("trained" in changes)
-    if "hook" in changes:
-        layer.base_layer.register_forward_pre_hook(lambda module, operands: (2 * operands[0],))
-    if "adapter_dtype" in changes:
-        layer.lokr_w2.to(changes["adapter_dtype"])
-    torch.manual_seed(0)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled="autocast" in changes):
-        want = model(x)
-    calls = []
-    op = peft_lokr.frozen_linear_kron
-    monkeypatch.setattr(peft_lokr, "frozen_linear_kron", lambda *args, **kwargs: calls.append(1) or op(*args, **kwargs))
-    torch.manual_seed(0)
-    with (
-        kron_kernels_in_peft(model),
-        torch.inference_mode("inference" in changes),
-        torch.autocast("cpu", torch.bfloat16, enabled="autocast" in changes),
-    ):
-        y = model(x)
-    assert torch.allclose(
-        y, want, rtol=0.02 if "autocast" in changes else 1e-4, atol=0.1 if "autocast" in changes else 1e-4
-    )
-    assert bool(calls) == shared

@@ -56,11 +56,7 @@ def test_hidden_orders_of_a_feed_forward_fold_as_one():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        (
-            {"input_order": torch.arange(14).roll(1)},
-            "input_order: expected an order of whole groups of 2 .* got one that",
-        ),
-        ({"output_order": torch.arange(15).roll(1)}, "output_order: expected an order of whole groups of 3"),
+        ({"input_order": torch.arange(14).roll(1)}, "input_order: expected an order of whole groups of 2 .* got one"),
         ({"output_order": torch.zeros(15)}, r"output_order: expected a permutation of 15 channels, got shape \(15,\)"),
         ({"bias": torch.zeros(8)}, r"bias: expected \(15,\), got \(8,\)"),
     ],
