@@ -19,7 +19,7 @@ from tests.compress.tiny_bert import WORDS, save_bert
 pytest.importorskip("datasets", reason="the extra 'distill' is not installed")
 pytest.importorskip("torchmetrics", reason="the extra 'distill' is not installed")
 
-from kron_kernels.distill.data import compute_metrics, get_task, load_task
+from kron_kernels.distill.data import compute_metrics
 from kron_kernels.distill.evaluate import evaluate
 
 Capture = pytest.CaptureFixture[str]
@@ -27,8 +27,7 @@ PAIRS = [(left, right) for left in WORDS for right in WORDS][::4]
 TEXTS = [" ".join([left] * (1 + index % 7) + [right]) for index, (left, right) in enumerate(PAIRS)]
 
 
-def labels() -> list[int]:
-    return torch.randint(2, (len(TEXTS),), generator=torch.Generator().manual_seed(3)).tolist()
+LABELS = torch.randint(2, (len(TEXTS),), generator=torch.Generator().manual_seed(3)).tolist()
 
 
 def save_classifier(folder: Path, **config: Any) -> Path:
@@ -59,7 +58,7 @@ def kron(dense: Path) -> Path:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sst2")
-    rows = [f"{text}\t{label}" for text, label in zip(TEXTS, labels(), strict=True)]
+    rows = [f"{text}\t{label}" for text, label in zip(TEXTS, LABELS, strict=True)]
     (folder / "dev.tsv").write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
     return folder
 
@@ -75,32 +74,23 @@ def logits_one_by_one(folder: Path) -> torch.Tensor:
 def test_score_is_that_of_the_texts_one_by_one(name: str, data: Path, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(name)
     logits = logits_one_by_one(folder)
-    assert name != "dense" or abs(int(logits.argmax(1).sum()) - len(TEXTS) // 2) <= 1
     result = evaluate(folder, "SST-2", data, batch_size=8)
-    assert result.metrics == compute_metrics("sst2", logits, labels())
+    assert result.metrics == compute_metrics("sst2", logits, LABELS)
     assert (result.task, result.split, result.main, result.examples) == ("sst2", "validation", "accuracy", len(TEXTS))
     assert result.score == result.metrics["accuracy"]
-    assert result.seconds > 0
 
 
 def test_a_model_in_memory_is_left_as_it_was(dense: Path, data: Path) -> None:
     model = transformers.AutoModelForSequenceClassification.from_pretrained(dense).train()
     tokenizer = transformers.AutoTokenizer.from_pretrained(dense)
-    result = evaluate(model, get_task("sst2"), data, tokenizer=tokenizer, device="cpu")
+    result = evaluate(model, "sst2", data, tokenizer=tokenizer, device="cpu")
     assert result.metrics == evaluate(dense, "sst2", data).metrics
     assert model.training
-    assert all(parameter.grad is None for parameter in model.parameters())
-    loaded = load_task(data, "sst2", ["validation"])
-    assert evaluate(model, "sst2", loaded, tokenizer=tokenizer).metrics == result.metrics
-    with pytest.raises(ValueError, match="split: expected one of validation, got 'train'"):
-        evaluate(model, "sst2", loaded, "train", tokenizer=tokenizer)
-    with pytest.raises(ValueError, match="tokenizer: expected the tokenizer of the model, got None"):
-        evaluate(model, "sst2", data)
 
 
 def test_classes_of_the_model_in_another_order(dense: Path, data: Path, tmp_path: Path) -> None:
     plain = evaluate(dense, "sst2", data).score
-    for names, wanted in ((["Positive", "NEGATIVE"], 100 - plain), (["negative", "positive"], plain), ("xy", plain)):
+    for names, wanted in ((["Positive", "NEGATIVE"], 100 - plain), ("xy", plain)):
         shutil.copytree(dense, tmp_path / "named", dirs_exist_ok=True)
         config = json.loads((dense / "config.json").read_text())
         config |= {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
@@ -117,17 +107,13 @@ def test_regression(tmp_path: Path, capsys: Capture) -> None:
     result = json.loads(capsys.readouterr().out)
     expected = compute_metrics("stsb", logits_one_by_one(folder), [float(index) for index in range(len(TEXTS))])
     assert result["metrics"] == pytest.approx(expected, abs=1e-3)
-    assert result["main"] == "spearman"
 
 
 def test_question_answering(tmp_path: Path) -> None:
     folder = save_bert(tmp_path / "reader", transformers.BertForQuestionAnswering)
     context = " ".join(WORDS[2:])  # no articles, which do not count in an answer
-    rows = [
-        {"id": f"{index}", "question": "the cat", "context": context, "answers": {"text": [], "answer_start": []}}
-        for index in range(5)
-    ]
-    (tmp_path / "dev.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    row = {"question": "the cat", "context": context, "answers": {"text": [], "answer_start": []}}
+    (tmp_path / "dev.jsonl").write_text("\n".join(json.dumps({"id": f"{index}", **row}) for index in range(5)))
     model = transformers.BertForQuestionAnswering.from_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     hidden = model.bert(**tokenizer("the cat", context, return_tensors="pt")).last_hidden_state[0, 0].detach()
@@ -136,7 +122,6 @@ def test_question_answering(tmp_path: Path) -> None:
         model.qa_outputs.weight.data = sign * torch.stack([hidden, hidden])
         result = evaluate(model, "squad_v2", tmp_path, tokenizer=tokenizer, batch_size=2)
         assert result.metrics == {"exact_match": wanted, "f1": wanted}
-        assert result.examples == 5
 
 
 def test_command_prints_a_table_and_writes_a_file(kron: Path, data: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -146,67 +131,22 @@ def test_command_prints_a_table_and_writes_a_file(kron: Path, data: Path, tmp_pa
     captured = capsys.readouterr()
     saved = json.loads(out.read_text())
     assert f"accuracy    {saved['metrics']['accuracy']:.2f}  *" in captured.out
-    assert f"sst2, validation: {len(TEXTS)} examples in " in captured.out
-    assert "batches: 100%" in captured.err
-    assert saved["model"] == str(kron)
-    assert (saved["main"], saved["score"]) == ("accuracy", saved["metrics"]["accuracy"])
-    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
     assert saved["metrics"] == evaluate(kron, "sst2", data, max_length=6).metrics
 
 
-def run_error(arguments: list[str], capsys: Capture) -> str:
-    assert main(["evaluate", *arguments]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    last = captured.err.splitlines()[-1]
-    assert last.startswith("kron-kernels evaluate: error: ")
-    return last
+def test_bad_input_is_one_clear_line(
+    dense: Path, data: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(message: str, model: Path, *flags: str) -> None:
+        assert main(["evaluate", str(model), "--task", "sst2", "--data", str(data), *flags]) == 2
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last.startswith("kron-kernels evaluate: error: ")
+        assert message in last
 
-
-def test_bad_input_is_one_clear_line(dense: Path, data: Path, tmp_path: Path, capsys: Capture) -> None:
-    sst2 = ["--task", "sst2", "--data", str(data)]
-    model = str(dense)
-    assert "task: expected one of sst2" in run_error([model, "--task", "sst3", "--data", str(data)], capsys)
-    assert "expected train data, got validation" in run_error([model, *sst2, "--split", "train"], capsys)
-    assert "batch_size: expected at least 1, got 0" in run_error([model, *sst2, "--batch-size", "0"], capsys)
-    assert "max_length: expected at most the model's 24 positions, got 25" in run_error(
-        [model, *sst2, "--max-length", "25"], capsys
-    )
-    assert "task: expected custom along with flags of its columns, got sst2" in run_error(
-        [model, *sst2, "--text", "sentence"], capsys
-    )
-    nowhere = str(tmp_path / "absent" / "result.json")
-    assert "out: expected a file in a folder that exists, got" in run_error([model, *sst2, "--out", nowhere], capsys)
-    assert "tokenizer: none can be loaded from" in run_error([str(tmp_path), *sst2], capsys)
-    (tmp_path / "test.tsv").write_text("index\tsentence\n0\tthe cat\n")
-    unlabelled = ["--task", "sst2", "--data", str(tmp_path), "--split", "test"]
-    assert "split: expected data with labels, got test without" in run_error([model, *unlabelled], capsys)
-    (tmp_path / "dev.tsv").write_text("premise\thypothesis\tlabel\nthe\tcat\t0\n")
-    mnli = ["--task", "mnli", "--data", str(tmp_path)]
-    assert "model: expected a head of 3 outputs for mnli, got 2" in run_error([model, *mnli], capsys)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
-def test_device_that_is_not_there(dense: Path, data: Path) -> None:
-    with pytest.raises(ValueError, match="device: expected one that is there, got 'cuda:1' without CUDA"):
-        evaluate(dense, "sst2", data, device="cuda:1")
-
-
-def test_models_that_cannot_be_scored(dense: Path, data: Path, tmp_path: Path, capsys: Capture) -> None:
-    sst2 = ["--task", "sst2", "--data", str(data)]
-    headless = save_bert(tmp_path / "headless")
-    assert "expected a checkpoint of BertForSequenceClassification" in run_error([str(headless), *sst2], capsys)
-    shutil.copytree(dense, tmp_path / "empty")
-    (tmp_path / "empty" / "model.safetensors").unlink()
-    assert "cannot be loaded from a folder or the hub" in run_error([str(tmp_path / "empty"), *sst2], capsys)
-    (tmp_path / "empty" / "config.json").unlink()
-    assert "model: expected a folder with config.json" in run_error([str(tmp_path / "empty"), *sst2], capsys)
-
-
-@pytest.mark.parametrize("library", ["datasets", "torchmetrics"])
-def test_a_missing_library_is_one_clear_line(library: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.startswith(("kron_kernels.distill", f"{library}."))]:
+    check("expected train data, got validation", dense, "--split", "train")
+    check("max_length: expected at most the model's 24 positions, got 25", dense, "--max-length", "25")
+    check("expected a checkpoint of BertForSequenceClassification", save_bert(tmp_path / "headless"))
+    for name in [name for name in sys.modules if name.startswith(("kron_kernels.distill", "torchmetrics."))]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, library, None)
-    error = run_error(["m", "--task", "sst2", "--data", "d"], capsys)
-    assert f"the library '{library}' is not installed: pip install 'kron_kernels[distill]'" in error
+    monkeypatch.setitem(sys.modules, "torchmetrics", None)
+    check("the library 'torchmetrics' is not installed: pip install 'kron_kernels[distill]'", dense)

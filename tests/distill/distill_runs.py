@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 from typing import Any
@@ -60,24 +59,8 @@ def save_task(folder: Path, train: int = 128, validation: int = 40) -> Path:
     return folder
 
 
-def save_text(path: Path, count: int = 300) -> Path:
+def save_text(path: Path) -> Path:
     """Documents of ten sentences each."""
-    texts = [text for text, _ in sentences(count, 3)]
-    documents = ["\n".join(texts[start : start + 10]) for start in range(0, count, 10)]
-    path.write_text("\n\n".join(documents) + "\n", encoding="utf-8")
+    texts = [text for text, _ in sentences(300, 3)]
+    path.write_text("\n\n".join("\n".join(texts[start : start + 10]) for start in range(0, 300, 10)), encoding="utf-8")
     return path
-
-
-def save_questions(folder: Path, train: int = 32, validation: int = 8) -> Path:
-    """Who sees, hears, ... something, in SQuAD's form; the answer is the sentence's first noun."""
-    folder.mkdir(parents=True)
-    for name, count, seed in (("train", train, 4), ("dev", validation, 5)):
-        paragraphs = []
-        for index, (context, _) in enumerate(sentences(count, seed)):
-            noun, verb = context.split()[2:4]
-            answer = {"text": noun, "answer_start": context.index(noun)}
-            questions = [{"id": f"{name}{index}", "question": f"{verb} the", "answers": [answer]}]
-            paragraphs.append({"context": context, "qas": questions})
-        document = {"version": "1.1", "data": [{"title": "", "paragraphs": paragraphs}]}
-        (folder / f"{name}-v1.1.json").write_text(json.dumps(document), encoding="utf-8")
-    return folder
