@@ -18,7 +18,7 @@ from .route import REJECTED, observed
 
 # Where the tensors of EMBEDDING_GRADIENTS stand among the operands of the op.
 _DIFFERENTIABLE = (1, 2, 4, 6, 7, 8)
-_EMBEDDING_IS_QUICK = backends.compiled_by_default("kron_embedding")
+_HAS_CPU_KERNEL = backends.compiled_by_default("kron_embedding")
 
 
 def kron_embedding(
@@ -59,7 +59,7 @@ def kron_embedding(
     tables = (position_ids, position_weight, type_ids, type_weight)
     differentiable = (a, b, position_weight, type_weight, norm_weight, norm_bias)
     try:
-        if _EMBEDDING_IS_QUICK and backend is None and ids.is_cpu and not is_observed(*differentiable):
+        if _HAS_CPU_KERNEL and backend is None and ids.is_cpu and not is_observed(*differentiable):
             return embedding_op(ids, *stacks(a, b), *tables, norm_weight, norm_bias, eps)
     except REJECTED:
         pass

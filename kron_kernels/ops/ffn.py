@@ -19,7 +19,7 @@ from .matmul import kron_matmul
 from .norm import AddNorm, add_norm
 from .route import REJECTED, observed
 
-_FFN_IS_QUICK = backends.compiled_by_default("kron_ffn")
+_HAS_CPU_KERNEL = backends.compiled_by_default("kron_ffn")
 
 
 def kron_ffn(
@@ -59,7 +59,7 @@ def kron_ffn(
     tensors = (x, a1, b1, bias1, a2, b2, bias2)
     everything = tensors if norm is None else (*tensors, *norm[:3])
     try:
-        if _FFN_IS_QUICK and backend is None and x.is_cpu and not is_observed(*everything):
+        if _HAS_CPU_KERNEL and backend is None and x.is_cpu and not is_observed(*everything):
             pairs = (*stacks(a1, b1), bias1, *stacks(a2, b2), bias2)
             return ffn_op(x, *pairs, code, *(norm or (None, None, None, 0.0)))
     except REJECTED:
@@ -104,7 +104,7 @@ def _observed_ffn(
 
 
 class KronFfn(torch.autograd.Function):
-    """``kron_ffn`` around its op; backward computes the intermediate anew."""
+    """``kron_ffn`` around its op; backward recomputes the intermediate."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
@@ -125,7 +125,7 @@ class KronFfn(torch.autograd.Function):
         needs = [need and tensor is not None for need, tensor in zip(ctx.needs_input_grad, tensors, strict=False)]
         if torch.is_grad_enabled() or forward_mode_is_active():
             # Higher orders: the gradient of two products, which is differentiable itself. Of aliases: one operand may
-            # have been computed from another, and what flows that way is not counted here.
+            # have been computed from another, and what flows through that is not counted here.
             with torch.enable_grad():
                 tensors = [None if tensor is None else tensor.view_as(tensor) for tensor in tensors]
                 x, a1, b1, bias1, a2, b2, bias2 = tensors

@@ -59,12 +59,12 @@ def kron_matmul(
     if backend is None and on_cpu and backends.CPU_BY_DEFAULT and not is_observed(x, a, b, bias):
         try:
             return matmul_op(x, a, b, bias, code)
-        except (RuntimeError, ValueError):  # whatever the op refused, the checks below name in the caller's terms
+        except (RuntimeError, ValueError):  # what the op rejects, the checks below name in the caller's terms
             pass
     if backends.is_unforced(backend):
         return backends.forced(kron_matmul, x, a, b, bias, activation=activation, backend=backend)
     a, b = stacks(a, b)
-    device_type = "cpu" if x.is_cpu else x.device.type  # the short way: a device spells its type anew every time
+    device_type = "cpu" if x.is_cpu else x.device.type  # faster: a device makes the string of its type in every call
     if autocasts(device_type):
         x, a, b, bias = cast_for_autocast(device_type, x, a, b, bias)
     check_operands(x, a, b, bias)

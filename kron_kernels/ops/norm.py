@@ -16,7 +16,7 @@ from .checks import check_norm, check_norm_types, check_projections, check_types
 from .matmul import kron_matmul
 from .route import REJECTED, observed
 
-_NORM_IS_QUICK = backends.compiled_by_default("kron_matmul_norm")
+_HAS_CPU_KERNEL = backends.compiled_by_default("kron_matmul_norm")
 
 
 class AddNorm(NamedTuple):
@@ -50,7 +50,7 @@ def kron_matmul_norm(
     raises, and ValueError or TypeError for a residual, weight or bias that does not fit.
     """
     try:
-        if _NORM_IS_QUICK and backend is None and x.is_cpu and not is_observed(x, a, b, bias, *norm[:3]):
+        if _HAS_CPU_KERNEL and backend is None and x.is_cpu and not is_observed(x, a, b, bias, *norm[:3]):
             return matmul_norm_op(x, *stacks(a, b), bias, *norm)
     except REJECTED:
         pass

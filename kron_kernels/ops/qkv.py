@@ -14,7 +14,7 @@ from .checks import check_projections, check_types
 from .matmul import kron_matmul
 from .route import REJECTED, observed
 
-_QKV_IS_QUICK = backends.compiled_by_default("kron_qkv")
+_HAS_CPU_KERNEL = backends.compiled_by_default("kron_qkv")
 
 
 def kron_qkv(
@@ -43,7 +43,7 @@ def kron_qkv(
             f"a, b, bias: expected as many of each, at least one projection, got {len(a)}, {len(b)} and {len(biases)}"
         )
     try:
-        if _QKV_IS_QUICK and backend is None and x.is_cpu and not is_observed(x, *a, *b, *biases):
+        if _HAS_CPU_KERNEL and backend is None and x.is_cpu and not is_observed(x, *a, *b, *biases):
             return _qkv(x, [stacks(*pair) for pair in zip(a, b, strict=True)], bias)
     except REJECTED:
         pass

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-# A factor of at most this many rows and columns is tiny: its mix is arithmetic on the registers of one thread.
+# A factor of at most this many rows and columns is tiny: its contraction is arithmetic on the registers of one thread.
 TINY = 16
 
 
@@ -26,7 +26,7 @@ class Product(NamedTuple):
 
     @property
     def tiny_right(self) -> bool | None:
-        """Which factor mixes: the one on the right, on the left, or None where both are too large.
+        """Which factor is the small one: that on the right, on the left, or None where both are too large.
 
         Of two tiny ones that which leaves fewer rows of the matrix product.
         """

@@ -119,7 +119,7 @@ def kron_ffn_backward(
     b2: Tensor,
     activation: str | None,
 ) -> tuple[Tensor, ...]:
-    """Gradients ``(dx, da1, db1, dbias1, da2, db2, dbias2)`` of ``kron_ffn``; the block's middle is computed anew."""
+    """Gradients ``(dx, da1, db1, dbias1, da2, db2, dbias2)`` of ``kron_ffn``; the block's middle is recomputed."""
     hidden = kron_matmul(x, a1, b1, bias1).detach().requires_grad_()
     with torch.enable_grad():
         active = hidden.clone() if activation is None else ACTIVATIONS[activation](hidden)
@@ -183,7 +183,7 @@ def kron_embedding_backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of ``kron_embedding``, given ``grad (..., p * k)``: of a, b, the two tables and the norm's two vectors.
 
-    The row before the norm is computed anew. A gradient of what there is none of has shape (0,).
+    The row before the norm is recomputed. The gradient of an absent operand has shape (0,).
     """
     tables = (position_ids, position_weight, type_ids, type_weight)
     rows = None if norm_weight is None else kron_embedding(ids, a, b, *tables)

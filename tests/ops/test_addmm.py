@@ -59,6 +59,22 @@ def test_gradients(shape: str, backend: str, in_place: bool) -> None:
     torch.testing.assert_close(torch.autograd.grad((weigh * y).sum(), leaves), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_each_gradient_alone(dtype: torch.dtype) -> None:
+    for shape in ("k8-w1-small", "k21-attention-small"):  # the smaller factor on the left, and on the right
+        o = shapes.make(shapes.Case(shape, 17), dtype)
+        operands = (o.grad, o.x, o.a, o.b)
+        leaves = [tensor.clone().requires_grad_() for tensor in operands]
+        full = torch.autograd.grad(kron_addmm(*leaves, alpha=ALPHA).sum(), leaves)
+        for index, expected in enumerate(full):
+            one = [t.clone().requires_grad_(i == index) for i, t in enumerate(operands)]
+            (alone,) = torch.autograd.grad(kron_addmm(*one, alpha=ALPHA).sum(), one[index])
+            scale = float(expected.abs().max())
+            torch.testing.assert_close(
+                alone, expected, rtol=0, atol=(1e-12 if dtype is torch.float64 else 0.03) * scale
+            )
+
+
 @pytest.mark.parametrize("low_rank", [False, True])
 def test_gradcheck(low_rank: bool) -> None:
     o = shapes.make(shapes.Case("odd", 3, 1), torch.float64)

@@ -48,9 +48,9 @@ class Layer:
         return F.linear(x, self.weight, self.bias) + ALPHA * reference.kron_matmul(x, a[None], b[None])
 
 
-def gradients(layer: Layer, way: Any) -> tuple[Tensor, ...]:
+def gradients(layer: Layer, function: Any) -> tuple[Tensor, ...]:
     leaves = [tensor.clone().requires_grad_() for tensor in layer.trained]
-    return torch.autograd.grad(way(*leaves), leaves, layer.grad)
+    return torch.autograd.grad(function(*leaves), leaves, layer.grad)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

@@ -44,7 +44,15 @@ def test_torch_func() -> None:
 
 
 @pytest.mark.parametrize(
-    "in_dims", [(0, None, None, None), (2, None, None, None), (None, 0, None, None), (None, None, 1, 0), (1, 0, 0, 0)]
+    "in_dims",
+    [
+        (0, None, None, None),
+        (2, None, None, None),
+        (0, None, None, 0),
+        (None, 0, None, None),
+        (None, None, 1, 0),
+        (1, 0, 0, 0),
+    ],
 )
 def test_vmap(in_dims: tuple[int | None, ...]) -> None:
     def batch(tensor: Tensor, dim: int | None) -> Tensor:
