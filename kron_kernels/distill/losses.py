@@ -80,12 +80,7 @@ class LossConfig:
 
     def capture_options(self) -> dict[str, Any]:
         """The keyword arguments with which ``capture`` keeps what these terms need, and no more."""
-        return {
-            "embedding": self.embedding > 0,
-            "scores": self.scores > 0,
-            "ffn": self.ffn > 0,
-            "ffn_at": self.ffn_at,
-        }
+        return {"embedding": self.embedding > 0, "scores": self.scores > 0, "ffn": self.ffn > 0, "ffn_at": self.ffn_at}
 
 
 class Normalizers(NamedTuple):

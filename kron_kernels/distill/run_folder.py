@@ -40,13 +40,11 @@ class RunResult:
         task: "sst2", "mrpc", ...; of stage 1 the name of its text.
         seed: of the run.
         parameters: of the model.
-        steps: updates of the weights.
-        seconds: of training, over all starts.
+        steps, seconds: updates of the weights; time of training, over all starts.
         variant: what sets the run apart from the usual one, such as "no stage 1"; "" for the usual one.
         metrics: metric -> value on the development set.
         score: the task's main metric in percent; None where there is none, as in stage 1.
-        teacher_score: the same of the run's teacher; None without a teacher or its score.
-        teacher_parameters: of the teacher; None without one.
+        teacher_score, teacher_parameters: the same of the run's teacher; None without a teacher or its score.
         peak_memory_bytes: largest memory in use, as far as it was logged.
         train_tokens: tokens seen in training, padding left out.
     """
@@ -98,8 +96,7 @@ class RunFolder:
     | ``curves.png`` | losses and metrics over the steps, drawn |
     | ``result.json`` | the :class:`RunResult`, the log and the machine; a run that has one is finished |
 
-    A process may be killed at any point, in the middle of a write too: a checkpoint counts only where all of its files
-    have the hashes that were written last.
+    A checkpoint counts only where all of its files have the hashes written last: a kill may come within a write.
 
     Raises:
         FileNotFoundError: ``path`` is not a run's folder.
@@ -150,11 +147,7 @@ class RunFolder:
         return run
 
     def identify(self, **parts: Any) -> None:
-        """Compare parts of the run's identity with those it was begun with; write down those that are new.
-
-        Raises:
-            ValueError: a part is another one.
-        """
+        """Write down parts of the run's identity that are new; ValueError for one that differs from the run's."""
         known = self.identity
         for name, value in parts.items():
             if name in known and known[name] != value:

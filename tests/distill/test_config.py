@@ -27,10 +27,8 @@ def test_settings_are_the_papers() -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"stage": "tune"}, "stage: expected one of finetune, pretrain, task, got 'tune'"),
         ({"teacher": None}, "teacher: expected a model in stage task, got none"),
         ({"stage": "pretrain"}, "task: expected none in stage pretrain, got 'sst2'"),
-        ({"epochs": 0}, "epochs: expected a number above 0, got 0"),
         ({"learning_rat": 1}, "config: unknown keys learning_rat; expected some of batch_size"),
     ],
 )

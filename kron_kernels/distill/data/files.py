@@ -6,7 +6,6 @@ import csv
 import dataclasses
 import glob
 import logging
-import math
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ from typing import Any
 
 import datasets
 
-from .tasks import Task, get_task
+from .tasks import Task, class_names, convert_label, get_task
 
 Source = str | os.PathLike[str]
 _LOG = logging.getLogger(__name__)
@@ -157,12 +156,6 @@ def mapped(data: Any, function: Callable[..., Any], **options: Any) -> Any:
     return data.map(function, load_from_cache_file=False, **settings, **options)
 
 
-def class_names(values: Sequence[object]) -> tuple[str, ...]:
-    """Name the classes of these labels: in numerical order if all are whole numbers, else in that of text."""
-    names = {_label_text(value) for value in values}
-    return tuple(sorted(names, key=int if all(map(_is_integer, names)) else None))
-
-
 def _find(source: Any, task: Task) -> dict[str, Any]:
     """The file, or the rows of the hub, of each split."""
     if not isinstance(source, Path):
@@ -254,7 +247,6 @@ def _normalised(where: str, rows: list[dict[str, Any]], task: Task, split: str) 
             "regression": datasets.Value("float32"),
             "qa": {"text": [string], "answer_start": [datasets.Value("int32")]},
         }[task.kind]
-    convert = {"classification": _class_index, "regression": _score, "qa": _answers}[task.kind]
     columns: dict[str, list[Any]] = {name: [] for name in features}
     for number, row in enumerate(rows, 1):
         for name, names in texts.items():
@@ -265,55 +257,10 @@ def _normalised(where: str, rows: list[dict[str, Any]], task: Task, split: str) 
         if labelled:
             value = _column(where, rows, task.label, row)
             try:
-                columns[target].append(convert(task, value, row))
+                columns[target].append(convert_label(task, value, row))
             except ValueError as error:
                 raise ValueError(f"{where}, row {number}: {error}") from None
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
-
-
-def _class_index(task: Task, value: object, _: Any) -> int:
-    """The index of a class given by its name or, where no name is itself a number, by its index."""
-    text = _label_text(value)
-    if text in task.labels:
-        return task.labels.index(text)
-    if _is_integer(text) and not any(map(_is_integer, task.labels)) and 0 <= int(text) < len(task.labels):
-        return int(text)
-    raise ValueError(f"label: expected one of {', '.join(task.labels)}, or their index, got {text!r}")
-
-
-def _score(task: Task, value: Any, _: Any) -> float:
-    low, high = task.score_range or (-math.inf, math.inf)
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not (math.isfinite(number) and low <= number <= high):
-        raise ValueError(f"label: expected a number of {low} to {high}, got {value!r}")
-    return number
-
-
-def _answers(task: Task, answers: Any, row: dict[str, Any]) -> dict[str, list[Any]]:
-    """The answers, each where its text is: some annotations are a character or two off."""
-    context, starts = row["context"], []
-    if not answers["text"] and not task.no_answer:
-        raise ValueError(f"answers: expected at least one for {task.name}, got none")
-    for text, start in zip(answers["text"], answers["answer_start"], strict=True):
-        places = [start + shift for shift in (0, -1, 1, -2, 2)]
-        found = next((place for place in places if place >= 0 and context.startswith(text, place)), None)
-        if found is None:
-            raise ValueError(f"answers: expected {text!r} at character {start} of the context of {row['id']!r}")
-        starts.append(found)
-    return {"text": list(answers["text"]), "answer_start": starts}
-
-
-def _label_text(value: object) -> str:
-    """A label as text; 1.0, True and 1 are all "1"."""
-    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-    return str(int(value)) if whole else str(value)  # type: ignore[call-overload]
-
-
-def _is_integer(text: str) -> bool:
-    return text.removeprefix("-").isascii() and text.removeprefix("-").isdigit()
 
 
 def _reason(error: BaseException) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 Names = tuple[str, ...]
 METRICS = {
@@ -158,3 +160,59 @@ def task_from(name: str, columns: Mapping[str, str], regression: bool = False) -
     if columns or regression:
         raise ValueError(f"task: expected custom along with flags of its columns, got {name}")
     return get_task(name)
+
+
+def class_names(values: Sequence[object]) -> tuple[str, ...]:
+    """Name the classes of these labels: in numerical order if all are whole numbers, else in that of text."""
+    names = {_label_text(value) for value in values}
+    return tuple(sorted(names, key=int if all(map(_is_integer, names)) else None))
+
+
+def convert_label(task: Task, value: Any, row: Mapping[str, Any]) -> Any:
+    """Give the index of a class, the float of a regression or the answers of a question; ValueError for another."""
+    return {"classification": _class_index, "regression": _score, "qa": _answers}[task.kind](task, value, row)
+
+
+def _class_index(task: Task, value: object, _: Any) -> int:
+    """The index of a class given by its name or, where no name is itself a number, by its index."""
+    text = _label_text(value)
+    if text in task.labels:
+        return task.labels.index(text)
+    if _is_integer(text) and not any(map(_is_integer, task.labels)) and 0 <= int(text) < len(task.labels):
+        return int(text)
+    raise ValueError(f"label: expected one of {', '.join(task.labels)}, or their index, got {text!r}")
+
+
+def _score(task: Task, value: Any, _: Any) -> float:
+    low, high = task.score_range or (-math.inf, math.inf)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not (math.isfinite(number) and low <= number <= high):
+        raise ValueError(f"label: expected a number of {low} to {high}, got {value!r}")
+    return number
+
+
+def _answers(task: Task, answers: Any, row: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """The answers, each where its text is: some annotations are a character or two off."""
+    context, starts = row["context"], []
+    if not answers["text"] and not task.no_answer:
+        raise ValueError(f"answers: expected at least one for {task.name}, got none")
+    for text, start in zip(answers["text"], answers["answer_start"], strict=True):
+        places = [start + shift for shift in (0, -1, 1, -2, 2)]
+        found = next((place for place in places if place >= 0 and context.startswith(text, place)), None)
+        if found is None:
+            raise ValueError(f"answers: expected {text!r} at character {start} of the context of {row['id']!r}")
+        starts.append(found)
+    return {"text": list(answers["text"]), "answer_start": starts}
+
+
+def _label_text(value: object) -> str:
+    """A label as text; 1.0, True and 1 are all "1"."""
+    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    return str(int(value)) if whole else str(value)  # type: ignore[call-overload]
+
+
+def _is_integer(text: str) -> bool:
+    return text.removeprefix("-").isascii() and text.removeprefix("-").isdigit()
