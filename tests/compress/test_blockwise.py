@@ -98,7 +98,6 @@ def test_depends_on_the_seed_alone(dense: Any) -> None:
     assert not torch.equal(results[0], results[2])
 
 
-@pytest.mark.slow
 def test_half_precision_trains_in_full(dense: Any) -> None:
     teacher = copy.deepcopy(dense).bfloat16()
     model = KronBertModel.from_dense(teacher, CONFIG)

@@ -80,7 +80,6 @@ def test_a_killed_compress_leaves_a_whole_model(bert: Path, tmp_path: Path) -> N
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.slow
 def test_starts_by_name(bert: Path, text: Path, tmp_path: Path) -> None:
     tables = []
     for method in ("plain", "data-aware", "blockwise"):

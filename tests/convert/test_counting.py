@@ -34,7 +34,6 @@ def test_bert_base(name, with_pooler, without_pooler, flops):
     assert linear_flops(model, 128) == flops
 
 
-@pytest.mark.slow
 def test_a_tied_decoder_adds_only_the_head():
     with torch.device("meta"):
         dense, kron = BertForMaskedLM(BertConfig()), KronBertForMaskedLM(KronBertConfig(kron="K8"))

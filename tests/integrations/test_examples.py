@@ -50,7 +50,7 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("example", [pytest.param("krona", marks=pytest.mark.slow), *list(RUNS)[1:]], indirect=True)
+@pytest.mark.parametrize("example", RUNS, indirect=True)
 def test_runs(example: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     options, zero, least = RUNS[example.__name__]
     found = example.main(**options)
