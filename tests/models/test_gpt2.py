@@ -36,11 +36,6 @@ def logits(model: nn.Module, ids: torch.Tensor = IDS) -> torch.Tensor:
         return model(ids).logits
 
 
-def perplexity(model: nn.Module) -> float:
-    with torch.no_grad():
-        return float(model(IDS, labels=IDS).loss.exp())
-
-
 @pytest.mark.parametrize(
     ("name", "count"), [("KnGPT2", 83_907_506), ("TQCompressor", 81_336_388), ("TQCompressor-QKV", 76_027_984)]
 )
@@ -51,17 +46,13 @@ def test_presets_have_the_papers_sizes_on_gpt2_small(name, count):
     report = kronify_(model, name, fit=False)
     assert (report.params_before, report.params_after) == (124_439_808, count)
     shapes = {layer.name.removeprefix("transformer."): (layer.a, layer.b, layer.terms) for layer in report.layers}
-    blocks = {int(layer.split(".")[1]) for layer in shapes if layer != "wte"}
-    assert blocks == {1, 3, 5, 7, 9, 11}
+    assert {layer.split(".")[1] for layer in shapes if layer != "wte"} == {"1", "3", "5", "7", "9", "11"}
     if name == "KnGPT2":
         assert shapes["h.1.attn.c_attn"] == ((2304, 384), (1, 2), 1)
-        assert shapes["h.11.attn.c_proj"] == ((768, 384), (1, 2), 1)
         assert shapes["wte"] == ((50257, 384), (1, 2), 1)
     else:
-        assert shapes["h.1.mlp.c_fc"] == ((768, 384), (4, 2), 4)
         assert shapes["h.11.mlp.c_proj"] == ((384, 768), (2, 4), 4)
         assert ("h.1.attn.c_attn" in shapes) == (name == "TQCompressor-QKV")
-        assert "h.1.attn.c_proj" not in shapes
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -75,33 +66,25 @@ def test_converted_model_is_its_dense_reconstruction(name):
     exact = logits(copy.deepcopy(rebuilt).double())
     error, theirs = ((logits(model).double() - exact).norm() for model in (converted, rebuilt))
     assert error <= 2 * theirs
-    assert perplexity(converted) == pytest.approx(perplexity(rebuilt), rel=1e-5)
     assert not torch.allclose(logits(converted), logits(dense), atol=0.1)
 
 
-@pytest.mark.parametrize("name", PRESETS[1:2])
-def test_gradients_are_those_of_the_reconstruction(name):
+def test_gradients_are_those_of_the_reconstruction():
     model = make_gpt2().double()
-    kronify_(model, name)
+    kronify_(model, "TQCompressor")
     rebuilt = reconstruct_dense(model)
     for each in (model, rebuilt):
         each(IDS, labels=IDS).loss.backward()
-    block, theirs = model.transformer.h[1].mlp.c_fc, rebuilt.transformer.h[1].mlp.c_fc
-    weight = block.dense_weight()
-    want = torch.autograd.grad(weight, [block.a, block.b], theirs.weight.grad.T)
-    for got, wanted in zip((block.a.grad, block.b.grad), want, strict=True):
-        torch.testing.assert_close(got, wanted)
-    # The head's gradient and the embedding's meet in the factors they share.
-    table = model.transformer.wte
-    want = torch.autograd.grad(table.dense_weight(), [table.a, table.b], rebuilt.transformer.wte.weight.grad)
-    for got, wanted in zip((table.a.grad, table.b.grad), want, strict=True):
-        torch.testing.assert_close(got, wanted)
+    block, table = model.transformer.h[1].mlp.c_fc, model.transformer.wte
+    weights = rebuilt.transformer.h[1].mlp.c_fc.weight.grad.T, rebuilt.transformer.wte.weight.grad
+    for layer, grad in zip((block, table), weights, strict=True):  # the table's is that of the tied head too
+        want = torch.autograd.grad(layer.dense_weight(), [layer.a, layer.b], grad)
+        torch.testing.assert_close((layer.a.grad, layer.b.grad), want)
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_generation_with_the_cache_is_that_without_and_of_the_reconstruction(name):
+def test_generation_with_the_cache_is_that_without_and_of_the_reconstruction():
     model = make_gpt2()
-    kronify_(model, name)
+    kronify_(model, "TQCompressor-QKV")
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 2}
     cached, plain = (model.generate(IDS[:1], use_cache=cache, **options) for cache in (True, False))
     assert cached.shape[1] > IDS.shape[1]
@@ -146,26 +129,22 @@ def test_fresh_models_are_drawn_as_gpt2_is():
     assert float(model.transformer.wte.a.detach().std()) == pytest.approx(wide**0.5, rel=0.1)
 
 
-def random_order(size: int, block: int) -> torch.Tensor:
-    return torch.cat([start + torch.randperm(block) for start in range(0, size, block)])
-
-
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("name", ["residual", "h.2.hidden", "h.1.value", "h.3.query"])
-def test_a_permuted_model_computes_the_same(name, tied):
+@pytest.mark.parametrize(
+    ("name", "size"), [("residual", 48), ("h.2.hidden", 192), ("h.1.value", 48), ("h.3.query", 48)]
+)
+def test_a_permuted_model_computes_the_same(name, size, tied):
     model = make_gpt2(tie_word_embeddings=tied).double()
     wanted, weights = logits(model), copy.deepcopy(model.state_dict())
-    size, block = {"residual": (48, 48), "hidden": (192, 192), "value": (48, 12), "query": (48, 12)}[
-        name.split(".")[-1]
-    ]
-    permute_gpt2_(model, {name: random_order(size, block)})
+    block = 12 if name.startswith("h.") and size == 48 else size  # channels stay in their heads
+    order = torch.cat([start + torch.randperm(block) for start in range(0, size, block)])
+    permute_gpt2_(model, {name: order})
     assert sum(not torch.equal(value, weights[key]) for key, value in model.state_dict().items()) >= 2
     torch.testing.assert_close(logits(model), wanted, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", PRESETS[::2])
-def test_searched_orders_fit_better_and_change_nothing_else(name):
-    model = make_gpt2()
+def test_searched_orders_fit_better_and_change_nothing_else():
+    model, name = make_gpt2(), "KnGPT2"
     wanted = logits(model)
     plain = kronify_(copy.deepcopy(model), name)
     found = search_gpt2_permutations(model, name, rounds=4)
@@ -180,20 +159,16 @@ def test_searched_orders_fit_better_and_change_nothing_else(name):
 
 
 @pytest.mark.parametrize(
-    ("permutations", "match"),
+    ("name", "order", "match"),
     [
-        ({"h.9.hidden": torch.arange(192)}, "permutations: expected names among residual, .*, got 'h.9.hidden'"),
-        ({"residual": torch.arange(47)}, r"permutations: expected residual to permute 48 channels, got shape \(47,\)"),
-        ({"residual": torch.zeros(48)}, "permutations: expected residual to permute 48 channels"),
-        (
-            {"h.1.value": torch.arange(48).flip(0)},
-            "expected h.1.value to keep channels in their heads of 12, got others",
-        ),
+        ("h.9.hidden", torch.arange(192), "expected names among residual, .*, got 'h.9.hidden'"),
+        ("residual", torch.arange(47), r"expected residual to permute 48 channels, got shape \(47,\)"),
+        ("h.1.value", torch.arange(48).flip(0), "expected h.1.value to keep channels in their heads of 12, got others"),
     ],
 )
-def test_orders_that_do_not_fit_are_refused_and_change_nothing(permutations, match):
+def test_orders_that_do_not_fit_are_refused_and_change_nothing(name, order, match):
     model = make_gpt2()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=match):
-        permute_gpt2_(model, {"h.0.hidden": torch.arange(192).flip(0), **permutations})
+        permute_gpt2_(model, {"h.0.hidden": torch.arange(192).flip(0), name: order})
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import BertConfig, BertModel
 
 from kron_kernels.convert.kronify import kronify_
-from kron_kernels.models import KronBertModel, bert_layers, blocks, fuse_
+from kron_kernels.models import KronBertModel, blocks, fuse_
 from kron_kernels.models.padding import Packing
 from kron_kernels.testing.accuracy import assert_accurate
 from tests.models.bert_cases import IDS, SIZES, make, run, unfused
@@ -41,14 +41,15 @@ def padding_free(cls: type = KronBertModel, **options) -> nn.Module:
     return make("K21", cls, padding_free=True, **options)
 
 
-def holes() -> torch.Tensor:
-    mask = torch.ones(4, 12, dtype=torch.long)
-    mask[0, 3:9] = mask[1, :5] = mask[2, 2::2] = 0
-    return mask
+HOLES = torch.ones(4, 12, dtype=torch.long)
+HOLES[0, 3:9] = HOLES[1, :5] = HOLES[2, 2::2] = 0
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("mask", [MASK, MASK.bool(), MASK.flip(1), holes()], ids=["right", "bool", "left", "holes"])
+@pytest.mark.parametrize(
+    ("mask", "attention"),
+    [(MASK.bool(), "sdpa"), (MASK.flip(1), "eager"), (HOLES, "sdpa")],
+    ids=["right", "left", "holes"],
+)
 def test_real_tokens_come_out_the_same_and_padding_zero(mask, attention, tokens):
     model = padding_free()
     model.pooler = None  # with padding on the left it would read a padding token
@@ -63,23 +64,11 @@ def test_real_tokens_come_out_the_same_and_padding_zero(mask, attention, tokens)
     assert not actual[~real].any()
 
 
-@pytest.mark.parametrize("given", ["positions", "row-of-positions", "embeddings", "no-types", "positional"])
-def test_inputs_are_packed_as_they_are_given(given, tokens):
+def test_embeddings_and_positions_are_packed_as_they_are_given(tokens):
     model, inputs = padding_free(), batch()
-    args = ()
-    if given == "positions":
-        inputs["position_ids"] = torch.arange(12).flip(0).expand(6, 12)
-    elif given == "row-of-positions":
-        inputs["position_ids"] = torch.arange(12).flip(0)[None]
-    elif given == "embeddings":
-        inputs["inputs_embeds"] = model.get_input_embeddings()(inputs.pop("input_ids")).detach()
-    elif given == "no-types":
-        del inputs["token_type_ids"]
-    else:
-        args = (inputs.pop("input_ids"), inputs.pop("attention_mask"), inputs.pop("token_type_ids"))
-    with torch.no_grad():
-        actual = model(*args, **inputs).last_hidden_state
-        want = unfused(model)(*args, **inputs).last_hidden_state
+    inputs["position_ids"] = torch.arange(12).flip(0)[None]
+    inputs["inputs_embeds"] = model.get_input_embeddings()(inputs.pop("input_ids")).detach()
+    actual, want = run(model, inputs)[0], run(unfused(model), inputs)[0]
     assert tokens == [TOKENS] * 2
     torch.testing.assert_close(actual[MASK.bool()], want[MASK.bool()], rtol=1e-4, atol=1e-4)
 
@@ -92,9 +81,8 @@ def test_gradients_flow_through_the_packing():
         (result * MASK.unsqueeze(-1)).square().sum().backward()
     assert all(parameter.grad is not None for name, parameter in model.named_parameters() if "pooler" not in name)
     for (name, parameter), other in zip(model.named_parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(
-            parameter.grad, other.grad, rtol=1e-3, atol=1e-3, msg=lambda text, n=name: f"{n}: {text}"
-        )
+        difference = 0 if parameter.grad is None else (parameter.grad - other.grad).abs().max()
+        assert difference <= 1e-3 * (1 + (0 if other.grad is None else other.grad.abs().max())), name
 
 
 def test_models_converted_in_place_and_dense_ones(tokens):
@@ -112,21 +100,16 @@ def test_models_converted_in_place_and_dense_ones(tokens):
 
 
 @pytest.mark.parametrize(
-    "case", ["switched-off", "training", "hidden-states", "attentions", "decoder", "plain-layer", "pooled-padding"]
+    "options",
+    [{"output_hidden_states": True}, {"output_attentions": True}, {"pooled": True}],
+    ids=lambda case: next(iter(case)),
 )
-def test_when_the_whole_batch_is_computed(case, tokens):
-    options = {"switched-off": {"padding_free": False}, "decoder": {"is_decoder": True}}.get(case, {})
-    model, inputs = make("K21", **{"padding_free": True, **options}), batch()
-    extra = {"hidden-states": {"output_hidden_states": True}, "attentions": {"output_attentions": True}}.get(case, {})
-    if case == "training":
-        model.train()
-    elif case == "plain-layer":
-        layer = model.encoder.layer[0].attention.self
-        layer.__class__ = next(cls for cls, fused in bert_layers._FUSED.items() if fused is type(layer))
-    elif case == "pooled-padding":
-        inputs = batch(MASK.flip(1))
-    run(model, inputs, **extra)
-    assert tokens == [72] * 2
+def test_when_the_whole_batch_is_computed(options, tokens):
+    pooled = options.pop("pooled", False)  # the pooler reads the first token
+    run(padding_free(), batch(MASK.flip(1) if pooled else MASK), **options)
+    run(padding_free().train(), batch())
+    run(make("K21", padding_free=False), batch())
+    assert tokens == [72] * 6
 
 
 def test_little_padding_is_not_worth_it(tokens):
@@ -141,19 +124,6 @@ def test_little_padding_is_not_worth_it(tokens):
     assert Packing.of(mask * 0) is None
 
 
-def test_a_mask_without_padding_is_dropped(monkeypatch):
-    seen = []
-    forward = BertModel.forward
-
-    def recording(self, *args, **kwargs):
-        seen.append(kwargs["attention_mask"])
-        return forward(self, *args, **kwargs)
-
-    monkeypatch.setattr(BertModel, "forward", recording)
-    run(padding_free(), {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)})
-    assert seen == [None]
-
-
 @pytest.mark.slow
 def test_a_compiler_sees_the_whole_batch():
     torch._dynamo.reset()
@@ -163,54 +133,29 @@ def test_a_compiler_sees_the_whole_batch():
     torch.testing.assert_close(actual, want, rtol=1e-4, atol=1e-4)
 
 
+IDS = torch.ones(3, 6, dtype=torch.long)
+INDEX = r"expected indices in \[0, {}\), got {}$"
+LONG = r"expected sequences of at most 20 tokens \(max_position_embeddings\), got 21"
+EMPTY = r"with at least one sequence of at least one token, got \("
+
+
 # With gradients the modules compute one by one; the errors are the same.
-both_forms = pytest.mark.parametrize("gradients", [False, True])
-
-
-@both_forms
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("index", [50, -1])
-def test_ids_outside_the_vocabulary(index, masked, gradients):
-    inputs = batch() if masked else {"input_ids": IDS.clone()}
-    inputs["input_ids"][1, 1] = index
-    with pytest.raises(IndexError, match=rf"input_ids: expected indices in \[0, 50\), got {index}$"):
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize(
+    ("inputs", "error", "message"),
+    [
+        ({"input_ids": IDS * 50}, IndexError, "input_ids: " + INDEX.format(50, 50)),
+        ({"input_ids": IDS - 2}, IndexError, "input_ids: " + INDEX.format(50, -1)),
+        ({"input_ids": IDS, "token_type_ids": IDS * 2}, IndexError, "token_type_ids: " + INDEX.format(2, 2)),
+        ({"input_ids": IDS, "position_ids": -IDS}, IndexError, "position_ids: " + INDEX.format(20, -1)),
+        ({"input_ids": IDS[:2, :1].expand(2, 21)}, ValueError, f"input_ids: {LONG}"),
+        ({"inputs_embeds": torch.ones(2, 21, 48)}, ValueError, f"inputs_embeds: {LONG}"),
+        ({"input_ids": IDS[:, :0]}, ValueError, r"input_ids: expected shape \(batch, length\) " + EMPTY),
+        ({"input_ids": IDS[0]}, ValueError, r"input_ids: expected shape \(batch, length\) " + EMPTY),
+        ({"inputs_embeds": torch.ones(0, 5, 48)}, ValueError, r"inputs_embeds: .* with at least one"),
+        ({"input_ids": IDS, "attention_mask": IDS[:1]}, ValueError, r"attention_mask: expected shape \(3, 6\), got \("),
+    ],
+)
+def test_wrong_inputs(inputs, error, message, gradients):
+    with pytest.raises(error, match=message):
         padding_free().requires_grad_(gradients)(**inputs)
-
-
-@both_forms
-@pytest.mark.parametrize(("name", "rows"), [("token_type_ids", 2), ("position_ids", 20)])
-@pytest.mark.parametrize("below", [True, False])
-def test_other_ids_outside_their_tables(name, rows, below, gradients):
-    index = -1 if below else rows
-    inputs = {"input_ids": IDS, name: torch.zeros_like(IDS)}
-    inputs[name][2, 3] = index
-    with pytest.raises(IndexError, match=rf"{name}: expected indices in \[0, {rows}\), got {index}$"):
-        padding_free().requires_grad_(gradients)(**inputs)
-
-
-@both_forms
-def test_sequences_longer_than_the_position_table(gradients):
-    model = padding_free().requires_grad_(gradients)
-    for name, value in (("input_ids", torch.ones(2, 21, dtype=torch.long)), ("inputs_embeds", torch.ones(2, 21, 48))):
-        text = rf"{name}: expected sequences of at most 20 tokens \(max_position_embeddings\), got 21"
-        for mask in (None, torch.ones(2, 21).tril()):
-            with pytest.raises(ValueError, match=text):
-                model(**{name: value}, attention_mask=mask)
-    model(torch.ones(2, 20, dtype=torch.long))
-
-
-@pytest.mark.parametrize("shape", [(0, 5), (3, 0), (4,)])
-def test_batches_without_a_token(shape):
-    model = padding_free()
-    text = r"input_ids: expected shape \(batch, length\) with at least one sequence of at least one token, got \("
-    for extra in ({}, {"attention_mask": torch.ones(shape)}):
-        with pytest.raises(ValueError, match=text):
-            model(torch.ones(shape, dtype=torch.long), **extra)
-    with pytest.raises(ValueError, match=r"inputs_embeds: expected shape \(batch, length, hidden\) with at least one"):
-        model(inputs_embeds=torch.ones(*shape, 48))
-
-
-@pytest.mark.parametrize("shape", [(1, 12), (6, 11), (6, 13)])
-def test_a_mask_of_another_shape_than_the_tokens(shape):
-    with pytest.raises(ValueError, match=r"attention_mask: expected shape \(6, 12\), got \("):
-        padding_free()(batch()["input_ids"], attention_mask=torch.ones(shape))
