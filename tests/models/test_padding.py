@@ -11,7 +11,7 @@ from kron_kernels.convert.kronify import kronify_
 from kron_kernels.models import KronBertModel, blocks, fuse_
 from kron_kernels.models.padding import Packing
 from kron_kernels.testing.accuracy import assert_accurate
-from tests.models.bert_cases import IDS, SIZES, make, run, unfused
+from tests.models.bert_cases import SIZES, make, run, unfused
 
 LENGTHS = torch.tensor([7, 2, 12, 1, 7, 3])
 MASK = (torch.arange(12) < LENGTHS[:, None]).long()
@@ -99,17 +99,12 @@ def test_models_converted_in_place_and_dense_ones(tokens):
     assert tokens == [TOKENS] * 2 + [72] * 2
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"output_hidden_states": True}, {"output_attentions": True}, {"pooled": True}],
-    ids=lambda case: next(iter(case)),
-)
-def test_when_the_whole_batch_is_computed(options, tokens):
-    pooled = options.pop("pooled", False)  # the pooler reads the first token
-    run(padding_free(), batch(MASK.flip(1) if pooled else MASK), **options)
-    run(padding_free().train(), batch())
-    run(make("K21", padding_free=False), batch())
-    assert tokens == [72] * 6
+@pytest.mark.parametrize("case", ["off", "training", "output_hidden_states", "output_attentions", "pooled-padding"])
+def test_when_the_whole_batch_is_computed(case, tokens):
+    model = make("K21", padding_free=case != "off").train(case == "training")
+    inputs = batch(MASK.flip(1) if case == "pooled-padding" else MASK)
+    run(model, inputs, **({case: True} if case.startswith("output") else {}))
+    assert tokens == [72] * 2
 
 
 def test_little_padding_is_not_worth_it(tokens):
