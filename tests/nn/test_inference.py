@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from kron_kernels import backends
 from kron_kernels.nn import KronLinear, PackedKronLinear
@@ -17,7 +16,6 @@ from kron_kernels.nn.inference import pack_
 SHAPES = {
     "tiny_b": ((24, 18), (2, 3)),
     "tiny_a_expands": ((8, 2), (24, 16)),
-    "tiny_a_contracts": ((2, 8), (12, 24)),
     "middling": ((6, 8), (8, 6)),
 }
 compiled = pytest.mark.skipif(not backends.CPU_BY_DEFAULT, reason="the compiled kernels are not in use")
@@ -28,20 +26,18 @@ def make(shapes: Any = SHAPES["tiny_b"], terms: int = 1, **options: Any) -> Kron
     return KronLinear(n1 * n2, m1 * m2, shapes, terms, **options)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
 def test_results_are_those_of_the_layer(shapes: Any, dtype: torch.dtype) -> None:
     layer = make(shapes, terms=2, activation="gelu", dtype=dtype)
     x = [torch.randn(*lead, layer.in_features, dtype=dtype) for lead in ((), (1,), (2, 65), (0,))]
     with torch.no_grad():
         wanted = [layer(each) for each in x]
-        before = repr(layer)
         pack_(layer)
         for each, want in zip(x, wanted, strict=True):
             torch.testing.assert_close(layer(each), want, rtol=2e-2 if dtype.itemsize == 2 else 1e-5, atol=1e-2)
     assert type(layer) is PackedKronLinear
     assert (layer.shapes, layer.terms, layer.dtype) == (shapes, 2, dtype)
-    assert before.split("factors=")[1].split(",")[0] in repr(layer)
 
 
 @compiled
@@ -63,15 +59,6 @@ def test_without_kernels_the_plain_factors_stay(monkeypatch: pytest.MonkeyPatch)
     torch.testing.assert_close(layer(x), wanted)
     with pytest.raises(RuntimeError, match="gradients of x: expected a model in training form"):
         layer(x.requires_grad_())
-
-
-def test_many_tokens_of_terms_that_save_nothing_take_the_dense_product() -> None:
-    layer, x = KronLinear(12, 48, ((12, 6), (4, 2)), terms=4), torch.randn(600, 12)
-    wanted = F.linear(x, layer.dense_weight(), layer.bias).detach()
-    few = layer(x[:3]).detach()
-    pack_(layer)
-    assert torch.equal(layer(x), wanted)
-    torch.testing.assert_close(layer(x[:3]), few)
 
 
 def test_gradients_moves_and_files_are_errors() -> None:
