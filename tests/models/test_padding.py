@@ -108,15 +108,6 @@ def test_when_the_whole_batch_is_computed(case, tokens):
     assert tokens == [72] * 2
 
 
-@pytest.mark.slow
-def test_a_compiler_sees_the_whole_batch():
-    torch._dynamo.reset()
-    model = padding_free()
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    actual, want = run(compiled, batch())[0], run(unfused(model), batch())[0]
-    torch.testing.assert_close(actual, want, rtol=1e-4, atol=1e-4)
-
-
 IDS = torch.ones(3, 6, dtype=torch.long)
 INDEX = r"expected indices in \[0, {}\), got {}$"
 LONG = r"expected sequences of at most 20 tokens \(max_position_embeddings\), got 21"
