@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import pickle
 from typing import Any
 
@@ -15,10 +14,8 @@ from torch.nn.utils.parametrize import register_parametrization
 from kron_kernels import optimize_for_inference
 from kron_kernels.convert.quantize import quantize_
 from kron_kernels.models import KronBertForMaskedLM, KronBertForSequenceClassification, KronBertModel, blocks
-from kron_kernels.nn import KronEmbedding, KronLinear, PackedKronLinear
+from kron_kernels.nn import KronEmbedding, PackedKronLinear
 from tests.models.bert_cases import IDS, make, run
-
-assert_equal = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -42,33 +39,19 @@ def test_packed_factors_of_a_block_reach_the_fused_ops(monkeypatch: pytest.Monke
     assert all(output.isfinite().all() for output in run(model))
 
 
-@pytest.mark.parametrize(("dtype", "expected"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
-def test_a_dtype_converts_first(dtype: str, expected: torch.dtype) -> None:
-    model = make()
-    wanted = run(copy.deepcopy(model).to(expected))
-    torch.testing.assert_close(run(optimize_for_inference(model, dtype)), wanted, rtol=0.1, atol=0.1)
-    assert model.dtype is expected
-
-
-def test_int8_factors_become_floating_point() -> None:
+def test_dtypes_and_int8_factors_are_converted_first() -> None:
     model = make("K8", KronBertForMaskedLM)
+    for dtype, expected in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        other = copy.deepcopy(model)
+        wanted = run(copy.deepcopy(model).to(expected))
+        torch.testing.assert_close(run(optimize_for_inference(other, dtype)), wanted, rtol=0.1, atol=0.1)
+        assert other.dtype is expected
     quantize_(model)
     wanted = run(model)
-    optimize_for_inference(model)
-    torch.testing.assert_close(run(model), wanted, rtol=1e-4, atol=1e-4)
-    decoder: Any = model.get_output_embeddings()
+    torch.testing.assert_close(run(optimize_for_inference(model)), wanted, rtol=1e-4, atol=1e-4)
     words: Any = model.get_input_embeddings()
     assert type(words) is KronEmbedding
-    assert decoder.a is words.a
-
-
-def test_a_converted_model_of_another_kind() -> None:
-    model = nn.Sequential(nn.Linear(48, 48), nn.LayerNorm(48), KronLinear(48, 96, ((8, 4), (12, 12))), nn.Dropout(0.5))
-    x = torch.randn(3, 48)
-    wanted = model.eval()(x)
-    optimize_for_inference(model.train())
-    torch.testing.assert_close(model(x), wanted)
-    assert type(model[2]) is PackedKronLinear
+    assert model.get_output_embeddings().a is words.a
 
 
 def test_copies_and_pickles() -> None:
@@ -76,7 +59,7 @@ def test_copies_and_pickles() -> None:
     wanted = run(model)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert type(other) is type(model)
-        assert_equal(run(other), wanted)
+        torch.testing.assert_close(run(other), wanted, rtol=0, atol=0)
         with pytest.raises(RuntimeError, match="training form"):
             other.train()
 
@@ -102,7 +85,7 @@ def test_what_the_inference_form_cannot_do_is_an_error(use: str) -> None:
     wanted = run(model)
     with pytest.raises(RuntimeError, match="expected a model in training form, got one that optimize_for_inference"):
         REFUSED[use](model)
-    assert_equal(run(model), wanted)
+    torch.testing.assert_close(run(model), wanted, rtol=0, atol=0)
 
 
 def test_saving_leaves_no_file_and_moves_to_the_same_place_are_allowed(tmp_path: Any) -> None:

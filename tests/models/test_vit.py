@@ -35,7 +35,6 @@ SIZES = {
 IMAGES = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 MODELS = {
-    "vit": (ViTModel, ViTConfig),
     "vit-classifier": (ViTForImageClassification, ViTConfig),
     "deit": (DeiTModel, DeiTConfig),
     "mae": (ViTMAEModel, ViTMAEConfig),
@@ -82,7 +81,7 @@ def test_output_and_gradients_are_those_of_the_weights_built(name):
         assert_accurate(*(getattr(model, "vit", model).get_parameter(key).grad for model in models), key)
 
 
-@pytest.mark.parametrize(("name", "weight_dtype"), [("vit-classifier", None), ("vit", "int8")])
+@pytest.mark.parametrize(("name", "weight_dtype"), [("vit-classifier", None), ("deit", "int8")])
 def test_saved_models_load(name, weight_dtype, tmp_path):
     model = make_model(name)
     kronify_(model, vit_config("K8"), weight_dtype=weight_dtype)
