@@ -33,7 +33,7 @@ $(BUILT): $(BUILD_INPUTS)
 	@touch $@
 
 $(DEV): $(BUILT)
-	$(PYTHON) tools/make_env.py --venv $(VENV) --extras dev,bench,plots
+	$(PYTHON) tools/make_env.py --venv $(VENV) --add dev,bench,plots
 	@touch $@
 
 $(VENV)/.demo: $(BUILT)

@@ -24,9 +24,15 @@ def main() -> None:
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="folder of the environment")
     parser.add_argument("--torch", default="torch==2.13.0", help="what to install when no torch >= 2.11 is there")
     parser.add_argument("--extras", default="", help="optional dependencies of the package, by comma")
+    parser.add_argument("--add", metavar="EXTRAS", help="only add these optional dependencies to what is installed")
     arguments = parser.parse_args()
 
     python = arguments.venv.absolute() / "bin" / "python"
+    if arguments.add:
+        step(f"adding {arguments.add}")
+        # The installed package satisfies this: nothing is built again.
+        pip(python, "install", f"kron_kernels[{arguments.add}]")
+        return
     if not python.exists():
         shared = has_torch(Path(sys.executable))
         step(f"creating {arguments.venv}" + (" on top of this Python's torch" if shared else ""))
