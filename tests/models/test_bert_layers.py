@@ -72,8 +72,6 @@ def test_inputs_of_every_kind(inputs):
         model = make()
         model.set_attn_implementation("eager")
         assert_same(model, inputs, output_hidden_states=True, output_attentions=True)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert run(make(), inputs)[0].isfinite().all()
 
 
 @pytest.mark.parametrize("name", HUGGING_FACE_ACTIVATIONS)
@@ -128,16 +126,16 @@ def test_hooks_are_called():
         assert seen == [module]
 
 
-def test_a_decoder_with_cross_attention_and_cache_is_transformers_own(calls):
-    model = make(is_decoder=True, add_cross_attention=True, use_cache=True)
-    context = {"encoder_hidden_states": torch.linspace(-1, 1, 3 * 4 * 48).view(3, 4, 48)}
-    with torch.no_grad():
-        first = model(IDS[:, :4], **context)
-        step = model(IDS[:, 4:], **context, past_key_values=first.past_key_values).last_hidden_state
-        whole = unfused(model)(IDS, **context, use_cache=False).last_hidden_state
-    torch.testing.assert_close(step, whole[:, 4:], rtol=1e-4, atol=1e-5)
+def test_a_decoder_with_a_cache_is_transformers_own_under_autocast_too(calls):
+    model = make(is_decoder=True, use_cache=True)
+    for enabled in (False, True):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            first = model(IDS[:, :4])
+            step = model(IDS[:, 4:], past_key_values=first.past_key_values).last_hidden_state
+            whole = unfused(model)(IDS, use_cache=False).last_hidden_state
+        tolerance = 0.1 if enabled else 1e-4
+        torch.testing.assert_close(step, whole[:, 4:], rtol=tolerance, atol=tolerance)
     assert calls["kron_qkv"] == 0
-    assert calls["kron_ffn"] == 4, "the feed-forward block of a decoder is no different"
 
 
 def test_fuse_serves_what_kronify_converted(calls):
