@@ -1,4 +1,4 @@
-"""BERT through the fused ops: the same values, gradients, files and recorded outputs as through the modules."""
+"""BERT through the fused ops: the same values, gradients and outputs as through the modules."""
 
 from __future__ import annotations
 
