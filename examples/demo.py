@@ -31,7 +31,7 @@ from kron_kernels.models import KronBertModel
 from kron_kernels.nn import KronLinear
 from kron_kernels.schemas import reference
 
-CALIBRATION, HELD_OUT, NEIGHBOURS_OF, MAX_LENGTH = 384, 500, 3, 64
+CALIBRATION, HELD_OUT, NEIGHBOURS_OF, MAX_LENGTH, BATCH = 384, 500, 3, 32, 32
 
 
 def main() -> None:
@@ -68,6 +68,7 @@ def main() -> None:
         arguments.out / "checkpoints",
         minutes=arguments.minutes,
         max_length=MAX_LENGTH,
+        batch_size=BATCH,
     )
     folder = arguments.out / f"minilm-{arguments.preset.lower()}"
     student.save_pretrained(folder)
