@@ -55,7 +55,7 @@ test: $(DEV)
 	$(PY) -m pytest -m "not slow and not gpu" $(ARGS)
 
 test-slow: $(DEV)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m "slow and not gpu" $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m "slow and not gpu" $(ARGS)
 
 lint: $(DEV)
 	$(BIN)/ruff check .
