@@ -137,7 +137,7 @@ def kron_ffn(
     if _fuses_norm((Product.of(a1, b1), Product.of(a2, b2)), x.dtype, _capability(x)):
         return _op("kron_ffn")(*operands, residual, norm_weight, norm_bias, eps, allows_tf32())
     y = _op("kron_ffn")(*operands, None, None, None, 0.0, allows_tf32())
-    return torch.nn.functional.layer_norm(residual + y, norm_weight.shape, norm_weight, norm_bias, eps)
+    return reference.add_norm(y, residual, norm_weight, norm_bias, eps)
 
 
 def kron_ffn_backward(
@@ -176,7 +176,7 @@ def kron_matmul_norm(
     packed: Tensor | None = None,
 ) -> Tensor:
     y = kron_matmul(x, a, b, bias, 0)
-    return torch.nn.functional.layer_norm(residual + y, norm_weight.shape, norm_weight, norm_bias, eps)
+    return reference.add_norm(y, residual, norm_weight, norm_bias, eps)
 
 
 def kron_qkv(

@@ -58,10 +58,6 @@ def kron_matmul(
     return y if function is None else function(y)
 
 
-def _norm(y: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    return F.layer_norm(residual + y, weight.shape, weight, bias, eps)
-
-
 def kron_matmul_norm(
     x: Tensor,
     a: Tensor,
@@ -73,7 +69,7 @@ def kron_matmul_norm(
     eps: float,
     packed: Tensor | None = None,
 ) -> Tensor:
-    return _norm(kron_matmul(x, a, b, bias, 0, packed), residual, norm_weight, norm_bias, eps)
+    return reference.add_norm(kron_matmul(x, a, b, bias, 0, packed), residual, norm_weight, norm_bias, eps)
 
 
 def kron_ffn(
@@ -93,7 +89,9 @@ def kron_ffn(
     packed2: Tensor | None = None,
 ) -> Tensor:
     y = kron_matmul(kron_matmul(x, a1, b1, bias1, activation, packed1), a2, b2, bias2, 0, packed2)
-    return y if residual is None or norm_weight is None else _norm(y, residual, norm_weight, norm_bias, eps)
+    return (
+        y if residual is None or norm_weight is None else reference.add_norm(y, residual, norm_weight, norm_bias, eps)
+    )
 
 
 def kron_qkv(

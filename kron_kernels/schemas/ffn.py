@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from . import reference
 from .pack import reject_packed
@@ -36,7 +35,7 @@ def _reference(
     y = reference.kron_ffn(x, a1, b1, bias1, a2, b2, bias2, ACTIVATION_NAMES[activation])
     if residual is None or norm_weight is None:
         return y
-    return F.layer_norm(residual + y, norm_weight.shape, norm_weight, norm_bias, eps)
+    return reference.add_norm(y, residual, norm_weight, norm_bias, eps)
 
 
 def _fake(

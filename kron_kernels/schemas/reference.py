@@ -80,6 +80,11 @@ def kron_matmul_backward(grad: Tensor, x: Tensor, a: Tensor, b: Tensor) -> tuple
     return dx, da, db, grad.sum(0).reshape(m1 * m2)
 
 
+def add_norm(y: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """``layer_norm(residual + y)`` over the last dimension: the end of a transformer block."""
+    return F.layer_norm(residual + y, weight.shape, weight, bias, eps)
+
+
 def kron_matmul_norm(
     x: Tensor,
     a: Tensor,
@@ -91,8 +96,7 @@ def kron_matmul_norm(
     eps: float,
 ) -> Tensor:
     """``layer_norm(residual + kron_matmul(x, a, b, bias))`` over the last dimension: the end of a transformer block."""
-    y = residual + kron_matmul(x, a, b, bias)
-    return F.layer_norm(y, norm_weight.shape, norm_weight, norm_bias, eps)
+    return add_norm(kron_matmul(x, a, b, bias), residual, norm_weight, norm_bias, eps)
 
 
 def kron_ffn(
