@@ -1,16 +1,12 @@
-"""How close a converted model is to the dense one: cosine of hidden states, errors of layer outputs."""
+"""How close a converted model is to the dense one: cosine of hidden states."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from ..nn import KronLinear
-from .calibrate import Calibration
 
 
 @torch.inference_mode()
@@ -37,24 +33,3 @@ def hidden_agreement(
     if not tokens:
         raise ValueError("batches: expected at least one token, got none")
     return total / tokens
-
-
-def output_errors(dense: nn.Module, model: nn.Module, moments: Calibration) -> dict[str, float]:
-    """Measure the relative error of each compressed linear layer's output, ``||y - y_kron|| / ||W x||``, by its name.
-
-    The inputs x are those behind ``moments``: a calibration of ``dense`` on text that the fit has not seen tells how
-    it generalises. With D the difference of the weights, d that of the biases, C and u the second moment and the mean
-    of x, the mean of ``||D x + d||^2`` is the trace of ``D C D^T`` plus ``2 d . D u + ||d||^2``.
-    """
-    errors = {}
-    for name, module in model.named_modules():
-        if isinstance(module, KronLinear):
-            linear: Any = dense.get_submodule(name)
-            moment, weight = moments[name].double(), linear.weight.detach().double()
-            difference = weight - module.dense_weight().detach().double()
-            shift = torch.zeros(len(weight)) if module.bias is None else (linear.bias - module.bias).detach()
-            shift = shift.to(weight)
-            squared = (difference @ moment * difference).sum()
-            squared += shift @ (2 * difference @ moments.input_mean[name].double() + shift)
-            errors[name] = float((squared / (weight @ moment * weight).sum()).sqrt())
-    return errors

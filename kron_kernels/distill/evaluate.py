@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ..convert.calibrate import Progress
 from .data import (
     PaddingCollator,
     Task,
@@ -32,7 +32,6 @@ from .data import (
 from .data.files import Source
 
 MAX_LENGTH = {"classification": 128, "regression": 128, "qa": 384}
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)

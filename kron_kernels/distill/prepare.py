@@ -15,6 +15,7 @@ from transformers import BertForPreTraining
 
 from ..compress import ARCHITECTURES, WARM_STARTS, start_model
 from ..compress.files import new_folder
+from ..convert.calibrate import Progress
 from ..convert.presets import preset
 from ..models import KronBertPreTrainedModel
 from .config import DistillConfig
@@ -35,8 +36,6 @@ from .losses import check_pair
 from .objectives import Classification, MaskedLanguageModel, Objective, QuestionAnswering, Regression
 from .run_folder import RunFolder
 from .student import load_model, load_student, model_config, with_task_head, with_teachers_head
-
-Progress = Callable[[int, int, str], None]
 
 # Share of the packed sequences of stage 1 that is kept for its evaluation.
 _HELD_OUT = 0.01

@@ -9,7 +9,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..compress.files import NoSpaceError, check_space, new_folder
+from ..convert.calibrate import Progress
 from ..convert.counting import count_parameters
 from .config import DistillConfig
 from .curves import write_curves
@@ -30,7 +31,6 @@ from .run_folder import RunFolder, RunResult, mark_complete, rows_fingerprint, w
 from .student import set_dropout
 from .trainer import DistillTrainer, TeacherOutputs
 
-Progress = Callable[[int, int, str], None]
 _KEPT = 2  # checkpoints that stay: transformers deletes an older one before the newest has its marker
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..convert.versions import check_version
 from ..ops import frozen_linear_kron, kron_addmm, kron_addmm_
 from ..ops.addmm import RightFactor
 from ..ops.autocast import autocasts
 from ..ops.frozen_linear import is_fresh, is_plain_frozen
 from ..schemas.torch_internals import in_place_is_observed
+from .versions import check_version
 
 PEFT_VERSIONS = ">=0.21,<0.22"
 check_version("peft", PEFT_VERSIONS)

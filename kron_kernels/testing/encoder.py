@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,6 @@ from ..convert.presets import preset
 from ..nn import KronEmbedding, KronLinear
 from ..schemas.reference import ACTIVATIONS
 from .problems import relative_error
-from .timing import Result, compare
 
 # Largest ||h - h64|| / ||h64|| over the last hidden states: rounding gathered through all layers.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
@@ -78,14 +77,6 @@ def encoders(presets: Sequence[str], dtype: torch.dtype, **sizes: int) -> dict[s
     return {name: model.to(dtype).eval() for name, model in models.items()}
 
 
-def compare_encoders(
-    models: Mapping[str, nn.Module], batch: int, sequence: int, *, seconds: float = 2.0
-) -> list[Result]:
-    """Check each model against itself in float64, then time those that are right, interleaved, over "dense"."""
-    problem = EncoderProblem(random_ids(models["dense"], batch, sequence))
-    return compare(problem, [as_it_is(name, model) for name, model in models.items()], seconds=seconds)
-
-
 def random_ids(model: nn.Module, batch: int, sequence: int) -> Tensor:
     """Return token ids (batch, sequence) of the model's vocabulary, the same ones every time."""
     vocabulary = int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
@@ -109,11 +100,6 @@ def forward(model: nn.Module, ids: Tensor) -> Tensor:
     """Return the last hidden states (batch, sequence, hidden) of token ids, without gradients."""
     with torch.inference_mode():
         return model(ids).last_hidden_state
-
-
-def encoder_error(model: nn.Module, ids: Tensor) -> float:
-    """Return the relative error of the model's last hidden states against the same model in float64."""
-    return EncoderProblem(ids).error(as_it_is("model", model))
 
 
 def reference_copy(model: nn.Module) -> nn.Module:

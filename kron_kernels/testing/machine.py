@@ -43,12 +43,6 @@ def square_product(dtype: torch.dtype, size: int = 1024) -> tuple[Variant, int]:
     return min(variants.values(), key=_quickest), 2 * size**3
 
 
-def gemm_rate(dtype: torch.dtype, size: int = 1024) -> float:
-    """Return the best rate of that product in operations a second."""
-    variant, flop = square_product(dtype, size)
-    return flop / _quickest(variant)
-
-
 def _product(dtype: torch.dtype, size: int) -> Variant:
     left, right = (torch.randn(size, size).to(dtype) for _ in range(2))
     out = torch.empty(size, size, dtype=dtype)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kron_kernels.convert.versions import check_version
+from kron_kernels.integrations.versions import check_version
 from kron_kernels.testing.accuracy import assert_accurate
 
 peft = pytest.importorskip("peft", reason="peft is not installed")

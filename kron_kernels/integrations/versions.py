@@ -6,9 +6,6 @@ import importlib.metadata
 
 from packaging.specifiers import SpecifierSet
 
-# The versions whose GPT-2 and ViT modules have the names and options used here; tested with 5.24.
-TRANSFORMERS_VERSIONS = ">=5.24,<6"
-
 
 def check_version(package: str, supported: str) -> None:
     """Raise ImportError where ``package`` is not installed in a version of the range ``supported`` (PEP 440)."""
