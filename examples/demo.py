@@ -65,7 +65,7 @@ def main() -> None:
         student,
         tokenizer,
         training,
-        arguments.out / "checkpoints",
+        arguments.out / "run",
         minutes=arguments.minutes,
         max_length=MAX_LENGTH,
         batch_size=BATCH,

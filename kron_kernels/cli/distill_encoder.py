@@ -26,7 +26,7 @@ def add_stage(stages: Any) -> None:
     parser.add_argument("--teacher", required=True, metavar="MODEL", help="folder or hub name of the dense encoder")
     parser.add_argument("--student", required=True, metavar="MODEL", help="folder that `compress` made from it")
     parser.add_argument("--text", required=True, type=Path, metavar="FILE", help="UTF-8 text, a sentence a line")
-    parser.add_argument("--out", required=True, type=Path, metavar="RUN", help="folder of checkpoints and RUN/model")
+    parser.add_argument("--out", required=True, type=Path, metavar="RUN", help="folder of the run and of RUN/model")
     parser.add_argument("--minutes", type=float, default=20.0, metavar="N", help="of training (20)")
     parser.add_argument("--max-steps", type=int, metavar="N", help="steps instead of minutes")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="sentences a step (64)")
@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
             student,
             tokenizer,
             [sentence for sentence in sentences if sentence not in chosen],
-            arguments.out / "checkpoints",
+            arguments.out,
             minutes=arguments.minutes,
             max_steps=arguments.max_steps,
             batch_size=arguments.batch_size,

@@ -16,8 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+
+from .run import NonFiniteLossError, RunCallback, logged_most, train, trainer_settings
+from .run_folder import RunFolder, rows_fingerprint, weights_fingerprint
 
 RELATION_WEIGHT = 20.0
 _TIMED_STEPS = 6  # steps that estimate how many fit into a number of minutes
@@ -83,7 +86,7 @@ def distill_encoder(
     sentences: Sequence[str],
     out: str | os.PathLike[str],
     *,
-    minutes: float | None = 5.0,
+    minutes: float = 5.0,
     max_steps: int | None = None,
     batch_size: int = 64,
     learning_rate: float = 1e-3,
@@ -95,13 +98,13 @@ def distill_encoder(
     Args:
         teacher, student: encoders whose call returns ``last_hidden_state``, of equal width; mean pooling is applied.
         sentences: at least two batches of text; duplicates and blank lines are dropped.
-        out: folder of the checkpoints. A run that finds some there resumes from the last one.
+        out: folder of the run (``RunFolder``). One that was interrupted resumes from its last whole checkpoint.
         minutes: training time; the number of steps that fits is estimated from a few steps. Ignored with ``max_steps``.
         batch_size, learning_rate, max_length, seed: sentences a step, peak of the cosine schedule, tokens a sentence.
 
     Raises:
-        ValueError: too little text, widths that differ.
-        FloatingPointError: a loss that is not finite.
+        ValueError: too little text, widths that differ, a folder of a run on other text, models or settings.
+        NonFiniteLossError: a loss that is not finite.
     """
     texts = list(dict.fromkeys(text.strip() for text in sentences if text.strip()))
     if len(texts) < 2 * batch_size:
@@ -109,41 +112,46 @@ def distill_encoder(
     widths = teacher.config.hidden_size, student.config.hidden_size
     if widths[0] != widths[1]:
         raise ValueError(f"student: expected the teacher's hidden size {widths[0]}, got {widths[1]}")
+    settings = {"max_steps": max_steps} if max_steps else {"minutes": minutes}
+    settings |= {"batch_size": batch_size, "learning_rate": learning_rate, "max_length": max_length, "seed": seed}
+    folder = RunFolder.create(out, {"stage": "encoder", **settings})
+    models = {"teacher": weights_fingerprint(teacher), "student": weights_fingerprint(student)}
+    folder.identify(data=rows_fingerprint(texts), **models)
+    folder.rewind()
     rows = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
     pad = tokenizer.pad_token_id or 0
     vectors = encode(teacher.eval(), rows, pad)
     data = [{"input_ids": row, "teacher": vector} for row, vector in zip(rows, vectors, strict=True)]
-    checkpoint = get_last_checkpoint(str(out)) if os.path.isdir(out) else None
-    if max_steps is None:
-        max_steps = _steps_within(60.0 * (minutes or 5.0), student, data, batch_size, pad)
+    # A run that resumes keeps the number of steps, and with it the schedule, that it began with.
+    steps = folder.identity.get("steps") or max_steps or _steps_within(60 * minutes, student, data, batch_size, pad)
+    folder.identify(steps=steps)
     arguments = TrainingArguments(
-        output_dir=str(out),
-        max_steps=max_steps,
+        **trainer_settings(folder),
+        max_steps=steps,
         per_device_train_batch_size=batch_size,
         learning_rate=learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=max(1, max_steps // 25),
+        warmup_steps=max(1, steps // 25),
         weight_decay=0.0,
         adam_beta2=0.98,
         max_grad_norm=1.0,
         seed=seed,
         train_sampling_strategy="group_by_length",
-        remove_unused_columns=False,
-        save_steps=max(50, max_steps // 5),
-        save_total_limit=2,
-        logging_steps=max(1, max_steps // 10),
-        report_to="none",
-        use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available(),
+        save_steps=max(50, steps // 5),
+        logging_steps=max(1, steps // 10),
     )
     trainer = EncoderTrainer(
-        model=student, args=arguments, train_dataset=data, data_collator=lambda batch: _collate(batch, pad)
+        model=student,
+        args=arguments,
+        train_dataset=data,
+        data_collator=lambda batch: _collate(batch, pad),
+        callbacks=[RunCallback(folder)],
     )
-    began = time.perf_counter()
-    found = trainer.train(resume_from_checkpoint=checkpoint)
+    train(trainer, folder)
     student.eval()
-    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
-    return EncoderResult(found.global_step, time.perf_counter() - began, losses[-1] if losses else found.training_loss)
+    log = trainer.state.log_history
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    return EncoderResult(trainer.state.global_step, logged_most(log, "seconds"), losses[-1])
 
 
 class EncoderTrainer(Trainer):
@@ -152,25 +160,24 @@ class EncoderTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Return the loss of a batch; FloatingPointError where it is not finite."""
+        """Return the loss of a batch; NonFiniteLossError where it is not finite."""
         teacher = inputs.pop("teacher")
         outputs = model(**inputs)
         loss = sentence_loss(mean_pool(outputs.last_hidden_state, inputs["attention_mask"]), teacher)
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"loss: expected a finite number, got {loss.item()}; lower the learning rate")
+            raise NonFiniteLossError(f"loss: expected a finite number, got {loss.item()}; lower the learning rate")
         return (loss, outputs) if return_outputs else loss
 
 
 def _steps_within(seconds: float, student: nn.Module, data: Sequence[dict[str, Any]], size: int, pad: int) -> int:
     """Estimate how many steps take ``seconds``, by forward and backward passes that change no weight."""
-    stride = max(1, len(data) // (size * _TIMED_STEPS))
+    ordered = sorted(data, key=lambda row: len(row["input_ids"]))
     student.train()
     times = []
     for step in range(_TIMED_STEPS):
-        # Batches of like lengths, as in training: short ones to long ones.
-        ordered = sorted(data[:: max(1, stride)], key=lambda row: len(row["input_ids"]))
-        start = (len(ordered) - size) * step // max(1, _TIMED_STEPS - 1)
-        batch = _collate(ordered[max(0, start) : max(0, start) + size], pad)
+        # Batches of like lengths, as in training: the shortest ones to the longest.
+        start = (len(ordered) - size) * step // (_TIMED_STEPS - 1)
+        batch = _collate(ordered[start : start + size], pad)
         began = time.perf_counter()
         target = batch.pop("teacher")
         sentence_loss(mean_pool(student(**batch).last_hidden_state, batch["attention_mask"]), target).backward()
@@ -187,10 +194,6 @@ def _collate(batch: Sequence[dict[str, Any]], pad: int) -> dict[str, Tensor]:
 
 def _padded(rows: Sequence[Sequence[int]], pad: int) -> dict[str, Tensor]:
     """Token ids (B, longest) and their attention mask."""
-    length = max(map(len, rows))
-    ids = torch.full((len(rows), length), pad)
-    mask = torch.zeros(len(rows), length, dtype=torch.long)
-    for index, row in enumerate(rows):
-        ids[index, : len(row)] = torch.tensor(row)
-        mask[index, : len(row)] = 1
+    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=pad)
+    mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], batch_first=True)
     return {"input_ids": ids, "attention_mask": mask}

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from safetensors import SafetensorError
-from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -67,7 +67,7 @@ def run_stage(
             folder.discard()
         raise
     with _disk_errors(folder):
-        _train(trainer, folder)
+        train(trainer, folder)
         # The result is what the saved model does: not in the precision of the training.
         trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
         metrics = trainer.evaluate()
@@ -142,7 +142,7 @@ def _prepare(config: DistillConfig, folder: RunFolder, progress: Progress | None
     return work, _trainer(work, folder)
 
 
-def _train(trainer: DistillTrainer, folder: RunFolder) -> None:
+def train(trainer: Trainer, folder: RunFolder) -> None:
     """Train from the last checkpoint; one of the last step is taken as it is, where transformers would add a step."""
     last = get_last_checkpoint(str(folder.checkpoints_path)) if folder.checkpoints_path.is_dir() else None
     if last is not None:
@@ -175,10 +175,24 @@ def _trainer(work: Work, folder: RunFolder) -> DistillTrainer:
     )
 
 
+def trainer_settings(folder: RunFolder) -> dict[str, Any]:
+    """Give the fields of TrainingArguments that every run in a folder shares."""
+    return {
+        "output_dir": str(folder.checkpoints_path),
+        "save_total_limit": _KEPT,
+        # A loss that is not finite ends the run.
+        "logging_nan_inf_filter": False,
+        "remove_unused_columns": False,
+        "report_to": "none",
+        "use_cpu": not torch.cuda.is_available(),
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+
+
 def _arguments(config: DistillConfig, folder: RunFolder) -> TrainingArguments:
     """transformers' arguments of a run; ``config.trainer`` has the last word."""
     settings: dict[str, Any] = {
-        "output_dir": str(folder.checkpoints_path),
+        **trainer_settings(folder),
         "num_train_epochs": config.epochs,
         "max_steps": config.max_steps,
         "per_device_train_batch_size": config.batch_size,
@@ -192,15 +206,8 @@ def _arguments(config: DistillConfig, folder: RunFolder) -> TrainingArguments:
         "eval_strategy": "steps" if config.eval_steps else "no",
         "eval_steps": config.eval_steps or None,
         "save_steps": config.save_steps,
-        "save_total_limit": _KEPT,
         "logging_steps": config.logging_steps,
-        # A loss that is not finite ends the run.
-        "logging_nan_inf_filter": False,
-        "remove_unused_columns": False,
         "train_sampling_strategy": "group_by_length" if config.stage != "pretrain" else "random",
-        "report_to": "none",
-        "use_cpu": not torch.cuda.is_available(),
-        "dataloader_pin_memory": torch.cuda.is_available(),
     }
     unknown = sorted(set(config.trainer) - set(TrainingArguments.__dataclass_fields__))
     if unknown:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -79,13 +80,29 @@ def test_student_learns_and_an_interrupted_run_resumes_to_the_same_weights(teach
     assert encoder.sentence_loss(after, wanted) < 0.5 * encoder.sentence_loss(before, wanted)
     assert not student.training
     # The folder holds a checkpoint of step 60 and one before: without the last, the run repeats its last steps.
-    last = max((tmp_path / "whole").glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
+    last = max((tmp_path / "whole/checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
     for file in last.iterdir():
         file.unlink()
     last.rmdir()
     again, _ = distill("whole")
     for one, other in zip(student.parameters(), again.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_resumes_on_its_own_text_and_models_only(teacher: Any, tmp_path: Path) -> None:
+    student = KronBertModel.from_dense(teacher, "K8")
+    options = {"max_steps": 2, "batch_size": 8}
+    encoder.distill_encoder(teacher, copy.deepcopy(student), Tokenizer(), sentences(40), tmp_path, **options)
+    with pytest.raises(ValueError, match=r"data: .* holds a run with another data"):
+        encoder.distill_encoder(teacher, copy.deepcopy(student), Tokenizer(), sentences(39), tmp_path, **options)
+    other = copy.deepcopy(teacher)
+    other.embeddings.word_embeddings.weight.data[3, 3] += 1
+    with pytest.raises(ValueError, match=r"teacher: .* holds a run with another teacher"):
+        encoder.distill_encoder(other, copy.deepcopy(student), Tokenizer(), sentences(40), tmp_path, **options)
+    # Finished: the student becomes the trained one, and no step is added.
+    again = copy.deepcopy(student)
+    assert encoder.distill_encoder(teacher, again, Tokenizer(), sentences(40), tmp_path, **options).steps == 2
+    assert not torch.equal(again.encoder.layer[0].output.dense.a, student.encoder.layer[0].output.dense.a)
 
 
 def test_bad_input(teacher: Any, tmp_path: Path) -> None:
