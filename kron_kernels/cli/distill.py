@@ -121,7 +121,7 @@ def _settings(arguments: argparse.Namespace, losses: Any) -> dict[str, Any]:
         given.pop(name, None)
     terms = {term: given.pop(f"weight_{term}") for term in _LOSSES if f"weight_{term}" in given}
     terms |= {name: given.pop(name) for name in ("attention", "layers") if name in given}
-    # What is no mapping is for the configuration to refuse.
+    # The configuration raises for what is no mapping.
     if terms and isinstance(losses, Mapping | None):
         given["losses"] = {**(losses or {}), **terms}
     return given

@@ -41,7 +41,7 @@ def run_stage(
     """Carry out one stage and leave everything in the folder ``out``; see ``RunFolder`` for what is there.
 
     A run that was interrupted resumes from its last whole checkpoint when it is called again with the same
-    configuration, data and teacher; one that is finished returns its result. One that is refused before it trains
+    configuration, data and teacher; one that is finished returns its result. One that raises before it trains
     leaves nothing, unless the folder held a run before or the disk is full. Works in several processes under
     ``torchrun`` or ``accelerate launch``, as any program on transformers' Trainer.
 

@@ -11,7 +11,7 @@ from .checks import check_a_shape
 
 @dataclass(frozen=True)
 class FactorShape:
-    """A way to write an (m, n) weight as a sum of ``terms`` products of an ``a`` and a ``b`` matrix.
+    """A form of an (m, n) weight: a sum of ``terms`` products of an ``a`` and a ``b`` matrix.
 
     ``params`` counts the entries of all factors, ``macs`` the multiply-adds a token in the cheaper contraction order.
     """

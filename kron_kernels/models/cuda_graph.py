@@ -19,7 +19,7 @@ class CapturedModel:
     ``copy=False`` returns those of the graph, which the next call overwrites.
 
     The graph reads the parameters where they were at the capture: changed in place, they hold; exchanged for others or
-    moved, the model has to be captured anew.
+    moved, the model has to be captured again.
     """
 
     def __init__(self, model: nn.Module, batch: int, length: int, padded: bool, record: Callable[..., Any]) -> None:

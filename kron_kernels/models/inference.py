@@ -128,15 +128,15 @@ class InferenceModel(nn.Module):
         return _restore, (type(self).__mro__[2],), self.__dict__
 
 
-def _refused(name: str) -> Callable[..., NoReturn]:
-    def refuse(self: nn.Module, *args: Any, **kwargs: Any) -> NoReturn:
+def _unsupported(name: str) -> Callable[..., NoReturn]:
+    def unsupported(self: nn.Module, *args: Any, **kwargs: Any) -> NoReturn:
         raise inference_form_error(f"{name}()")
 
-    return refuse
+    return unsupported
 
 
 for _name in ("state_dict", "load_state_dict", "save_pretrained", "resize_token_embeddings"):
-    setattr(InferenceModel, _name, _refused(_name))
+    setattr(InferenceModel, _name, _unsupported(_name))
 
 
 @cache

@@ -25,7 +25,7 @@ CHECKED_SEQUENCES = 4
 
 @dataclass(frozen=True)
 class EncoderCandidate:
-    """A way to run an encoder: ``run`` gives hidden states (batch, sequence, hidden) of token ids (batch, sequence).
+    """One form of an encoder to time: ``run`` gives hidden states (batch, sequence, hidden) of token ids.
 
     ``model`` is the module whose float64 copy says what is right; ``tolerance`` how far from it ``run`` may be.
     """

@@ -1,6 +1,6 @@
-"""What is timed: a product, a feed-forward block, projections of one input, and the ways to compute each.
+"""What is timed: a product, a feed-forward block, projections of one input, and the candidates that compute each.
 
-All ways of a problem share one set of random factors and are checked against the dense layers in float64.
+All candidates of a problem share one set of random factors and are checked against the dense layers in float64.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ QKV_CASES = {f"{kind}-qkv": Case("kron_qkv", (_LAYERS[f"{kind}-attention"],) * 3
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to compute: ``function(x, *operands)`` on tensors of the problem, by their names.
+    """One candidate: ``function(x, *operands)`` on tensors of the problem, by their names.
 
     ``operands`` name, for each layer, ("a", "b", "bias") or ("weight", "bias"). ``prepare`` replaces them for the
     timed calls by packed ones; such a candidate has no gradients.

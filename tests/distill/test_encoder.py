@@ -1,4 +1,4 @@
-"""Label-free distillation of sentence encoders: the loss, the vectors, a run that learns, resumes and refuses."""
+"""Label-free distillation of sentence encoders: the loss, the vectors, a run that learns, resumes and raises."""
 
 from __future__ import annotations
 
