@@ -32,16 +32,11 @@ def check_product_shape(shapes: Shapes, rows: int, cols: int) -> None:
         )
 
 
-class KronFactored(nn.Module):
-    """The factors ``a (S, m1, n1)`` and ``b (S, m2, n2)`` of a weight, and what all modules do with them."""
+class FactorShapes:
+    """Number and shapes of a module's factors ``a (S, m1, n1)`` and ``b (S, m2, n2)``."""
 
-    a: nn.Parameter
-    b: nn.Parameter
-
-    def __init__(self, a: nn.Parameter, b: nn.Parameter) -> None:
-        super().__init__()
-        self.a = a
-        self.b = b
+    a: Tensor
+    b: Tensor
 
     @property
     def terms(self) -> int:
@@ -52,6 +47,18 @@ class KronFactored(nn.Module):
         """((m1, n1), (m2, n2))."""
         (_, m1, n1), (_, m2, n2) = self.a.shape, self.b.shape
         return (m1, n1), (m2, n2)
+
+
+class KronFactored(FactorShapes, nn.Module):
+    """The factors ``a (S, m1, n1)`` and ``b (S, m2, n2)`` of a weight, and what all modules do with them."""
+
+    a: nn.Parameter
+    b: nn.Parameter
+
+    def __init__(self, a: nn.Parameter, b: nn.Parameter) -> None:
+        super().__init__()
+        self.a = a
+        self.b = b
 
     @property
     def dtype(self) -> torch.dtype:

@@ -18,7 +18,7 @@ from ..ops.checks import activation_code
 from ..schemas.pack import packed_factor
 from ..schemas.reference import kron_weight
 from ..schemas.torch_internals import needs_autograd
-from .factored import Shapes
+from .factored import FactorShapes
 from .linear import DENSE_DTYPES, KronLinear, kron_linear, takes_dense_product, takes_dense_products
 
 _kron_matmul = torch.ops.kron_kernels.kron_matmul.default
@@ -51,7 +51,7 @@ def check_unchanged(fn: Callable[[Tensor], Tensor], tensors: Iterable[Tensor]) -
             raise inference_form_error(".to(): another dtype or device")
 
 
-class PackedKronLinear(nn.Module):
+class PackedKronLinear(FactorShapes, nn.Module):
     """``activation(x (sum_s A_s (x) B_s)^T + bias)`` of a frozen layer: KronLinear's result, faster for few tokens.
 
     ``pack_`` makes it of a KronLinear. Its buffers are ``packed``, the bytes of ``kron_pack``; the small factor, ``a``
@@ -65,20 +65,8 @@ class PackedKronLinear(nn.Module):
     in_features: int
     out_features: int
     activation: str | None
-    a: Tensor
-    b: Tensor
     bias: Tensor | None
     packed: Tensor | None
-
-    @property
-    def terms(self) -> int:
-        return self.a.shape[0]
-
-    @property
-    def shapes(self) -> Shapes:
-        """((m1, n1), (m2, n2))."""
-        (_, m1, n1), (_, m2, n2) = self.a.shape, self.b.shape
-        return (m1, n1), (m2, n2)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -18,6 +18,7 @@ SIZES = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "max_position_embeddings": 20,
+    # Far from zero, so that a wrong layer shows in the outputs.
     "initializer_range": 0.2,
 }
 TERMS = KronConfig(

@@ -10,17 +10,8 @@ import transformers
 
 from kron_kernels import models
 from kron_kernels.convert.presets import KronConfig, ShapeRule
+from tests.models.bert_cases import SIZES
 
-SIZES = {
-    "vocab_size": 50,
-    "hidden_size": 48,
-    "intermediate_size": 192,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 20,
-    # Far from zero, so that a wrong layer shows in the outputs.
-    "initializer_range": 0.2,
-}
 # Sums of two terms in attention; both orders of the factors' sizes.
 KRON = KronConfig(
     {
