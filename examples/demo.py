@@ -25,8 +25,9 @@ from kron_kernels.cli.output import format_table
 from kron_kernels.compress import start_model
 from kron_kernels.compress.text import tokenize
 from kron_kernels.convert import preset
+from kron_kernels.convert.agreement import vector_agreement
 from kron_kernels.convert.counting import count_parameters
-from kron_kernels.distill.encoder import agreement, distill_encoder, encode
+from kron_kernels.distill.encoder import distill_encoder, encode
 from kron_kernels.models import KronBertModel
 from kron_kernels.nn import KronLinear
 from kron_kernels.schemas import reference
@@ -93,7 +94,7 @@ def main() -> None:
             name,
             f"{count / 1e6:.2f}M",
             f"{size / 1e6:.1f} MB",
-            *(f"{value:.3f}" for value in agreement(vectors["dense fp32"], vectors[name]).values()),
+            *(f"{value:.3f}" for value in vector_agreement(vectors["dense fp32"], vectors[name]).values()),
             f"{milliseconds[name]:.1f}" if name in milliseconds else "",
         )
         for name, (_, count, size) in models.items()

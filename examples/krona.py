@@ -10,7 +10,8 @@ from torch import nn
 from toy import trained_parameters
 from transformers import BertConfig, BertForSequenceClassification
 
-from kron_kernels.convert.presets import KronConfig, ShapeRule
+from kron_kernels.convert.presets import KronConfig
+from kron_kernels.convert.rules import ShapeRule
 from kron_kernels.integrations.krona import KronABlock, add_krona_, load_krona_, remove_krona_, save_krona
 
 # Query and value only, as in the paper, with balanced factors: of 64 x 64 two of 8 x 8.

@@ -14,22 +14,26 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "compress",
         help="compress a BERT checkpoint",
-        description="Replace the linear layers and the word embedding of a BERT by Kronecker products and save it "
-        "with its tokenizer and a report. Without fine-tuning or distillation the result is a starting point.",
-        epilog="example: kron-kernels compress path/to/bert bert-k21 --preset K21 --calibrate sentences.txt",
+        description="Replace the linear layers and the word embedding of a BERT by factored ones and save it with its "
+        "tokenizer and a report. Without fine-tuning or distillation the result is a starting point.",
+        epilog="example: kron-kernels compress path/to/bert bert-8x --size 8x --calibrate sentences.txt",
     )
     parser.add_argument("model", help="folder of the checkpoint, or its name on the model hub")
     parser.add_argument("out", type=Path, help="folder to make")
     shapes = parser.add_mutually_exclusive_group(required=True)
+    shapes.add_argument(
+        "--size", help="plan ranks for this size: 8x, 21x, or a number of parameters; needs --calibrate"
+    )
     shapes.add_argument("--preset", help="factor shapes: K8, K19 or K21")
     shapes.add_argument("--config", type=Path, help="factor shapes: a KronConfig as JSON")
+    parser.add_argument("--max-length", type=int, metavar="N", help="drop position rows beyond N tokens")
     parser.add_argument("--calibrate", type=Path, metavar="TEXT", help="text file, a sentence a line, for a warm start")
     parser.add_argument("--calibrate-lines", type=int, default=2000, metavar="N", help="lines of it to use (2000)")
     parser.add_argument(
         "--warm-start",
         metavar="METHOD",
-        help="plain: nearest to the weights; data-aware: to the outputs of the layers on the text; blockwise: then "
-        "trained on it block by block, which is best and takes minutes (default with --calibrate)",
+        help="plain: nearest to the weights; data-aware: to the outputs of the layers on the text (default with "
+        "--size); blockwise: then trained on it block by block, which takes minutes (default with --preset and text)",
     )
     parser.add_argument("--warm-start-steps", type=int, default=300, metavar="N", help="steps a block (300)")
     parser.add_argument("--terms", type=int, metavar="S", help="products to sum in each linear layer")
@@ -58,6 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.model,
         arguments.out,
         config,
+        size=arguments.size,
+        max_length=arguments.max_length,
         calibrate_text=arguments.calibrate,
         calibrate_lines=arguments.calibrate_lines,
         warm_start=arguments.warm_start,

@@ -45,7 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
         from ..compress.checkpoint import copy_companions, load_dense, load_tokenizer
         from ..compress.files import new_folder
         from ..compress.text import read_lines
-        from ..distill.encoder import agreement, distill_encoder, encode
+        from ..convert.agreement import vector_agreement
+        from ..distill.encoder import distill_encoder, encode
         from ..models import KronBertModel
 
     transformers.logging.set_verbosity_error()
@@ -78,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
     with new_folder(arguments.out / "model") as folder:
         student.save_pretrained(folder)
         copy_companions(Path(arguments.student), folder)
-    found = {"before": agreement(wanted, before), "after": agreement(wanted, encode(student, rows))}
+    found = {"before": vector_agreement(wanted, before), "after": vector_agreement(wanted, encode(student, rows))}
     if arguments.json:
         print_json({"steps": result.steps, "seconds": result.seconds, "held_out": held_out, **found})
         return 0

@@ -3,6 +3,7 @@
 from .blockwise import BlockReport, WarmStartReport, warm_start
 from .checkpoint import ARCHITECTURES, load_dense
 from .pipeline import compress
+from .plan import Plan, Planner
 from .report import CompressReport
 from .starts import WARM_STARTS, linear_names, start_model
 from .text import read_lines, tokenize
@@ -12,6 +13,8 @@ __all__ = [
     "WARM_STARTS",
     "BlockReport",
     "CompressReport",
+    "Plan",
+    "Planner",
     "WarmStartReport",
     "compress",
     "linear_names",

@@ -21,7 +21,8 @@ from transformers import BertModel
 from transformers.masking_utils import create_bidirectional_mask
 
 from ..convert.calibrate import Progress, evaluating
-from ..nn import Int8Factored, KronEmbedding, KronLinear
+from ..convert.layers import FACTORED
+from ..nn import Int8Factored
 
 Batch = Mapping[str, Tensor]
 
@@ -250,9 +251,8 @@ def _parts(batch: Batch, device: torch.device) -> Iterator[tuple[Tensor, Tensor 
 def _attention_mask(encoder: Any, real: Tensor) -> Tensor | None:
     if bool(real.all()):
         return None
-    like: Any = encoder.embeddings.word_embeddings
-    dtype = like.dtype if isinstance(like, KronEmbedding) else like.weight.dtype
-    states = torch.empty(*real.shape, encoder.config.hidden_size, dtype=dtype, device=real.device)
+    like = encoder.embeddings.LayerNorm.weight
+    states = torch.empty(*real.shape, encoder.config.hidden_size, dtype=like.dtype, device=real.device)
     return create_bidirectional_mask(config=encoder.config, inputs_embeds=states, attention_mask=real)
 
 
@@ -266,8 +266,8 @@ def _encoder(name: str, model: nn.Module) -> Any:
 def _check_pair(teacher: Any, student: Any) -> None:
     if any(isinstance(module, Int8Factored) for module in student.modules()):
         raise ValueError("model: expected factors in floating point to train, got int8 ones; quantize afterwards")
-    if not any(isinstance(module, (KronLinear, KronEmbedding)) for module in student.modules()):
-        raise ValueError("model: expected Kronecker layers (KronBertModel.from_dense makes them), got none")
+    if not any(isinstance(module, FACTORED) for module in student.modules()):
+        raise ValueError("model: expected factored layers (KronBertModel.from_dense makes them), got none")
     sizes = [
         (model.config.num_hidden_layers, model.config.hidden_size, model.config.vocab_size)
         for model in (teacher, student)

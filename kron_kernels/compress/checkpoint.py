@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import re
@@ -12,6 +13,7 @@ from typing import Any
 
 import transformers
 from safetensors import SafetensorError
+from torch import nn
 
 from .. import models
 from ..factorize import BertSize
@@ -96,6 +98,31 @@ def _check_sizes(config: Any) -> None:
     hidden, intermediate, layers, vocabulary, positions = (getattr(config, name) for name in names)
     if (count := BertSize(hidden, intermediate, vocabulary, layers, positions).dense_params()) > _MOST_PARAMETERS:
         raise ValueError(f"model: expected at most {_MOST_PARAMETERS:.0e} parameters, config.json asks for {count:.0e}")
+
+
+def shorten_positions_(model: Any, length: int) -> None:
+    """Cut the position table of a BERT, or of one with a head, after ``length`` rows, in place.
+
+    Raises ValueError for a length of less than 1; a shorter table stays.
+    """
+    if length < 1:
+        raise ValueError(f"max_length: expected at least 1, got {length}")
+    embeddings = model.base_model.embeddings
+    table = embeddings.position_embeddings
+    if length < table.num_embeddings:
+        embeddings.position_embeddings = nn.Embedding.from_pretrained(table.weight[:length].clone(), freeze=False)
+        embeddings.position_ids = embeddings.position_ids[:, :length]
+        embeddings.token_type_ids = embeddings.token_type_ids[:, :length]
+        model.config.max_position_embeddings = length
+
+
+def pools_by_mean(model_dir: str | os.PathLike[str]) -> bool:
+    """Tell whether a folder is a sentence-transformers encoder with mean pooling, which has no use for a pooler."""
+    try:
+        pooling = json.loads((Path(model_dir) / "1_Pooling" / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(pooling.get("pooling_mode_mean_tokens"))
 
 
 def load_tokenizer(model_dir: str | os.PathLike[str]) -> Any:

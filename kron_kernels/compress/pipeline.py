@@ -9,27 +9,44 @@ import time
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+from transformers import BertModel
+
 from ..convert.agreement import hidden_agreement
-from ..convert.calibrate import Progress
-from ..convert.counting import linear_flops
+from ..convert.calibrate import Progress, calibrate
+from ..convert.counting import count_parameters, linear_flops
 from ..convert.presets import KronConfig, preset
 from ..convert.quantize import quantize_
-from .checkpoint import ARCHITECTURES, copy_companions, load_dense, load_tokenizer, looks_local
+from ..convert.rules import ShapeRule
+from .checkpoint import (
+    ARCHITECTURES,
+    copy_companions,
+    load_dense,
+    load_tokenizer,
+    looks_local,
+    pools_by_mean,
+    shorten_positions_,
+)
 from .files import new_folder
+from .plan import Planner, parse_size
 from .report import CompressReport
 from .starts import WARM_STARTS, start_model
 from .target import REPORT_NAME, check_target
-from .text import MAX_LENGTH, read_lines, text_batches
+from .text import MAX_LENGTH, read_lines, text_batches, token_counts
 
-# Batches that the agreement with the dense model is measured on.
-_COMPARED = 4
+# Batches that the agreement with the dense model is measured on, and that plans are compared on.
+_COMPARED, _PLANNED = 4, 12
+# Lines of the text whose tokens are counted.
+_COUNTED_LINES = 200_000
 
 
 def compress(
     model_dir: str | os.PathLike[str],
     out_dir: str | os.PathLike[str],
-    config: str | KronConfig,
+    config: str | KronConfig | None = None,
     *,
+    size: str | int | None = None,
+    max_length: int | None = None,
     calibrate_text: str | os.PathLike[str] | None = None,
     calibrate_lines: int = 2000,
     warm_start: str | None = None,
@@ -46,11 +63,14 @@ def compress(
             question-answering head), or the name of one on the model hub.
         out_dir: folder to make. It appears whole or not at all, whatever kills the process.
         config: a preset's name or a KronConfig.
+        size: instead of a config, the size to plan for (``Planner``): "8x" for eight times fewer parameters, or a
+            number of parameters. Needs text; the plan is in the report and in config.json.
+        max_length: cut position rows beyond it.
         calibrate_text: text file, a sentence a line, for a warm start; None fits the weights alone.
         calibrate_lines: how many of its lines to use.
         warm_start: "plain" fits the weights alone, "data-aware" the outputs of the layers on the text (``kronify_``),
-            "blockwise" then trains each block on it (``warm_start.warm_start``), which is best and takes minutes. None
-            is "blockwise" where there is text, else "plain".
+            "blockwise" then trains each block on it (``warm_start.warm_start``), which takes minutes. None is "plain"
+            without text, "data-aware" for a ``size``, which distillation should follow, else "blockwise".
         warm_start_steps: steps a block of "blockwise".
         terms: Kronecker products to sum in each linear layer; None keeps the config's.
         weight_dtype: "int8" stores large factors as int8 (see ``quantize_``); None leaves that to the config. The
@@ -66,29 +86,54 @@ def compress(
             not fit, an empty text, a warm start that needs text without any, an ``out_dir`` that holds model or text.
     """
     began = time.perf_counter()
-    method = _method(warm_start, calibrate_text is not None)
+    if (config is None) == (size is None):
+        raise ValueError(f"config: expected either a config or a size, got config={config!r}, size={size!r}")
+    method = _method(warm_start, calibrate_text is not None, planned=size is not None)
     if isinstance(config, str):
         preset(config)  # an unknown name fails before the model is read
     sources = [model_dir] if looks_local(model_dir) else []
     sources += [] if calibrate_text is None else [calibrate_text]
     target = check_target(out_dir, overwrite, sources)
-    sentences = [] if calibrate_text is None else read_lines(calibrate_text, calibrate_lines)
+    lines = [] if calibrate_text is None else read_lines(calibrate_text, _COUNTED_LINES)
+    sentences = lines[:calibrate_lines]
     dense = load_dense(model_dir)
-    kron = _config(config, dense, terms, weight_dtype)
+    dense_params = count_parameters(dense)
+    if max_length is not None:
+        shorten_positions_(dense, max_length)
+    if pools_by_mean(model_dir) and type(dense) is BertModel:
+        dense.pooler = None
     batches = text_batches(dense, model_dir, sentences)
+    calibration = None
+    if method != "plain":
+        names = [name for name, module in dense.named_modules() if isinstance(module, nn.Linear)]
+        calibration = calibrate(dense, batches, names, progress)
+        calibration.token_counts = token_counts(load_tokenizer(model_dir), lines, dense.config.vocab_size)
+    if size is not None:
+        assert calibration is not None
+        planner = Planner(dense, calibration, batches[:: -(-len(batches) // _PLANNED)], progress)
+        config = planner.plan(parse_size(size, dense_params)).config
+    assert config is not None
+    kron = _config(config, dense, terms, weight_dtype)
     floating = dataclasses.replace(kron, weight_dtype=None)
     kind = ARCHITECTURES[type(dense).__name__]
     model, calibration, blocks = start_model(
-        kind, dense, floating, batches, method=method, steps=warm_start_steps, progress=progress
+        kind,
+        dense,
+        floating,
+        batches,
+        method=method,
+        steps=warm_start_steps,
+        calibration=calibration,
+        progress=progress,
     )
     quantization = None if kron.weight_dtype is None else quantize_(model, batches)
     report = CompressReport(
         source=str(model_dir),
         target=str(out_dir),
         architecture=type(model).__name__,
-        conversion=dataclasses.replace(model.conversion_report, config=kron),
+        conversion=dataclasses.replace(model.conversion_report, config=kron, params_before=dense_params),
         calibration_lines=len(sentences),
-        calibration_tokens=max(calibration.tokens.values()) if calibration else 0,
+        calibration_tokens=max(calibration.tokens.values()) if calibration is not None else 0,
         linear_flops_before=linear_flops(dense, MAX_LENGTH, kron),
         linear_flops_after=linear_flops(model, MAX_LENGTH, kron),
         seconds=time.perf_counter() - began,
@@ -108,8 +153,13 @@ def compress(
     return report
 
 
-def _method(warm_start: str | None, has_text: bool) -> str:
-    method = ("blockwise" if has_text else "plain") if warm_start is None else warm_start
+def _method(warm_start: str | None, has_text: bool, planned: bool) -> str:
+    if planned and not has_text:
+        raise ValueError("size: expected text to measure the model on (calibrate_text), got none")
+    default = "plain" if not has_text else "data-aware" if planned else "blockwise"
+    method = default if warm_start is None else warm_start
+    if planned and method == "plain":
+        raise ValueError("warm_start: expected 'data-aware' or 'blockwise' for a size, got 'plain'")
     if method not in WARM_STARTS:
         raise ValueError(f"warm_start: expected one of {', '.join(WARM_STARTS)}, got {method!r}")
     if method != "plain" and not has_text:
@@ -126,7 +176,7 @@ def _config(config: str | KronConfig, dense: Any, terms: int | None, weight_dtyp
         return kron
     # More terms of an embedding would only cost: its error is what the distillation takes care of first.
     rules = {
-        role: rule if role == "embedding" else dataclasses.replace(rule, terms=terms)
+        role: rule if role == "embedding" or not isinstance(rule, ShapeRule) else dataclasses.replace(rule, terms=terms)
         for role, rule in kron.rules.items()
     }
     return dataclasses.replace(kron, rules=rules)

@@ -62,20 +62,21 @@ class CompressReport:
 
     def __str__(self) -> str:
         conversion = self.conversion
-        shapes: dict[tuple[Any, ...], list[LayerReport]] = {}
+        roles: dict[str, list[LayerReport]] = {}
         for layer in conversion.layers:
-            shapes.setdefault((layer.role, layer.a, layer.b, layer.terms), []).append(layer)
-        lines = [f"{'role':<10}{'layers':>7}  {'factors':<24}{'terms':>6}{'parameters':>24}{'weight error':>14}"]
-        lines[0] += f"{'output error':>14}"
-        for (role, a, b, terms), layers in shapes.items():
-            factors = f"{a[0]}x{a[1]} (x) {b[0]}x{b[1]}"
+            roles.setdefault(layer.role, []).append(layer)
+        lines = [
+            f"{'role':<10}{'layers':>7}  {'structure':<40}{'parameters':>24}{'weight error':>14}{'output error':>14}"
+        ]
+        for role, layers in roles.items():
             before, after = (
                 sum(getattr(layer, name) for layer in layers) for name in ("params_before", "params_after")
             )
             errors = "".join(
                 _mean([getattr(each, f"{kind}_error") for each in layers]) for kind in ("relative", "weighted")
             )
-            lines.append(f"{role:<10}{len(layers):>7}  {factors:<24}{terms:>6}{f'{before:,} -> {after:,}':>24}{errors}")
+            structure = _common([layer.structure for layer in layers])
+            lines.append(f"{role:<10}{len(layers):>7}  {structure:<40}{f'{before:,} -> {after:,}':>24}{errors}")
         flops = self.linear_flops_before / 1e9, self.linear_flops_after / 1e9
         lines += [
             "",
@@ -93,6 +94,14 @@ class CompressReport:
             sizes = f"{int8.bytes_before / 1e6:.2f} -> {int8.bytes_after / 1e6:.2f} MB of weights"
             lines.append(f"int8 factors: {sizes}, cosine {int8.agreement:.5f} with the factors before")
         return "\n".join([*lines, self.verdict])
+
+
+def _common(structures: list[str]) -> str:
+    """The structure that all layers have, or the range of their ranks."""
+    if len(set(structures)) == 1:
+        return structures[0]
+    ranks = [int(structure.split()[-1]) for structure in structures if structure.startswith("rank ")]
+    return f"rank {min(ranks)} to {max(ranks)}" if len(ranks) == len(structures) else "several"
 
 
 def _mean(errors: Iterable[float | None]) -> str:

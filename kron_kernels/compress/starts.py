@@ -25,19 +25,21 @@ def start_model(
     method: str = "blockwise",
     steps: int = 300,
     seed: int = 0,
+    calibration: Calibration | None = None,
     progress: Progress | None = None,
 ) -> tuple[Any, Calibration | None, WarmStartReport | None]:
     """Make a ``kind`` from ``dense`` by a method of ``WARM_STARTS``, the moments of its fit and its training's report.
 
     "plain" is ``kind.from_dense``; "data-aware" gives it the moments of the layers' inputs on ``batches`` (those of
-    ``warm_start``), on which "blockwise" then trains it, ``steps`` steps a block. ``dense`` stays as it is.
-    Raises ValueError for another method, and what ``from_dense``, ``calibrate`` and ``warm_start`` raise.
+    ``warm_start``), or a ``calibration`` that was made before; "blockwise" then trains it on the batches, ``steps``
+    steps a block. ``dense`` stays as it is. Raises ValueError for another method, and what ``from_dense``,
+    ``calibrate`` and ``warm_start`` raise.
     """
     if method not in WARM_STARTS:
         raise ValueError(f"method: expected one of {', '.join(WARM_STARTS)}, got {method!r}")
     if method == "plain":
         return kind.from_dense(dense, config, progress=progress), None, None
-    calibration = calibrate(dense, batches, linear_names(dense, config), progress)
+    calibration = calibration or calibrate(dense, batches, linear_names(dense, config), progress)
     model = kind.from_dense(dense, config, calibration=calibration, progress=progress)
     if method == "data-aware":
         return model, calibration, None

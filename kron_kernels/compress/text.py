@@ -13,6 +13,7 @@ from .checkpoint import load_tokenizer
 
 BATCH = 32
 MAX_LENGTH = 128
+_COUNTED = 10_000  # sentences tokenized at a time
 
 
 def read_lines(text: str | os.PathLike[str], most: int) -> list[str]:
@@ -42,6 +43,15 @@ def tokenize(tokenizer: Any, sentences: list[str], max_length: int = MAX_LENGTH)
         )
         batches.append({name: encoded[name] for name in ("input_ids", "attention_mask")})
     return batches
+
+
+def token_counts(tokenizer: Any, sentences: list[str], vocab_size: int) -> Tensor:
+    """Count how often each token id occurs in the sentences: (vocab_size,), int64."""
+    counts = torch.zeros(vocab_size, dtype=torch.long)
+    for start in range(0, len(sentences), _COUNTED):
+        rows = tokenizer(sentences[start : start + _COUNTED], add_special_tokens=True, truncation=True)["input_ids"]
+        counts += torch.bincount(torch.tensor([token for row in rows for token in row]), minlength=vocab_size)
+    return counts
 
 
 def text_batches(model: Any, tokenizer_dir: str | os.PathLike[str], sentences: list[str]) -> list[dict[str, Tensor]]:

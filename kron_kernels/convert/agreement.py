@@ -1,8 +1,9 @@
-"""How close a converted model is to the dense one: cosine of hidden states."""
+"""How close a converted model is to the dense one: hidden states, and sentence vectors with their similarities."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,3 +34,37 @@ def hidden_agreement(
     if not tokens:
         raise ValueError("batches: expected at least one token, got none")
     return total / tokens
+
+
+def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Average hidden states (B, L, d) over the tokens of a mask (B, L) and scale them to length one: (B, d)."""
+    weights = mask.unsqueeze(-1).to(hidden.dtype)
+    return F.normalize((hidden * weights).sum(1) / weights.sum(1).clamp(min=1), dim=-1)
+
+
+@torch.inference_mode()
+def sentence_vectors(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
+    """Compute the mean-pooled unit vectors (N, d), float32, of the sentences of all batches, in their order."""
+    encoder: Any = getattr(model, "base_model", model)
+    vectors = []
+    for batch in batches:
+        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+        vectors.append(mean_pool(encoder(**batch).last_hidden_state, mask).float())
+    return torch.cat(vectors)
+
+
+def vector_agreement(wanted: Tensor, got: Tensor) -> dict[str, float]:
+    """Compare unit vectors (N, d) of two models.
+
+    Returns the mean ``cosine`` of both vectors of a sentence, the ``correlation`` of the similarities of all pairs, and
+    ``same neighbour``, the share of sentences whose nearest other sentence is the same.
+    """
+    above = torch.triu_indices(len(wanted), len(wanted), offset=1)
+    both = [vectors @ vectors.T for vectors in (wanted, got)]
+    pairs = torch.stack([similarities[above[0], above[1]] for similarities in both])
+    nearest = [similarities.fill_diagonal_(-1).argmax(1) for similarities in both]
+    return {
+        "cosine": float((wanted * got).sum(-1).mean()),
+        "correlation": float(torch.corrcoef(pairs)[0, 1]),
+        "same neighbour": float((nearest[0] == nearest[1]).float().mean()),
+    }

@@ -20,11 +20,13 @@ class Calibration(Mapping[str, Tensor]):
     """Mapping from module name to the moment C = E[x x^T] (n, n) of that module's inputs.
 
     ``input_mean[name]`` is E[x] (n,), ``tokens[name]`` the number of rows behind both. Modules that were fed the same
-    tensors (Q, K and V of an attention layer) share one moment.
+    tensors (Q, K and V of an attention layer) share one moment. ``token_counts`` (vocabulary,) says how often each
+    token id occurs in the text, None where the batches hold no ``input_ids``.
     """
 
-    def __init__(self, statistics: Mapping[str, InputStatistics]) -> None:
+    def __init__(self, statistics: Mapping[str, InputStatistics], token_counts: Tensor | None = None) -> None:
         self._statistics = dict(statistics)
+        self.token_counts = token_counts
 
     def __getitem__(self, name: str) -> Tensor:
         return self._statistics[name].moment
@@ -84,7 +86,20 @@ def calibrate(
                 progress(done + 1, len(batches) + 1, "calibrating")
     if modules is not None and (idle := [name for name in modules if name not in recorder.groups]):
         raise ValueError(f"modules: {', '.join(idle)} did not run")
-    return Calibration(recorder.statistics())
+    return Calibration(recorder.statistics(), _token_counts(model, batches))
+
+
+def _token_counts(model: nn.Module, batches: Sequence[Any]) -> Tensor | None:
+    """Count the ids of all batches that are no padding, as long as the model's vocabulary."""
+    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    if size is None or not all(isinstance(batch, Mapping) and "input_ids" in batch for batch in batches):
+        return None
+    counts = torch.zeros(size, dtype=torch.long)
+    for batch in batches:
+        mask = _mask(batch)
+        ids = batch["input_ids"] if mask is None else batch["input_ids"][mask]
+        counts += torch.bincount(ids.flatten().cpu(), minlength=size)
+    return counts
 
 
 def _watched(model: nn.Module, modules: Sequence[str] | None) -> dict[str, nn.Module]:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..factorize import factor_shape
-from ..nn import KronLinear
+from ..nn import KronLinear, LowRankLinear
 from .presets import KronConfig, preset
 
 _LINEAR_ROLES = ("attention", "ffn_in", "ffn_out")
@@ -21,7 +21,7 @@ def count_parameters(model: nn.Module) -> int:
     return sum(tensor.numel() for tensor in (*model.parameters(), *values))
 
 
-def layer_flops(layer: nn.Linear | KronLinear) -> int:
+def layer_flops(layer: nn.Linear | KronLinear | LowRankLinear) -> int:
     """Count the multiplications and additions a token of a layer's product, without the bias.
 
     An inner product of length n is n multiplications and n - 1 additions. A Kronecker layer counts the cheaper
@@ -29,6 +29,8 @@ def layer_flops(layer: nn.Linear | KronLinear) -> int:
     """
     if isinstance(layer, KronLinear):
         return factor_shape(layer.out_features, layer.in_features, layer.shapes[0], layer.terms).flops
+    if isinstance(layer, LowRankLinear):
+        return 2 * (layer.u.numel() + layer.v.numel()) - layer.rank - layer.out_features
     return 2 * layer.weight.numel() - layer.out_features
 
 
@@ -42,7 +44,7 @@ def linear_flops(model: nn.Module, tokens: int, config: KronConfig | None = None
     layers = [
         module
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, KronLinear)) and config.role_of(name) in _LINEAR_ROLES
+        if isinstance(module, (nn.Linear, KronLinear, LowRankLinear)) and config.role_of(name) in _LINEAR_ROLES
     ]
     if not layers:
         raise ValueError("model: expected linear layers that match the config's patterns, got none")

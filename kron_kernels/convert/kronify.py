@@ -1,4 +1,4 @@
-"""Replace a model's linear layers and word embedding by Kronecker-factored ones, in place."""
+"""Replace a model's linear layers and word embedding by factored ones, in place."""
 
 from __future__ import annotations
 
@@ -8,27 +8,29 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedConfig
 
-from ..nn import KronDecoder, KronEmbedding, KronLinear, Shape, Shapes, fit_embedding, fit_linear
+from ..nn import AdaptiveDecoder, AdaptiveEmbedding, KronDecoder, KronEmbedding
 from ..nn.int8 import to_int8_
 from .calibrate import Calibration, Progress
-from .conv1d import Conv1DLike, as_linear, is_conv1d, weight_shape
+from .conv1d import is_conv1d
 from .counting import count_parameters
+from .layers import FACTORED, Target, fitted_layer, fresh_layer
 from .presets import KronConfig, as_kron_config
 from .ties import tie_decoders_, tied_decoders
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One replaced layer. Errors are relative, None where nothing was fitted; see ``nearest_kronecker``."""
+    """One replaced layer. Errors are relative, None where nothing was fitted; see ``nearest_kronecker``.
+
+    ``structure`` is "48x384 (x) 2x16", "2 of 24x24 (x) 16x16", "rank 28" or "bands 2000x192, 28522x24".
+    """
 
     name: str
     role: str
-    a: Shape
-    b: Shape
-    terms: int
+    structure: str
     params_before: int
     params_after: int
     relative_error: float | None
@@ -57,17 +59,6 @@ class ConversionReport:
             "compression": self.compression,
             "layers": [asdict(layer) for layer in self.layers],
         }
-
-
-@dataclass(frozen=True)
-class Target:
-    """A dense layer to replace: its name in the model, its role, and the shapes and number of its factors."""
-
-    name: str
-    role: str
-    module: nn.Linear | Conv1DLike | nn.Embedding
-    shapes: Shapes
-    terms: int
 
 
 def kronify_(
@@ -110,7 +101,9 @@ def kronify_(
     replacements: list[nn.Module] = []
     layers = []
     for done, target in enumerate(targets, 1):
-        module, relative_error, weighted_error = _fitted(target, calibration) if fit else (_fresh(target), None, None)
+        module, relative_error, weighted_error = (
+            fitted_layer(target, calibration) if fit else (fresh_layer(target), None, None)
+        )
         if config.weight_dtype is not None:
             to_int8_(module)
         replacements.append(module)
@@ -118,8 +111,7 @@ def kronify_(
             LayerReport(
                 target.name,
                 target.role,
-                *target.shapes,
-                target.terms,
+                target.structure(),
                 count_parameters(target.module),
                 count_parameters(module),
                 relative_error,
@@ -131,7 +123,7 @@ def kronify_(
     for target, replacement in zip(targets, replacements, strict=True):
         decoders = tied_decoders(model, target.module)
         model.set_submodule(target.name, replacement)
-        if isinstance(replacement, KronEmbedding):
+        if isinstance(replacement, (KronEmbedding, AdaptiveEmbedding)):
             tie_decoders_(model, decoders, replacement)
     model_config: Any = getattr(model, "config", None)
     if isinstance(model_config, PreTrainedConfig):
@@ -152,8 +144,8 @@ def kronified_copy(
 
 def plan_layers(model: nn.Module, config: KronConfig, calibration: Calibration | None, fit: bool) -> list[Target]:
     """List every layer to replace, in the order of the model, after all checks that need no fit."""
-    if any(isinstance(module, (KronLinear, KronEmbedding, KronDecoder)) for module in model.modules()):
-        raise ValueError("model: expected a dense model, got one that has Kronecker layers already")
+    if any(isinstance(module, (*FACTORED, KronDecoder, AdaptiveDecoder)) for module in model.modules()):
+        raise ValueError("model: expected a dense model, got one that has factored layers already")
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
@@ -186,12 +178,12 @@ def named_roles(model: nn.Module, config: KronConfig) -> Iterator[tuple[str, str
 
 
 def init_factored_(module: nn.Module, std: float) -> bool:
-    """Draw a KronLinear or KronEmbedding as transformers draws weights, biases zero; False for other modules."""
-    if not isinstance(module, (KronLinear, KronEmbedding)):
+    """Draw a factored layer as transformers draws weights, biases zero; False for other modules."""
+    if not isinstance(module, FACTORED):
         return False
     module.reset_parameters(std)
-    if isinstance(module, KronLinear) and module.bias is not None:
-        nn.init.zeros_(module.bias)
+    if (bias := getattr(module, "bias", None)) is not None:
+        nn.init.zeros_(bias)
     return True
 
 
@@ -201,17 +193,12 @@ def _target(name: str, role: str, module: nn.Module, config: KronConfig) -> Targ
         raise ValueError(f"model: expected {name} ({role}) to be nn.Linear, Conv1D or nn.Embedding, got {got}")
     if not module.weight.is_floating_point():
         raise ValueError(f"model: expected {name} ({role}) to have a floating-point weight, got {module.weight.dtype}")
-    rule = config.rules[role]
-    rows, cols = weight_shape(module)
+    target = Target(name, role, module, config.rule_of(name, role))
     try:
-        (m1, n1), (m2, n2) = rule.resolve(rows, cols)
-        if isinstance(module, nn.Embedding) and m2 != 1:
-            raise ValueError(f"b: expected a row vector (1, k) for an embedding, got {m2}x{n2}")
-        if rule.terms > min(m1 * n1, m2 * n2):
-            raise ValueError(f"terms: expected at most min(m1*n1, m2*n2) = {min(m1 * n1, m2 * n2)}, got {rule.terms}")
+        target.check()
     except ValueError as error:
         raise ValueError(f"{name} ({role}): {error}") from None
-    return Target(name, role, module, ((m1, n1), (m2, n2)), rule.terms)
+    return target
 
 
 def _check_fit(target: Target, calibration: Calibration | None) -> None:
@@ -221,24 +208,3 @@ def _check_fit(target: Target, calibration: Calibration | None) -> None:
         return
     if target.name not in calibration:
         raise ValueError(f"calibration: expected a moment for {target.name}, got none")
-
-
-def _fresh(target: Target) -> KronLinear | KronEmbedding:
-    module, (a_shape, b_shape) = target.module, target.shapes
-    factory: dict[str, Any] = {"device": module.weight.device, "dtype": module.weight.dtype}
-    if isinstance(module, nn.Embedding):
-        rows, dim, padding_idx = module.num_embeddings, module.embedding_dim, module.padding_idx
-        return KronEmbedding(rows, dim, b_shape[1], target.terms, padding_idx, **factory)
-    (rows, cols), bias = weight_shape(module), module.bias is not None
-    return KronLinear(cols, rows, (a_shape, b_shape), target.terms, bias, **factory)
-
-
-def _fitted(target: Target, calibration: Calibration | None) -> tuple[KronLinear | KronEmbedding, float, float | None]:
-    module: KronLinear | KronEmbedding
-    if isinstance(target.module, nn.Embedding):
-        module, factors = fit_embedding(target.module, target.shapes[1][1], target.terms)
-    else:
-        moment: Tensor | None = None if calibration is None else calibration[target.name]
-        mean: Tensor | None = None if calibration is None else calibration.input_mean[target.name]
-        module, factors = fit_linear(as_linear(target.module), target.shapes[0], target.terms, moment, mean)
-    return module, factors.relative_error, factors.weighted_error

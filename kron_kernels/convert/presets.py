@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..nn import Shape, Shapes
+from .rules import Rule, ShapeRule, check_keys, rule_from_dict
 
-# 2 is written for a config with weight_dtype, 1 for one without: earlier versions of this package read those.
-VERSIONS = (1, 2)
+# 2 added weight_dtype, 3 low rank, bands and layers of their own; the lowest that says all is written.
+VERSIONS = (1, 2, 3)
 WEIGHT_DTYPES = (None, "int8")
 
 # Module names of BERT-like encoders (RoBERTa, ELECTRA, ...), MPNet and GPT-2. Poolers and heads match none of them.
@@ -28,55 +28,8 @@ DEFAULT_PATTERNS: dict[str, tuple[str, ...]] = {
 }
 
 
-def _is_positive(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
 def _matches(regexes: Iterable[str], module_name: str) -> bool:
     return any(re.search(regex, module_name) for regex in regexes)
-
-
-def _check_keys(where: str, data: Mapping[str, Any], known: set[str]) -> None:
-    if not isinstance(data, Mapping):
-        raise ValueError(f"{where}: expected a mapping, got {data!r}")
-    if unknown := sorted(set(data) - known):
-        raise ValueError(f"{where}: unknown keys {', '.join(unknown)}; expected {', '.join(sorted(known))}")
-
-
-@dataclass(frozen=True)
-class ShapeRule:
-    """The shape of one factor, ``a`` (m1, n1) or ``b`` (m2, n2), and the number of terms; the other factor follows.
-
-    Giving the small factor makes one rule fit every model size. For embeddings ``b`` must be a row vector (1, k).
-    """
-
-    a: Shape | None = None
-    b: Shape | None = None
-    terms: int = 1
-
-    def __post_init__(self) -> None:
-        if (self.a is None) == (self.b is None):
-            raise ValueError(f"rule: expected exactly one of a and b, got a={self.a}, b={self.b}")
-        if not _is_positive(self.terms):
-            raise ValueError(f"terms: expected an integer of at least 1, got {self.terms!r}")
-        name, shape = ("a", self.a) if self.b is None else ("b", self.b)
-        if not isinstance(shape, (tuple, list)) or len(shape) != 2 or not all(map(_is_positive, shape)):
-            raise ValueError(f"{name}: expected two positive integers, got {shape!r}")
-        object.__setattr__(self, name, tuple(shape))
-
-    def resolve(self, rows: int, cols: int) -> Shapes:
-        """((m1, n1), (m2, n2)) for a (rows, cols) weight; ValueError where the given factor does not divide it."""
-        given = self.a or self.b
-        assert given is not None
-        if rows % given[0] or cols % given[1]:
-            name = "a" if self.b is None else "b"
-            raise ValueError(f"{name}: a factor of {given[0]}x{given[1]} does not divide a weight of {rows}x{cols}")
-        other = (rows // given[0], cols // given[1])
-        return (other, given) if self.a is None else (given, other)
-
-    def to_dict(self) -> dict[str, Any]:
-        shape = {"a": list(self.a)} if self.a is not None else {"b": list(self.b or ())}
-        return {**shape, "terms": self.terms}
 
 
 @dataclass(frozen=True)
@@ -85,18 +38,21 @@ class KronConfig:
 
     ``patterns`` maps a role to regular expressions searched in the full module name; extend it for other
     architectures. ``skip`` lists expressions of modules that stay dense whatever their role. A role without a rule
-    stays dense. ``weight_dtype`` "int8" stores large factors as int8 (see ``quantize_``), None in the model's dtype.
-    Raises ValueError for a rule whose role has no pattern, a broken expression and another weight_dtype.
+    stays dense. ``layers`` maps single modules, by their names from the encoder on ("encoder.layer.0.output.dense"), to
+    rules of their own. ``weight_dtype`` "int8" stores large factors as int8 (see ``quantize_``), None in the model's
+    dtype. Raises ValueError for a rule whose role has no pattern, a broken expression and another weight_dtype.
     """
 
-    rules: Mapping[str, ShapeRule]
+    rules: Mapping[str, Rule]
     name: str = "custom"
     patterns: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: dict(DEFAULT_PATTERNS))
     skip: tuple[str, ...] = ()
     weight_dtype: str | None = None
+    layers: Mapping[str, Rule] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rules", dict(self.rules))
+        object.__setattr__(self, "layers", dict(self.layers))
         object.__setattr__(self, "patterns", {role: tuple(regexes) for role, regexes in self.patterns.items()})
         object.__setattr__(self, "skip", tuple(self.skip))
         if self.weight_dtype not in WEIGHT_DTYPES:
@@ -119,34 +75,44 @@ class KronConfig:
             raise ValueError(f"patterns: {module_name} matches several roles: {', '.join(roles)}")
         return roles[0] if roles else None
 
+    def rule_of(self, module_name: str, role: str) -> Rule:
+        """Return the rule of a module of ``role``: its own where ``layers`` has one."""
+        own = (rule for name, rule in self.layers.items() if f".{module_name}".endswith(f".{name}"))
+        return next(own, self.rules[role])
+
     def skips(self, module_name: str) -> bool:
         return _matches(self.skip, module_name)
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-able dict, with the version of its format."""
-        stored = {} if self.weight_dtype is None else {"weight_dtype": self.weight_dtype}
+        optional: dict[str, Any] = {} if self.weight_dtype is None else {"weight_dtype": self.weight_dtype}
+        newer = self.layers or any(not isinstance(rule, ShapeRule) for rule in self.rules.values())
+        version = 3 if newer else VERSIONS[len(optional)]
+        if self.layers:
+            optional["layers"] = {name: rule.to_dict() for name, rule in self.layers.items()}
         return {
-            "version": VERSIONS[len(stored)],
+            "version": version,
             "name": self.name,
             "rules": {role: rule.to_dict() for role, rule in self.rules.items()},
             "patterns": {role: list(regexes) for role, regexes in self.patterns.items()},
             "skip": list(self.skip),
-            **stored,
+            **optional,
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> KronConfig:
         """Read what ``to_dict`` wrote; ValueError for another version, for missing and for unknown keys."""
         if data.get("version") not in VERSIONS:
-            raise ValueError(f"version: expected 1 or 2, got {data.get('version')!r}")
-        optional = {"weight_dtype"} if data["version"] == 2 else set()
-        _check_keys("config", data, {"version", "name", "rules", "patterns", "skip", *optional})
-        if not isinstance(data.get("rules"), Mapping):
-            raise ValueError(f"rules: expected a mapping from role to rule, got {data.get('rules')!r}")
-        for role, rule in data["rules"].items():
-            _check_keys(f"rules[{role!r}]", rule, {"a", "b", "terms"})
+            raise ValueError(f"version: expected 1, 2 or 3, got {data.get('version')!r}")
+        optional = {1: set(), 2: {"weight_dtype"}, 3: {"weight_dtype", "layers"}}[data["version"]]
+        check_keys("config", data, {"version", "name", "rules", "patterns", "skip", *optional})
+        read = {}
+        for key in ("rules", "layers"):
+            if not isinstance(data.get(key, {} if key == "layers" else None), Mapping):
+                raise ValueError(f"{key}: expected a mapping from name to rule, got {data.get(key)!r}")
+            read[key] = {name: rule_from_dict(f"{key}[{name!r}]", rule) for name, rule in data.get(key, {}).items()}
         rest = {key: data[key] for key in ("name", "patterns", "skip", "weight_dtype") if key in data}
-        return cls(rules={role: ShapeRule(**rule) for role, rule in data["rules"].items()}, **rest)
+        return cls(**read, **rest)
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2)
@@ -157,7 +123,7 @@ class KronConfig:
 
 
 # The factor that is kept at every model size: B of the attention matrices, A of the FFN, B of the embedding.
-_PRESETS: dict[str, dict[str, ShapeRule]] = {
+_PRESETS: dict[str, dict[str, Rule]] = {
     "K8": {
         "attention": ShapeRule(b=(2, 2)),
         "ffn_in": ShapeRule(a=(8, 2)),
@@ -239,7 +205,8 @@ def preset(name: str, hidden_size: int | None = None, intermediate_size: int | N
         }
         for role, rule in rules.items():
             try:
-                rule.resolve(*weights[role])
+                if isinstance(rule, ShapeRule):
+                    rule.resolve(*weights[role])
             except ValueError as error:
                 sizes = f"hidden_size={hidden_size}, intermediate_size={intermediate_size}"
                 raise ValueError(f"preset {name} does not fit {sizes}: {role}: {error}") from None

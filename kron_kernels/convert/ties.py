@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..nn import KronEmbedding
+from ..nn import AdaptiveEmbedding, KronEmbedding
 
 
 def tied_decoders(model: nn.Module, embedding: nn.Module) -> list[str]:
@@ -21,7 +21,7 @@ def tied_decoders(model: nn.Module, embedding: nn.Module) -> list[str]:
     ]
 
 
-def tie_decoders_(model: nn.Module, decoders: list[str], embedding: KronEmbedding) -> None:
+def tie_decoders_(model: nn.Module, decoders: list[str], embedding: KronEmbedding | AdaptiveEmbedding) -> None:
     """Replace the named output layers by decoders on the embedding's factors, and tell transformers of the ties."""
     factors: tuple[str, ...] = ()
     for name in decoders:

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainingArguments
 
+from ..convert.agreement import mean_pool
 from .run import NonFiniteLossError, RunCallback, logged_most, train, trainer_settings
 from .run_folder import RunFolder, rows_fingerprint, weights_fingerprint
 
@@ -33,12 +33,6 @@ class EncoderResult:
     steps: int
     seconds: float
     loss: float
-
-
-def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Average hidden states (B, L, d) over the tokens of a mask (B, L) and scale them to length one: (B, d)."""
-    weights = mask.unsqueeze(-1).to(hidden.dtype)
-    return F.normalize((hidden * weights).sum(1) / weights.sum(1).clamp(min=1), dim=-1)
 
 
 def sentence_loss(student: Tensor, teacher: Tensor, relation_weight: float = RELATION_WEIGHT) -> Tensor:
@@ -60,23 +54,6 @@ def encode(model: nn.Module, rows: Sequence[Sequence[int]], pad: int = 0, batch_
         for index, vector in zip(chosen, pooled, strict=True):
             vectors[index] = vector
     return torch.stack(vectors)
-
-
-def agreement(wanted: Tensor, got: Tensor) -> dict[str, float]:
-    """Compare unit vectors (N, d) of two models.
-
-    Returns the mean ``cosine`` of both vectors of a sentence, the ``correlation`` of the similarities of all pairs, and
-    ``same neighbour``, the share of sentences whose nearest other sentence is the same.
-    """
-    above = torch.triu_indices(len(wanted), len(wanted), offset=1)
-    both = [vectors @ vectors.T for vectors in (wanted, got)]
-    pairs = torch.stack([similarities[above[0], above[1]] for similarities in both])
-    nearest = [similarities.fill_diagonal_(-1).argmax(1) for similarities in both]
-    return {
-        "cosine": float((wanted * got).sum(-1).mean()),
-        "correlation": float(torch.corrcoef(pairs)[0, 1]),
-        "same neighbour": float((nearest[0] == nearest[1]).float().mean()),
-    }
 
 
 def distill_encoder(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from dataclasses import replace
+from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -22,8 +23,9 @@ from transformers.models.bert.modeling_bert import BertEmbeddings
 from ..convert.calibrate import Calibration, Progress
 from ..convert.kronify import ConversionReport, init_factored_, kronified_copy, kronify_
 from ..convert.presets import KronConfig, as_kron_config, preset
+from ..convert.rules import BandRule
 from ..convert.ties import tie_decoders_
-from ..nn import Int8Factored, KronDecoder, KronEmbedding
+from ..nn import AdaptiveDecoder, AdaptiveEmbedding, Int8Factored, KronDecoder, KronEmbedding
 from .bert_layers import FusedBertEmbeddings, FusedBertLayer, fuse_
 from .checkpoint import check_loaded, is_damage
 from .cuda_graph import CapturedModel, capture
@@ -37,6 +39,7 @@ class KronBertConfig(BertConfig):
 
     ``padding_free`` lets batches with padding be computed on their real tokens alone, where that is faster; padding
     positions of the last hidden state are zero then (docs/inference.md).
+    ``add_pooling_layer`` says whether an encoder by itself has a pooler; mean pooling does without.
     Raises ValueError for an unknown preset, one that does not divide the model's sizes, and any other dict; TypeError
     for anything else.
     """
@@ -45,6 +48,7 @@ class KronBertConfig(BertConfig):
 
     kron: Any = "K8"
     padding_free: bool = True
+    add_pooling_layer: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
         if isinstance(self.kron, str):
@@ -97,6 +101,8 @@ class KronBertPreTrainedModel(BertPreTrainedModel):
                 length = module.position_ids.shape[-1]
                 module.position_ids.data.copy_(torch.arange(length).expand(1, -1))
                 module.token_type_ids.data.zero_()
+            if isinstance(module, AdaptiveEmbedding):
+                module.places.data.copy_(torch.arange(module.num_embeddings))
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -168,10 +174,11 @@ class KronBertPreTrainedModel(BertPreTrainedModel):
     ) -> Any:
         """Resize the vocabulary: rows of A are kept, cut off or added, and an output layer follows.
 
-        Added tokens get the mean of the rows of A (``mean_resizing``) or rows drawn as at initialisation, and an output
-        bias of zero. ``pad_to_multiple_of`` rounds the size up. Returns the word embedding.
+        Added tokens get the mean of the rows of A (``mean_resizing``) or rows drawn as at initialisation, in an
+        adaptive embedding the mean of the last band; and an output bias of zero. ``pad_to_multiple_of`` rounds the size
+        up. Returns the word embedding.
         """
-        old = cast(KronEmbedding, self.get_input_embeddings())
+        old: Any = self.get_input_embeddings()
         if isinstance(old, Int8Factored):
             raise ValueError(
                 "model: expected factors in floating point to resize, got int8 ones; resize before quantize_"
@@ -181,6 +188,27 @@ class KronBertPreTrainedModel(BertPreTrainedModel):
             size = -(-size // pad_to_multiple_of) * pad_to_multiple_of
         if size == old.num_embeddings:
             return old
+        if isinstance(old, AdaptiveEmbedding):
+            new: Any = old.resized(size)
+            bands = [*new.bands[:-1], (None, new.bands[-1][1])]
+            config = as_kron_config(self.config.kron)
+            self.config.kron = replace(config, rules={**config.rules, "embedding": BandRule(tuple(bands))}).to_dict()
+        else:
+            new = self._resized_kron(old, size, mean_resizing)
+        output: Any = self.get_output_embeddings()
+        self.set_input_embeddings(new)
+        if isinstance(output, (KronDecoder, AdaptiveDecoder)):
+            old_bias: Any = output.bias
+            bias = old_bias.new_zeros(size)
+            kept = min(size, old.num_embeddings)
+            bias[:kept] = old_bias[:kept]
+            self.set_output_embeddings(new.tied_decoder(nn.Parameter(bias, old_bias.requires_grad)))
+        elif output is not None:
+            self.set_output_embeddings(self._get_resized_lm_head(output, size, mean_resizing=mean_resizing))
+        self.config.vocab_size = size
+        return new
+
+    def _resized_kron(self, old: KronEmbedding, size: int, mean_resizing: bool) -> KronEmbedding:
         factory: dict[str, Any] = {"device": old.a.device, "dtype": old.a.dtype}
         new = KronEmbedding(size, old.embedding_dim, old.b.shape[2], old.terms, old.padding_idx, **factory)
         new.reset_parameters(self.config.initializer_range)
@@ -189,21 +217,16 @@ class KronBertPreTrainedModel(BertPreTrainedModel):
             new.a[:, kept:] = old.a.mean(1, keepdim=True)
         new.a[:, :kept] = old.a[:, :kept]
         new.b.copy_(old.b)
-        output: Any = self.get_output_embeddings()
-        self.set_input_embeddings(new.requires_grad_(old.a.requires_grad))
-        if isinstance(output, KronDecoder):
-            old_bias: Any = output.bias
-            bias = torch.zeros(size, **factory)
-            bias[:kept] = old_bias[:kept]
-            self.set_output_embeddings(new.tied_decoder(nn.Parameter(bias, old_bias.requires_grad)))
-        elif output is not None:
-            self.set_output_embeddings(self._get_resized_lm_head(output, size, mean_resizing=mean_resizing))
-        self.config.vocab_size = size
-        return new
+        return new.requires_grad_(old.a.requires_grad)
 
 
 class KronBertModel(KronBertPreTrainedModel, BertModel):
-    """BertModel with Kronecker-factored layers: the encoder, with a dense pooler unless ``add_pooling_layer=False``."""
+    """BertModel with factored layers: the encoder, with a dense pooler unless told or configured to do without."""
+
+    def __init__(self, config: KronBertConfig, add_pooling_layer: bool | None = None) -> None:
+        if add_pooling_layer is not None:
+            config.add_pooling_layer = add_pooling_layer
+        super().__init__(config, add_pooling_layer=config.add_pooling_layer)
 
 
 class KronBertForMaskedLM(KronBertPreTrainedModel, BertForMaskedLM):

@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
-from ..nn import KronEmbedding, KronLinear
+from ..convert.layers import FACTORED
 
 
 class CheckpointShapeError(RuntimeError, OSError):
@@ -28,11 +28,11 @@ def is_damage(error: Exception) -> bool:
 
 
 def factor_names(model: nn.Module) -> set[str]:
-    """Return the names in the state dict of everything that Kronecker factors are stored in."""
+    """Return the names in the state dict of everything that factors are stored in."""
     return {
         f"{name}.{factor}"
         for name, module in model.named_modules()
-        if isinstance(module, (KronLinear, KronEmbedding))
+        if isinstance(module, FACTORED)
         for factor in module.factor_names()
     }
 
@@ -59,7 +59,7 @@ def check_loaded(model: Any, path: Any, info: dict[str, Any], ignore_mismatched_
                 "without weight_dtype and call quantize_"
             )
         raise OSError(
-            f"{path}: expected Kronecker factors, {len(factors)} are missing, among them {factors[0]}; "
+            f"{path}: expected factors, {len(factors)} are missing, among them {factors[0]}; "
             f"{type(model).__name__}.from_dense converts a dense model"
         )
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.bert.modeling_bert import BertModel
 
+from ..convert.layers import FACTORED
 from ..nn import Int8Factored, Int8KronDecoder, KronEmbedding, KronLinear, PackedKronLinear
 from ..nn.inference import check_unchanged, inference_form_error, pack_
 from ..nn.int8 import from_int8_
@@ -21,24 +22,24 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def optimize_for_inference(model: _Model, dtype: str | None = None) -> _Model:
-    """Change a model with Kronecker layers into its inference form, in place, and return it.
+    """Change a model with factored layers into its inference form, in place, and return it.
 
     Every KronLinear becomes a PackedKronLinear, which keeps its large factor in the layout of this processor's kernels
-    alone. Factors stored in int8 are converted to floating point. All other parameters become buffers of the same
-    names, models that contain a BertModel are fused (``fuse_``), and the model is put into evaluation mode. Results are
-    those of the model before, up to rounding.
+    alone. Low-rank layers and embeddings compute as before. Factors stored in int8 are converted to floating point. All
+    other parameters become buffers of the same names, models that contain a BertModel are fused (``fuse_``), and the
+    model is put into evaluation mode. Results are those of the model before, up to rounding.
 
     The result has no parameters. A call that would need a gradient, autocast, ``train()``, another dtype or device,
     ``state_dict``, ``save_pretrained`` and ``load_state_dict`` raise RuntimeError. ``copy.deepcopy`` and pickle work,
     for processors of the same kind.
 
     Args:
-        model: any module that contains KronLinear or KronEmbedding, on the device where it will run.
+        model: any module that contains factored layers (``kron_kernels.nn``), on the device where it will run.
         dtype: "fp32", "bf16" or "fp16" to convert the model first; None to leave its dtype.
 
     Raises:
-        ValueError: an unknown dtype; a model without Kronecker layers; weights on the meta device or sharded; a
-            Kronecker layer with hooks, a replaced ``forward`` or a parametrization, by name.
+        ValueError: an unknown dtype; a model without factored layers; weights on the meta device or sharded; a
+            factored layer with hooks, a replaced ``forward`` or a parametrization, by name.
         RuntimeError: a call under autocast; a model in inference form already, for another dtype.
     """
     if dtype is not None and dtype not in _DTYPES:
@@ -71,19 +72,19 @@ def _check(model: nn.Module) -> None:
         raise RuntimeError("autocast: expected it off for optimize_for_inference, got it on; pass a dtype instead")
     factored = {name: module for name, module in model.named_modules() if isinstance(module, _FACTORED)}
     if not factored:
-        raise ValueError(f"model: expected Kronecker layers, as of kronify_, got a {type(model).__name__} without any")
+        raise ValueError(f"model: expected factored layers, as of kronify_, got a {type(model).__name__} without any")
     for name, module in factored.items():
         if nn.utils.parametrize.is_parametrized(module):
             raise ValueError(f"model: expected plain factors, got a parametrization of {name}; remove it first")
         if not is_unhooked(module):
-            raise ValueError(f"model: expected Kronecker layers without hooks, got {name} with one; remove it first")
+            raise ValueError(f"model: expected factored layers without hooks, got {name} with one; remove it first")
     for name, tensor in model.named_parameters():
         if tensor.is_meta or type(tensor.data) is not Tensor:
             kind = "the meta device" if tensor.is_meta else type(tensor.data).__name__
             raise ValueError(f"model: expected whole weights in memory, got {name} as {kind}")
 
 
-_FACTORED = (KronLinear, KronEmbedding, PackedKronLinear)
+_FACTORED = (*FACTORED, PackedKronLinear)
 
 
 def _freeze(model: nn.Module) -> None:

@@ -1,17 +1,21 @@
-"""Modules with Kronecker-factored weights: drop-in for nn.Linear and nn.Embedding, and the decoder tied to the latter.
+"""Modules with factored weights: drop-in for nn.Linear and nn.Embedding, and the decoder tied to the latter.
 
-A weight is ``W = sum_s A_s (x) B_s`` with ``a (S, m1, n1)`` and ``b (S, m2, n2)``; it is never built in ``forward``.
-The state dict of every module holds ``a``, ``b`` and, where there is one, ``bias``; see ``int8`` for large factors kept
-as int8.
+A Kronecker weight is ``W = sum_s A_s (x) B_s`` with ``a (S, m1, n1)`` and ``b (S, m2, n2)``; it is never built in
+``forward``. The state dict of every module holds ``a``, ``b`` and, where there is one, ``bias``; see ``int8`` for large
+factors kept as int8. ``LowRankLinear`` and ``AdaptiveEmbedding`` are the low-rank structures.
 """
 
+from .adaptive import AdaptiveDecoder, AdaptiveEmbedding, fit_adaptive
 from .embedding import KronDecoder, KronEmbedding, fit_embedding
 from .factored import Shape, Shapes
 from .inference import PackedKronLinear
 from .int8 import Int8Factored, Int8KronDecoder, Int8KronEmbedding, Int8KronLinear
 from .linear import KronLinear, fit_linear
+from .low_rank import LowRankLinear, fit_low_rank
 
 __all__ = [
+    "AdaptiveDecoder",
+    "AdaptiveEmbedding",
     "Int8Factored",
     "Int8KronDecoder",
     "Int8KronEmbedding",
@@ -19,9 +23,12 @@ __all__ = [
     "KronDecoder",
     "KronEmbedding",
     "KronLinear",
+    "LowRankLinear",
     "PackedKronLinear",
     "Shape",
     "Shapes",
+    "fit_adaptive",
     "fit_embedding",
     "fit_linear",
+    "fit_low_rank",
 ]

@@ -178,9 +178,9 @@ def fit_linear(
     if input_moment is None or input_mean is None or linear.bias is None:
         factors = nearest_kronecker(weight, a_shape, terms, input_moment=input_moment)
     else:
-        covariance = _covariance(input_moment, input_mean)
-        factors = nearest_kronecker(weight, a_shape, terms, input_moment=covariance)
-        share = (_output_energy(weight, covariance) / _output_energy(weight, input_moment)) ** 0.5
+        centred = covariance(input_moment, input_mean)
+        factors = nearest_kronecker(weight, a_shape, terms, input_moment=centred)
+        share = (_output_energy(weight, centred) / _output_energy(weight, input_moment)) ** 0.5
         factors = replace(factors, weighted_error=cast(float, factors.weighted_error) * share)
     layer = nn.utils.skip_init(
         KronLinear,
@@ -200,11 +200,11 @@ def fit_linear(
     return layer.train(linear.training), factors
 
 
-def _covariance(moment: Tensor, mean: Tensor) -> Tensor:
-    """E[x x^T] - E[x] E[x]^T (n, n) in fp64, kept positive semi-definite where the mean is all but everything."""
-    covariance = moment.double() - torch.outer(mean.double(), mean.double())
-    covariance.diagonal().add_(1e-6 * moment.double().diagonal().mean())
-    return covariance
+def covariance(moment: Tensor, mean: Tensor) -> Tensor:
+    """Return E[x x^T] - E[x] E[x]^T (n, n), fp64, kept positive semi-definite where the mean is all but everything."""
+    centred = moment.double() - torch.outer(mean.double(), mean.double())
+    centred.diagonal().add_(1e-6 * moment.double().diagonal().mean())
+    return centred
 
 
 def _output_energy(weight: Tensor, moment: Tensor) -> float:

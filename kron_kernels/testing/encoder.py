@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ..convert.kronify import kronify_
 from ..convert.presets import preset
-from ..nn import KronEmbedding, KronLinear
+from ..nn import AdaptiveEmbedding, KronEmbedding, KronLinear, LowRankLinear
 from ..schemas.reference import ACTIVATIONS
 from .problems import relative_error
 
@@ -106,9 +106,9 @@ def reference_copy(model: nn.Module) -> nn.Module:
     """Return the model in float64 with every Kronecker layer replaced by its dense one, so that nothing is fused."""
     twin = copy.deepcopy(model).double()
     for name, module in list(twin.named_modules()):
-        if isinstance(module, KronEmbedding):
+        if isinstance(module, (KronEmbedding, AdaptiveEmbedding)):
             twin.set_submodule(name, module.to_embedding())
-        elif isinstance(module, KronLinear):
+        elif isinstance(module, (KronLinear, LowRankLinear)):
             twin.set_submodule(name, _DenseTwin(module))
     return twin
 
@@ -116,11 +116,11 @@ def reference_copy(model: nn.Module) -> nn.Module:
 class _DenseTwin(nn.Module):
     """The dense layer that a Kronecker layer stands for, its activation included."""
 
-    def __init__(self, layer: KronLinear) -> None:
+    def __init__(self, layer: KronLinear | LowRankLinear) -> None:
         super().__init__()
         self.weight = layer.dense_weight().detach()
         self.bias = layer.bias
-        self.activation = layer.activation
+        self.activation = getattr(layer, "activation", None)
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight, self.bias)

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import BertConfig, BertModel
 
 from kron_kernels.compress import WARM_STARTS, start_model, warm_start
-from kron_kernels.convert.presets import KronConfig, ShapeRule
+from kron_kernels.convert.presets import KronConfig
+from kron_kernels.convert.rules import ShapeRule
 from kron_kernels.models import KronBertModel
 from tests.compress import tiny_bert
 

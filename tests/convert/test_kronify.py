@@ -21,7 +21,8 @@ from transformers import (
 
 from kron_kernels.convert.calibrate import calibrate
 from kron_kernels.convert.kronify import kronify_
-from kron_kernels.convert.presets import KronConfig, ShapeRule, preset
+from kron_kernels.convert.presets import KronConfig, preset
+from kron_kernels.convert.rules import ShapeRule
 from kron_kernels.nn import KronDecoder, KronEmbedding, KronLinear
 
 SIZES = {"hidden_size": 48, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}

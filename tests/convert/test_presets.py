@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from kron_kernels.convert.presets import KronConfig, ShapeRule, as_kron_config, preset
+from kron_kernels.convert.presets import KronConfig, as_kron_config, preset
+from kron_kernels.convert.rules import ShapeRule
 
 WEIGHTS = {"attention": (768, 768), "ffn_in": (3072, 768), "ffn_out": (768, 3072), "embedding": (30522, 768)}
 

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from kron_kernels.convert.presets import KronConfig, ShapeRule
+from kron_kernels.convert.presets import KronConfig
+from kron_kernels.convert.rules import ShapeRule
 from kron_kernels.integrations.krona import (
     KronA,
     KronABlock,

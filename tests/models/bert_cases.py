@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kron_kernels.convert.presets import KronConfig, ShapeRule
+from kron_kernels.convert.presets import KronConfig
+from kron_kernels.convert.rules import ShapeRule
 from kron_kernels.models import KronBertConfig, KronBertModel, bert_layers
 
 SIZES = {

@@ -9,7 +9,8 @@ import torch
 import transformers
 
 from kron_kernels import models
-from kron_kernels.convert.presets import KronConfig, ShapeRule
+from kron_kernels.convert.presets import KronConfig
+from kron_kernels.convert.rules import ShapeRule
 from tests.models.bert_cases import SIZES
 
 # Sums of two terms in attention; both orders of the factors' sizes.

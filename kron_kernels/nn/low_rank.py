@@ -1,0 +1,99 @@
+"""LowRankLinear: a linear layer whose weight is a product of two thin matrices, and its fit to a dense one."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..factorize.low_rank import LowRankFactors, nearest_low_rank
+from .linear import covariance
+
+
+class LowRankLinear(nn.Module):
+    """``x (u v)^T + bias``: nn.Linear with the weight ``u (out_features, rank) @ v (rank, in_features)``.
+
+    ``x`` is ``(..., in_features)``, the result ``(..., out_features)``. Raises ValueError where ``rank`` is not between
+    1 and the smaller of both sizes.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not 1 <= rank <= min(in_features, out_features):
+            raise ValueError(f"rank: expected 1 to min(in, out) = {min(in_features, out_features)}, got {rank}")
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.in_features, self.out_features = in_features, out_features
+        self.u = nn.Parameter(torch.empty(out_features, rank, **factory))
+        self.v = nn.Parameter(torch.empty(rank, in_features, **factory))
+        self.bias = nn.Parameter(torch.empty(out_features, **factory)) if bias else None
+        self.reset_parameters()
+
+    @property
+    def rank(self) -> int:
+        return self.v.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.v.dtype
+
+    def reset_parameters(self, std: float | None = None) -> None:
+        """Draw the factors so that the entries of W have standard deviation ``std``, nn.Linear's by default."""
+        std = 1 / math.sqrt(3 * self.in_features) if std is None else std
+        for factor in (self.u, self.v):
+            nn.init.normal_(factor, std=math.sqrt(std / math.sqrt(self.rank)))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.in_features)
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.v), self.u, self.bias)
+
+    def dense_weight(self) -> Tensor:
+        """The weight (out_features, in_features), built in full; differentiable."""
+        return self.u @ self.v
+
+    def factor_names(self) -> tuple[str, ...]:
+        return ("u", "v")
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
+            f"bias={self.bias is not None}"
+        )
+
+
+@torch.no_grad()
+def fit_low_rank(
+    linear: nn.Linear, rank: int, input_moment: Tensor | None = None, input_mean: Tensor | None = None
+) -> tuple[LowRankLinear, LowRankFactors]:
+    """The low-rank layer nearest to ``linear``, and the fit with its errors.
+
+    The arguments are those of ``fit_linear``; with both moment and mean the mean error of the outputs is in the bias.
+    """
+    weight = linear.weight.detach()
+    corrects = input_moment is not None and input_mean is not None and linear.bias is not None
+    moment = covariance(input_moment, input_mean) if corrects else input_moment  # type: ignore[arg-type]
+    factors = nearest_low_rank(weight, rank, input_moment=moment)
+    options: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+    layer = nn.utils.skip_init(
+        LowRankLinear, linear.in_features, linear.out_features, rank, linear.bias is not None, **options
+    )
+    layer.u.copy_(factors.u)
+    layer.v.copy_(factors.v)
+    if layer.bias is not None:
+        layer.bias.copy_(linear.bias)
+        if corrects:
+            mean = input_mean.to(weight.device, torch.float64)  # type: ignore[union-attr]
+            layer.bias += weight.double() @ mean - factors.u.double() @ (factors.v.double() @ mean)
+    return layer.train(linear.training), factors
