@@ -105,7 +105,7 @@ def kronify_(
             fitted_layer(target, calibration) if fit else (fresh_layer(target), None, None)
         )
         if config.weight_dtype is not None:
-            to_int8_(module)
+            to_int8_(module)  # type: ignore[arg-type]
         replacements.append(module)
         layers.append(
             LayerReport(

@@ -106,13 +106,9 @@ class KronConfig:
             raise ValueError(f"version: expected 1, 2 or 3, got {data.get('version')!r}")
         optional = {1: set(), 2: {"weight_dtype"}, 3: {"weight_dtype", "layers"}}[data["version"]]
         check_keys("config", data, {"version", "name", "rules", "patterns", "skip", *optional})
-        read = {}
-        for key in ("rules", "layers"):
-            if not isinstance(data.get(key, {} if key == "layers" else None), Mapping):
-                raise ValueError(f"{key}: expected a mapping from name to rule, got {data.get(key)!r}")
-            read[key] = {name: rule_from_dict(f"{key}[{name!r}]", rule) for name, rule in data.get(key, {}).items()}
         rest = {key: data[key] for key in ("name", "patterns", "skip", "weight_dtype") if key in data}
-        return cls(**read, **rest)
+        rules, layers = (_read_rules(key, data.get(key, default)) for key, default in (("rules", None), ("layers", {})))
+        return cls(rules=rules, layers=layers, **rest)
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2)
@@ -120,6 +116,12 @@ class KronConfig:
     @classmethod
     def from_json(cls, text: str) -> KronConfig:
         return cls.from_dict(json.loads(text))
+
+
+def _read_rules(where: str, data: Any) -> dict[str, Rule]:
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{where}: expected a mapping from name to rule, got {data!r}")
+    return {name: rule_from_dict(f"{where}[{name!r}]", rule) for name, rule in data.items()}
 
 
 # The factor that is kept at every model size: B of the attention matrices, A of the FFN, B of the embedding.

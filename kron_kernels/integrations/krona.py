@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..convert.kronify import named_roles
 from ..convert.presets import KronConfig, as_kron_config
+from ..convert.rules import ShapeRule
 from ..nn import Shapes
 from ..nn.factored import check_product_shape, empty_factors
 from ..ops import frozen_linear_kron, kron_addmm, kron_addmm_
@@ -164,11 +165,14 @@ def add_krona_(model: nn.Module, config: KronConfig | Mapping[str, Any] | str, *
     for name, role, module in named_roles(model, config):
         if not isinstance(module, nn.Linear):
             raise ValueError(f"model: expected {name} ({role}) to be nn.Linear, got {type(module).__name__}")
+        rule = config.rule_of(name, role)
+        if not isinstance(rule, ShapeRule):
+            raise ValueError(f"{name} ({role}): expected the shape of a factor, a or b, got {rule}")
         try:
-            shapes = config.rules[role].resolve(module.out_features, module.in_features)
+            shapes = rule.resolve(module.out_features, module.in_features)
         except ValueError as error:
             raise ValueError(f"{name} ({role}): {error}") from None
-        adapters[name] = KronA(module, shapes, config.rules[role].terms, scale)
+        adapters[name] = KronA(module, shapes, rule.terms, scale)
     for name, adapter in adapters.items():
         model.set_submodule(name, adapter)
     freeze_but_krona_(model)

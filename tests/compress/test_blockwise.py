@@ -113,7 +113,7 @@ def test_half_precision_trains_in_full(dense: Any) -> None:
         ({"steps": -1}, "steps: expected an int of at least 0, got -1"),
         ({"batches": []}, "batches: expected at least one token, got none"),
         ({"dense": random_bert(num_hidden_layers=3)}, r"of dense, \(3, 16, 40\), got \(2, 16, 40\)"),
-        ({"model": random_bert()}, "model: expected Kronecker layers .* makes them.*, got none"),
+        ({"model": random_bert()}, "model: expected factored layers .* makes them.*, got none"),
     ],
 )
 def test_bad_input(arguments: dict[str, Any], message: str, dense: Any) -> None:

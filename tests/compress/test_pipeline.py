@@ -43,8 +43,8 @@ def test_saved_model_is_the_kronified_one(bert: Path, tmp_path: Path) -> None:
 def test_terms_and_int8(bert: Path, tmp_path: Path) -> None:
     config = dataclasses.replace(preset("K8"), weight_dtype="int8")
     report = compress(bert, tmp_path / "out", config, terms=2)
-    assert {layer.terms for layer in report.conversion.layers if layer.role != "embedding"} == {2}
-    assert {layer.terms for layer in report.conversion.layers if layer.role == "embedding"} == {1}
+    for layer in report.conversion.layers:
+        assert layer.structure.startswith("2 of ") == (layer.role != "embedding")
     assert report.quantization is not None
     assert 0.999 < report.quantization.agreement < 1
     assert report.quantization.bytes_after < report.quantization.bytes_before

@@ -122,7 +122,7 @@ def test_report_counts_and_serialises():
     assert report.compression == before / after
     query = report.layers[1]
     assert (query.name, query.role) == ("encoder.layer.0.attention.self.query", "attention")
-    assert (query.a, query.b, query.terms) == ((24, 24), (2, 2), 1)
+    assert query.structure == "24x24 (x) 2x2"
     assert 0 < query.relative_error < 1
     assert seen[-1][:2] == (13, 13)
     data = json.loads(json.dumps(report.to_dict()))
@@ -223,7 +223,7 @@ def test_errors_leave_the_model_as_it_was(spoil, config, match):
 def test_converting_twice_is_refused():
     model = make_model()
     kronify_(model, "K8")
-    with pytest.raises(ValueError, match="model: expected a dense model, got one that has Kronecker layers already"):
+    with pytest.raises(ValueError, match="model: expected a dense model, got one that has factored layers already"):
         kronify_(model, "K8")
 
 

@@ -82,9 +82,12 @@ def changed(**changes):
 @pytest.mark.parametrize(
     ("data", "match"),
     [
-        (changed(version=3), "version: expected 1 or 2, got 3"),
+        (changed(version=4), "version: expected 1, 2 or 3, got 4"),
         (changed(size=3), "config: unknown keys size; expected name, patterns, rules, skip, version"),
-        (changed(rules={"attention": {"c": [2, 2]}}), r"rules\['attention'\]: unknown keys c; expected a, b, terms"),
+        (
+            changed(rules={"attention": {"c": [2, 2]}}),
+            r"rules\['attention'\]: unknown keys c; expected a, b, bands, ra",
+        ),
         (changed(rules={}), "rules: expected at least one role, got none"),
         (changed(rules={"mixer": {"a": [2, 2]}}), "rules: role 'mixer' has no patterns; known roles: attention"),
         (changed(version=2, weight_dtype="int4"), "weight_dtype: expected None or 'int8', got 'int4'"),

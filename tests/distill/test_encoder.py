@@ -122,15 +122,6 @@ def test_loss_that_is_not_finite_ends_the_run(teacher: Any, tmp_path: Path) -> N
         encoder.distill_encoder(teacher, student, Tokenizer(), sentences(40), tmp_path, max_steps=3, batch_size=8)
 
 
-def test_agreement() -> None:
-    wanted = torch.nn.functional.normalize(torch.randn(8, 16), dim=-1)
-    rotated = wanted @ torch.linalg.qr(torch.randn(16, 16)).Q
-    assert encoder.agreement(wanted, wanted) == pytest.approx({"cosine": 1, "correlation": 1, "same neighbour": 1})
-    found = encoder.agreement(wanted, rotated)  # other vectors, the same similarities
-    assert found["cosine"] < 0.9
-    assert (found["correlation"], found["same neighbour"]) == pytest.approx((1, 1), abs=1e-4)
-
-
 def test_command(bert: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from kron_kernels.cli import main
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from kron_kernels.convert.presets import KronConfig
-from kron_kernels.convert.rules import ShapeRule
+from kron_kernels.convert.rules import LowRankRule, ShapeRule
 from kron_kernels.integrations.krona import (
     KronA,
     KronABlock,
@@ -193,6 +194,11 @@ SHAPES = ((6, 4), (6, 6))
         (lambda: save_krona(make_model(), "x"), ValueError, "model: expected KronA adapters, got none"),
         (lambda: remove_krona_(nested(make_model())), ValueError, "merge: expected False, got True for blocks.1: Kron"),
         (lambda: add_krona_(nested(make_model()), CONFIG), ValueError, "model: expected one without KronA adapters, "),
+        (
+            lambda: add_krona_(make_model(), replace(CONFIG, rules={"in": LowRankRule(2)})),
+            ValueError,
+            r"0\.0 \(in\): expected the shape of a factor, a or b, got rank 2",
+        ),
     ],
 )
 def test_bad_input_is_named(make, error, match):

@@ -68,7 +68,7 @@ def test_dense_models_and_checkpoints_of_the_wrong_kind(tmp_path):
     with pytest.raises(ValueError, match="model: expected a dense model"):
         KronBertModel.from_dense(make_kron())
     make_dense().save_pretrained(tmp_path)
-    with pytest.raises(OSError, match=r"expected Kronecker factors, 26 are missing, .*KronBertModel.from_dense"):
+    with pytest.raises(OSError, match=r"expected factors, 26 are missing, .*KronBertModel.from_dense"):
         KronBertModel.from_pretrained(tmp_path, config=KronBertConfig(**SIZES))
 
 
@@ -104,7 +104,7 @@ def test_bad_configurations():
         KronBertConfig(kron="K21", hidden_size=200, intermediate_size=800)
     with pytest.raises(TypeError, match="config: expected a KronConfig, its dict or a preset's name, got int"):
         KronBertConfig(kron=8)
-    with pytest.raises(ValueError, match="version: expected 1 or 2, got 7"):
+    with pytest.raises(ValueError, match="version: expected 1, 2 or 3, got 7"):
         KronBertConfig(kron={**preset("K8").to_dict(), "version": 7})
 
 
@@ -122,7 +122,7 @@ def test_initialisation_follows_the_config():
     ("kind", "part", "message"),
     [
         ("ForMaskedLM", "position_embeddings", r"every tensor of the encoder, 1 are missing, among them bert\.emb"),
-        ("ForMaskedLM", "0.output.dense.a", "Kronecker factors, 1 are missing"),
+        ("ForMaskedLM", "0.output.dense.a", "expected factors, 1 are missing"),
         ("Model", "pooler", None),
         ("ForSequenceClassification", "classifier", None),
     ],

@@ -44,13 +44,13 @@ def test_presets_have_the_papers_sizes_on_gpt2_small(name, count):
         model.tie_weights()
     report = kronify_(model, name, fit=False)
     assert (report.params_before, report.params_after) == (124_439_808, count)
-    shapes = {layer.name.removeprefix("transformer."): (layer.a, layer.b, layer.terms) for layer in report.layers}
+    shapes = {layer.name.removeprefix("transformer."): layer.structure for layer in report.layers}
     assert {layer.split(".")[1] for layer in shapes if layer != "wte"} == {"1", "3", "5", "7", "9", "11"}
     if name == "KnGPT2":
-        assert shapes["h.1.attn.c_attn"] == ((2304, 384), (1, 2), 1)
-        assert shapes["wte"] == ((50257, 384), (1, 2), 1)
+        assert shapes["h.1.attn.c_attn"] == "2304x384 (x) 1x2"
+        assert shapes["wte"] == "50257x384 (x) 1x2"
     else:
-        assert shapes["h.11.mlp.c_proj"] == ((384, 768), (2, 4), 4)
+        assert shapes["h.11.mlp.c_proj"] == "4 of 384x768 (x) 2x4"
         assert ("h.1.attn.c_attn" in shapes) == (name == "TQCompressor-QKV")
 
 

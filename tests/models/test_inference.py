@@ -111,7 +111,7 @@ def test_models_that_cannot_be_frozen_stay_as_they_are(change: Any, message: str
 def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="dtype: expected None or one of 'fp32', 'bf16', 'fp16', got 'int8'"):
         optimize_for_inference(make(), "int8")
-    with pytest.raises(ValueError, match="model: expected Kronecker layers, as of kronify_, got a Linear without any"):
+    with pytest.raises(ValueError, match="model: expected factored layers, as of kronify_, got a Linear without any"):
         optimize_for_inference(nn.Linear(2, 2))
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="autocast: expected it off"):
         optimize_for_inference(make())

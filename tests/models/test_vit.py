@@ -35,9 +35,9 @@ def test_presets_have_their_shapes_on_vit_base():
         model = ViTModel(ViTConfig())
     report = kronify_(model, vit_config("K21"), fit=False)
     assert len(report.layers) == 12 * 6
-    found = {layer.name.removeprefix("layers.3."): (layer.a, layer.b) for layer in report.layers}
-    assert found["attention.k_proj"] == ((384, 48), (2, 16))
-    assert (found["mlp.fc1"], found["mlp.fc2"]) == (((16, 2), (192, 384)), ((2, 16), (384, 192)))
+    found = {layer.name.removeprefix("layers.3."): layer.structure for layer in report.layers}
+    assert found["attention.k_proj"] == "384x48 (x) 2x16"
+    assert (found["mlp.fc1"], found["mlp.fc2"]) == ("16x2 (x) 192x384", "2x16 (x) 384x192")
     with pytest.raises(ValueError, match="name: expected one of K8, K19, K21, got 'KnGPT2'"):
         vit_config("KnGPT2")
 
