@@ -13,7 +13,7 @@ from .weighted import regularised
 
 @dataclass(frozen=True)
 class LowRankFactors:
-    """Factors ``u (m, r)`` and ``v (r, n)`` of W ~ u v, each column of u as long as its row of v.
+    """Factors ``u (r, m)`` and ``v (r, n)`` of W ~ u^T v, each row of u as long as its row of v.
 
     The errors are those of ``KronFactors``.
     """
@@ -29,7 +29,7 @@ def nearest_low_rank(weight: Tensor, rank: int, *, input_moment: Tensor | None =
     """Find the rank-``rank`` matrix nearest to ``weight`` (m, n), by a singular value decomposition in fp64.
 
     With ``input_moment`` = C = E[x x^T] (n, n) of the layer's inputs it minimises the error of the output,
-    ||(W - u v) C^(1/2)||: u spans the leading left singular vectors of W C^(1/2), and v = u^T W (as in ASVD, SVD-LLM).
+    ||(W - u^T v) C^(1/2)||: u holds the leading left singular vectors of W C^(1/2), and v = u W (as in ASVD, SVD-LLM).
     Raises ValueError or TypeError as ``nearest_kronecker``, and for a rank above min(m, n).
     """
     check_weight(weight)
@@ -40,11 +40,11 @@ def nearest_low_rank(weight: Tensor, rank: int, *, input_moment: Tensor | None =
         check_moment(input_moment, weight.shape[1])
         input_moment = input_moment.detach().to(weight.device)
     directions, _ = output_directions(weight, input_moment)
-    u = directions[:, :rank]
-    v = u.T @ weight.to(torch.float64)
+    u = directions[:, :rank].T
+    v = u @ weight.to(torch.float64)
     root = v.norm(dim=1).clamp(min=torch.finfo(torch.float64).tiny).sqrt()
-    u, v = (u * root).to(weight.dtype).contiguous(), (v / root[:, None]).to(weight.dtype).contiguous()
-    residual = weight.to(torch.float64) - u.to(torch.float64) @ v.to(torch.float64)
+    u, v = (u * root[:, None]).to(weight.dtype).contiguous(), (v / root[:, None]).to(weight.dtype).contiguous()
+    residual = weight.to(torch.float64) - u.T.to(torch.float64) @ v.to(torch.float64)
     weighted = None if input_moment is None else _relative(residual, weight, input_moment.to(torch.float64))
     return LowRankFactors(u, v, _relative(residual, weight, None), weighted)
 

@@ -14,7 +14,7 @@ from .linear import covariance
 
 
 class LowRankLinear(nn.Module):
-    """``x (u v)^T + bias``: nn.Linear with the weight ``u (out_features, rank) @ v (rank, in_features)``.
+    """``x v^T u + bias``: nn.Linear with weight ``u^T v``, ``u (rank, out_features)``, ``v (rank, in_features)``.
 
     ``x`` is ``(..., in_features)``, the result ``(..., out_features)``. Raises ValueError where ``rank`` is not between
     1 and the smaller of both sizes.
@@ -34,7 +34,7 @@ class LowRankLinear(nn.Module):
             raise ValueError(f"rank: expected 1 to min(in, out) = {min(in_features, out_features)}, got {rank}")
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.in_features, self.out_features = in_features, out_features
-        self.u = nn.Parameter(torch.empty(out_features, rank, **factory))
+        self.u = nn.Parameter(torch.empty(rank, out_features, **factory))
         self.v = nn.Parameter(torch.empty(rank, in_features, **factory))
         self.bias = nn.Parameter(torch.empty(out_features, **factory)) if bias else None
         self.reset_parameters()
@@ -57,11 +57,15 @@ class LowRankLinear(nn.Module):
             nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(F.linear(x, self.v), self.u, self.bias)
+        hidden = F.linear(x, self.v)
+        if self.bias is None:
+            return hidden @ self.u
+        # One pass over the result, and a gradient of u as hidden^T grad: grad^T hidden is several times slower.
+        return torch.addmm(self.bias, hidden.reshape(-1, self.rank), self.u).view(*x.shape[:-1], self.out_features)
 
     def dense_weight(self) -> Tensor:
         """The weight (out_features, in_features), built in full; differentiable."""
-        return self.u @ self.v
+        return self.u.T @ self.v
 
     def factor_names(self) -> tuple[str, ...]:
         return ("u", "v")
@@ -95,5 +99,5 @@ def fit_low_rank(
         layer.bias.copy_(linear.bias)
         if corrects:
             mean = input_mean.to(weight.device, torch.float64)  # type: ignore[union-attr]
-            layer.bias += weight.double() @ mean - factors.u.double() @ (factors.v.double() @ mean)
+            layer.bias += weight.double() @ mean - factors.u.T.double() @ (factors.v.double() @ mean)
     return layer.train(linear.training), factors
