@@ -1,12 +1,15 @@
 """Label-free distillation of a sentence encoder: the student learns the teacher's sentence vectors and how they relate.
 
-Nothing but plain sentences is needed. The teacher's vectors are computed once, before the training. For a batch of B
-sentences with unit vectors t (teacher) and z (student), the loss is the mean of ``1 - t_i . z_i`` plus a weight times
-the mean squared difference of the similarity matrices ``t t^T`` and ``z z^T`` (B, B).
+Nothing but plain sentences is needed. The teacher's vectors are computed once, before the training, and kept in the
+run's folder. For a batch of B sentences with unit vectors t (teacher) and z (student) the loss is the mean of
+``1 - t_i . z_i``, plus ``RELATION`` times the mean squared difference of the similarities ``t t^T`` and ``z z^T`` (B,
+B), plus ``NEIGHBOURS`` times the KL divergence of each sentence's softmax over its similarities to the others, which
+weighs the nearest ones most.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Sequence
@@ -14,15 +17,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors.torch import load, save
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainingArguments
 
+from ..compress.files import write_bytes
 from ..convert.agreement import mean_pool
 from .run import NonFiniteLossError, RunCallback, logged_most, train, trainer_settings
 from .run_folder import RunFolder, rows_fingerprint, weights_fingerprint
 
-RELATION_WEIGHT = 20.0
+RELATION, NEIGHBOURS, TEMPERATURE = 20.0, 0.1, 0.05
+_VECTORS = "teacher-vectors.bin"
 _TIMED_STEPS = 6  # steps that estimate how many fit into a number of minutes
 
 
@@ -35,11 +42,15 @@ class EncoderResult:
     loss: float
 
 
-def sentence_loss(student: Tensor, teacher: Tensor, relation_weight: float = RELATION_WEIGHT) -> Tensor:
-    """Return the loss of unit vectors (B, d) of both models: one minus cosine, plus the error of the similarities."""
+def sentence_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the loss of unit vectors (B, d) of both models: their cosines, similarities and nearest neighbours."""
     cosine = 1 - (student * teacher).sum(-1).mean()
-    relation = (student @ student.T - teacher @ teacher.T).square().mean()
-    return cosine + relation_weight * relation
+    ours, theirs = student @ student.T, teacher @ teacher.T
+    relation = (ours - theirs).square().mean()
+    itself = torch.eye(len(ours), dtype=torch.bool, device=ours.device)
+    ours, theirs = ((each / TEMPERATURE).masked_fill(itself, -1e4).log_softmax(-1) for each in (ours, theirs))
+    neighbours = F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+    return cosine + RELATION * relation + NEIGHBOURS * neighbours
 
 
 @torch.inference_mode()
@@ -97,7 +108,7 @@ def distill_encoder(
     folder.rewind()
     rows = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
     pad = tokenizer.pad_token_id or 0
-    vectors = encode(teacher.eval(), rows, pad)
+    vectors = _teacher_vectors(folder, teacher, rows, pad)
     data = [{"input_ids": row, "teacher": vector} for row, vector in zip(rows, vectors, strict=True)]
     # A run that resumes keeps the number of steps, and with it the schedule, that it began with.
     steps = folder.identity.get("steps") or max_steps or _steps_within(60 * minutes, student, data, batch_size, pad)
@@ -129,6 +140,18 @@ def distill_encoder(
     log = trainer.state.log_history
     losses = [entry["loss"] for entry in log if "loss" in entry]
     return EncoderResult(trainer.state.global_step, logged_most(log, "seconds"), losses[-1])
+
+
+def _teacher_vectors(folder: RunFolder, teacher: nn.Module, rows: Sequence[Sequence[int]], pad: int) -> Tensor:
+    """The teacher's vectors (N, d) of all rows, computed once in a run; the file begins with the hash of the rest."""
+    path = folder.path / _VECTORS
+    content = path.read_bytes() if path.is_file() else b""
+    if hashlib.sha256(content[32:]).digest() == content[:32]:
+        return load(content[32:])["vectors"]
+    vectors = encode(teacher.eval(), rows, pad)
+    content = save({"vectors": vectors})
+    write_bytes(path, hashlib.sha256(content).digest() + content)
+    return vectors
 
 
 class EncoderTrainer(Trainer):
