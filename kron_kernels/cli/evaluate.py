@@ -25,6 +25,11 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("model", help="folder of the model, or its name on the model hub")
     add_task_flags(parser)
+    parser.add_argument(
+        "--similarity",
+        action="store_true",
+        help="score a sentence encoder without a head: the cosine of both texts' vectors against the labels (stsb)",
+    )
     parser.add_argument("--split", default="validation", help="validation, validation_mismatched, train or test")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="examples at a time (32)")
     parser.add_argument("--max-length", type=int, metavar="N", help="most tokens of an input (128; SQuAD 384)")
@@ -66,20 +71,17 @@ def run(arguments: argparse.Namespace) -> int:
         import transformers
 
         from ..distill.evaluate import evaluate
+        from ..distill.similarity import evaluate_similarity
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    result = evaluate(
-        arguments.model,
-        task_of(arguments),
-        arguments.data,
-        arguments.split,
-        batch_size=arguments.batch_size,
-        max_length=arguments.max_length,
-        device=arguments.device,
-        progress=Progress(),
-    )
+    which = (arguments.model, task_of(arguments), arguments.data, arguments.split)
+    sizes = {"batch_size": arguments.batch_size, "max_length": arguments.max_length}
+    if arguments.similarity:
+        result = evaluate_similarity(*which, **sizes)
+    else:
+        result = evaluate(*which, **sizes, device=arguments.device, progress=Progress())
     document = {"model": arguments.model, "data": arguments.data, **result.to_dict()}
     if arguments.out is not None:
         partial = arguments.out.with_name(f".{arguments.out.name}.{os.getpid()}")

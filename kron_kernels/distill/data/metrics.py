@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,7 +33,7 @@ def compute_metrics(task: str | Task, predictions: Any, references: Any) -> dict
     if task.kind == "qa":
         scores = squad_scores(cast("Mapping[str, str]", predictions), cast("Iterable[Mapping[str, Any]]", references))
         return {name: scores[name] for name in task.metrics}
-    guesses, truth = (torch.from_numpy(np.array(values, np.float64)) for values in (predictions, references))
+    guesses, truth = (torch.as_tensor(values, dtype=torch.float64) for values in (predictions, references))
     if len(guesses) != len(truth) or not len(truth):
         raise ValueError(
             f"predictions: expected as many as references, and at least one, got {len(guesses)} for {len(truth)}"
