@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .extras import needs_extra
-from .output import add_json_flag, format_table, print_json
+from .output import Progress, add_json_flag, format_table, print_json
 
 HELD_OUT = 500  # sentences at most, and a tenth of the text
 
@@ -21,10 +21,12 @@ def add_stage(stages: Any) -> None:
         help="distil a sentence encoder on plain text, without labels",
         description="The student learns the teacher's mean-pooled sentence vectors and their similarities. A tenth of "
         "the text (500 sentences at most) is held out and tells how well both agree, before and after.",
-        epilog="example: kron-kernels distill encoder --teacher bert --student small --text lines.txt --out run",
+        epilog="example: kron-kernels distill encoder --teacher bert --size 8x --text lines.txt --out run",
     )
     parser.add_argument("--teacher", required=True, metavar="MODEL", help="folder or hub name of the dense encoder")
-    parser.add_argument("--student", required=True, metavar="MODEL", help="folder that `compress` made from it")
+    student = parser.add_mutually_exclusive_group(required=True)
+    student.add_argument("--size", help="make the student: 8x for eight times fewer parameters, or a number of them")
+    student.add_argument("--student", metavar="MODEL", help="folder that `compress` made from the teacher")
     parser.add_argument("--text", required=True, type=Path, metavar="FILE", help="UTF-8 text, a sentence a line")
     parser.add_argument("--out", required=True, type=Path, metavar="RUN", help="folder of the run and of RUN/model")
     parser.add_argument("--minutes", type=float, default=20.0, metavar="N", help="of training (20)")
@@ -42,6 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     with needs_extra("distill"):
         import transformers
 
+        from ..compress import compress
         from ..compress.checkpoint import copy_companions, load_dense, load_tokenizer
         from ..compress.files import new_folder
         from ..compress.text import read_lines
@@ -59,13 +62,31 @@ def run(arguments: argparse.Namespace) -> int:
     chosen = set(test)
     teacher = load_dense(arguments.teacher).base_model
     tokenizer = load_tokenizer(arguments.teacher)
-    student = KronBertModel.from_pretrained(arguments.student, local_files_only=True)
+    progress = Progress()
+    started: dict[str, Any] = {}
+
+    def made(start: Path) -> Any:
+        if arguments.size is not None and not start.is_dir():
+            length = {"max_length": arguments.max_length}
+            compress(
+                arguments.teacher,
+                start,
+                size=arguments.size,
+                calibrate_text=arguments.text,
+                progress=progress,
+                **length,
+            )
+        source = start if arguments.student is None else Path(arguments.student)
+        student = KronBertModel.from_pretrained(source, local_files_only=True)
+        started.update(source=source, vectors=encode(student.eval(), rows))
+        return student
+
     rows = tokenizer(test, truncation=True, max_length=arguments.max_length)["input_ids"]
-    wanted, before = encode(teacher, rows), encode(student.eval(), rows)
+    wanted = encode(teacher, rows)
     with redirect_stdout(sys.stderr):  # the Trainer prints its logs
-        result = distill_encoder(
+        student, result = distill_encoder(
             teacher,
-            student,
+            made,
             tokenizer,
             [sentence for sentence in sentences if sentence not in chosen],
             arguments.out,
@@ -75,11 +96,13 @@ def run(arguments: argparse.Namespace) -> int:
             learning_rate=arguments.learning_rate,
             max_length=arguments.max_length,
             seed=arguments.seed,
+            progress=progress,
         )
     with new_folder(arguments.out / "model") as folder:
         student.save_pretrained(folder)
-        copy_companions(Path(arguments.student), folder)
-    found = {"before": vector_agreement(wanted, before), "after": vector_agreement(wanted, encode(student, rows))}
+        copy_companions(started["source"], folder)
+    before, after = started["vectors"], encode(student, rows)
+    found = {"before": vector_agreement(wanted, before), "after": vector_agreement(wanted, after)}
     if arguments.json:
         print_json({"steps": result.steps, "seconds": result.seconds, "held_out": held_out, **found})
         return 0

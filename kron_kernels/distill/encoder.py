@@ -12,8 +12,9 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,8 +26,10 @@ from transformers import Trainer, TrainingArguments
 
 from ..compress.files import write_bytes
 from ..convert.agreement import mean_pool
+from ..convert.calibrate import Progress
 from .run import NonFiniteLossError, RunCallback, logged_most, train, trainer_settings
 from .run_folder import RunFolder, rows_fingerprint, weights_fingerprint
+from .student import set_dropout
 
 RELATION, NEIGHBOURS, TEMPERATURE = 20.0, 0.1, 0.05
 _VECTORS = "teacher-vectors.bin"
@@ -54,7 +57,13 @@ def sentence_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def encode(model: nn.Module, rows: Sequence[Sequence[int]], pad: int = 0, batch_size: int = 64) -> Tensor:
+def encode(
+    model: nn.Module,
+    rows: Sequence[Sequence[int]],
+    pad: int = 0,
+    batch_size: int = 64,
+    progress: Progress | None = None,
+) -> Tensor:
     """Compute the pooled vectors (N, d), float32, of token ids; sentences of like length share a batch."""
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     vectors: list[Tensor] = [torch.empty(0)] * len(rows)
@@ -64,12 +73,14 @@ def encode(model: nn.Module, rows: Sequence[Sequence[int]], pad: int = 0, batch_
         pooled = mean_pool(model(**batch).last_hidden_state, batch["attention_mask"]).float()
         for index, vector in zip(chosen, pooled, strict=True):
             vectors[index] = vector
+        if progress is not None:
+            progress(min(start + batch_size, len(order)), len(order), "sentence vectors")
     return torch.stack(vectors)
 
 
 def distill_encoder(
     teacher: Any,
-    student: Any,
+    student: nn.Module | Callable[[Path], Any],
     tokenizer: Any,
     sentences: Sequence[str],
     out: str | os.PathLike[str],
@@ -80,15 +91,20 @@ def distill_encoder(
     learning_rate: float = 1e-3,
     max_length: int = 64,
     seed: int = 0,
-) -> EncoderResult:
+    progress: Progress | None = None,
+) -> tuple[Any, EncoderResult]:
     """Train ``student`` in place to give the sentence vectors of ``teacher``, by transformers' Trainer.
 
     Args:
-        teacher, student: encoders whose call returns ``last_hidden_state``, of equal width; mean pooling is applied.
+        teacher, student: encoders whose call returns ``last_hidden_state``, of equal width; mean pooling is applied. A
+            function instead of a student makes and returns it, once it is given the folder to keep it in.
         sentences: at least two batches of text; duplicates and blank lines are dropped.
         out: folder of the run (``RunFolder``). One that was interrupted resumes from its last whole checkpoint.
         minutes: training time; the number of steps that fits is estimated from a few steps. Ignored with ``max_steps``.
         batch_size, learning_rate, max_length, seed: sentences a step, peak of the cosine schedule, tokens a sentence.
+        progress: called as ``progress(done, total, what)`` before the training, which has the Trainer's bar.
+
+    Returns the trained student, in evaluation mode, and what it came to.
 
     Raises:
         ValueError: too little text, widths that differ, a folder of a run on other text, models or settings.
@@ -97,18 +113,25 @@ def distill_encoder(
     texts = list(dict.fromkeys(text.strip() for text in sentences if text.strip()))
     if len(texts) < 2 * batch_size:
         raise ValueError(f"sentences: expected at least {2 * batch_size} different ones, got {len(texts)}")
-    widths = teacher.config.hidden_size, student.config.hidden_size
-    if widths[0] != widths[1]:
-        raise ValueError(f"student: expected the teacher's hidden size {widths[0]}, got {widths[1]}")
     settings = {"max_steps": max_steps} if max_steps else {"minutes": minutes}
     settings |= {"batch_size": batch_size, "learning_rate": learning_rate, "max_length": max_length, "seed": seed}
     folder = RunFolder.create(out, {"stage": "encoder", **settings})
-    models = {"teacher": weights_fingerprint(teacher), "student": weights_fingerprint(student)}
-    folder.identify(data=rows_fingerprint(texts), **models)
+    try:
+        folder.identify(data=rows_fingerprint(texts), teacher=weights_fingerprint(teacher))
+        if not isinstance(student, nn.Module):
+            student = student(folder.start_path)
+        widths = teacher.config.hidden_size, student.config.hidden_size
+        if widths[0] != widths[1]:
+            raise ValueError(f"student: expected the teacher's hidden size {widths[0]}, got {widths[1]}")
+        folder.identify(student=weights_fingerprint(student))
+    except (ValueError, OSError):
+        folder.discard()
+        raise
     folder.rewind()
+    set_dropout(student, 0.0)  # what it is to reproduce has none
     rows = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
     pad = tokenizer.pad_token_id or 0
-    vectors = _teacher_vectors(folder, teacher, rows, pad)
+    vectors = _teacher_vectors(folder, teacher, rows, pad, progress)
     data = [{"input_ids": row, "teacher": vector} for row, vector in zip(rows, vectors, strict=True)]
     # A run that resumes keeps the number of steps, and with it the schedule, that it began with.
     steps = folder.identity.get("steps") or max_steps or _steps_within(60 * minutes, student, data, batch_size, pad)
@@ -139,16 +162,18 @@ def distill_encoder(
     student.eval()
     log = trainer.state.log_history
     losses = [entry["loss"] for entry in log if "loss" in entry]
-    return EncoderResult(trainer.state.global_step, logged_most(log, "seconds"), losses[-1])
+    return student, EncoderResult(trainer.state.global_step, logged_most(log, "seconds"), losses[-1])
 
 
-def _teacher_vectors(folder: RunFolder, teacher: nn.Module, rows: Sequence[Sequence[int]], pad: int) -> Tensor:
+def _teacher_vectors(
+    folder: RunFolder, teacher: nn.Module, rows: Sequence[Sequence[int]], pad: int, progress: Progress | None
+) -> Tensor:
     """The teacher's vectors (N, d) of all rows, computed once in a run; the file begins with the hash of the rest."""
     path = folder.path / _VECTORS
     content = path.read_bytes() if path.is_file() else b""
     if hashlib.sha256(content[32:]).digest() == content[:32]:
         return load(content[32:])["vectors"]
-    vectors = encode(teacher.eval(), rows, pad)
+    vectors = encode(teacher.eval(), rows, pad, progress=progress)
     content = save({"vectors": vectors})
     write_bytes(path, hashlib.sha256(content).digest() + content)
     return vectors
