@@ -32,7 +32,8 @@ def add_stage(stages: Any) -> None:
     parser.add_argument("--minutes", type=float, default=20.0, metavar="N", help="of training (20)")
     parser.add_argument("--max-steps", type=int, metavar="N", help="steps instead of minutes")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="sentences a step (64)")
-    parser.add_argument("--max-length", type=int, default=64, metavar="N", help="tokens a sentence (64)")
+    parser.add_argument("--max-length", type=int, default=64, metavar="N", help="tokens a sentence in training (64)")
+    parser.add_argument("--positions", type=int, metavar="N", help="with --size: drop position rows beyond N tokens")
     parser.add_argument("--learning-rate", type=float, default=1e-3, metavar="R", help="peak of the schedule (1e-3)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random (0)")
     add_json_flag(parser)
@@ -67,17 +68,11 @@ def run(arguments: argparse.Namespace) -> int:
 
     def made(start: Path) -> Any:
         if arguments.size is not None and not start.is_dir():
-            length = {"max_length": arguments.max_length}
-            compress(
-                arguments.teacher,
-                start,
-                size=arguments.size,
-                calibrate_text=arguments.text,
-                progress=progress,
-                **length,
-            )
+            options: dict[str, Any] = {"max_length": arguments.positions, "calibrate_text": arguments.text}
+            compress(arguments.teacher, start, size=arguments.size, progress=progress, **options)
         source = start if arguments.student is None else Path(arguments.student)
         student = KronBertModel.from_pretrained(source, local_files_only=True)
+        student.pooler, student.config.add_pooling_layer = None, False  # mean pooling does without
         started.update(source=source, vectors=encode(student.eval(), rows))
         return student
 
