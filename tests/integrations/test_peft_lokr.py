@@ -7,6 +7,7 @@ import importlib.metadata
 import pickle
 import re
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -36,30 +37,21 @@ OWN = {cls: dict(vars(cls)) for cls in CLASSES}
 Make = Callable[[], nn.Module]
 
 
-def linear() -> nn.Module:
-    return nn.Linear(24, 40)
-
-
-def conv1d() -> nn.Module:
-    return nn.Conv1d(24, 40, 1)
-
-
-def conv2d(**options: Any) -> nn.Module:
-    return nn.Conv2d(24, 40, **{"kernel_size": 1, **options})
-
-
+linear = partial(nn.Linear, 24, 40)
+conv1d = partial(nn.Conv1d, 24, 40, kernel_size=1)
+conv2d = partial(nn.Conv2d, 24, 40, kernel_size=1)
 SHAPES = {"Linear": (2, 5, 24), "Conv1d": (2, 24, 5), "Conv2d": (2, 24, 5, 4)}
 FULL, LOW = {"r": 64}, {"r": 2}
 CASES: dict[str, tuple[Make, dict[str, Any]]] = {
     "linear-full": (linear, FULL),
     "linear-low-rank": (linear, LOW),
-    "linear-no-bias": (lambda: nn.Linear(24, 40, bias=False), FULL),
+    "linear-no-bias": (partial(linear, bias=False), FULL),
     "linear-both-low-rank": (linear, {"r": 2, "decompose_both": True, "decompose_factor": -1}),
     "linear-rank-dropout": (linear, {**FULL, "rank_dropout": 0.5}),
     "linear-rank-dropout-scaled": (linear, {**LOW, "rank_dropout": 0.5, "rank_dropout_scale": True}),
     "linear-module-dropout": (linear, {**LOW, "module_dropout": 0.5}),
     "conv1d-low-rank": (conv1d, LOW),
-    "conv1d-stride": (lambda: nn.Conv1d(24, 40, 1, stride=2), FULL),
+    "conv1d-stride": (partial(conv1d, stride=2), FULL),
     "conv2d-low-rank": (conv2d, {**LOW, "use_effective_conv2d": True}),
     "conv2d-stride": (partial(conv2d, stride=(2, 3), padding="valid"), FULL),
     "conv2d-rank-dropout": (conv2d, {**FULL, "rank_dropout": 0.5, "rank_dropout_scale": True}),
@@ -74,21 +66,10 @@ def _classes_are_left_as_they_were() -> Iterator[None]:
         assert dict(vars(cls)) == OWN[cls]
 
 
-class Model(nn.Module):
-    """One layer to adapt."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
-
-
 def adapted(make: Make, dtype: torch.dtype = torch.float32, adapters: int = 1, **options: Any) -> Any:
     """A model of one layer with adapters of random values in ``dtype``, training."""
     torch.manual_seed(1)
-    model: Any = Model(make())
+    model: Any = nn.Sequential(OrderedDict(layer=make()))
     config = {"target_modules": ["layer"], "decompose_factor": 4, "alpha": 3, "init_weights": False, **options}
     names = [f"adapter{index}" for index in range(adapters)]
     model = peft.get_peft_model(model, peft.LoKrConfig(**config), adapter_name=names[0])
@@ -312,11 +293,8 @@ def test_a_patched_model_compiles_to_one_graph(case: str) -> None:
     assert all(torch.allclose(found[f"_orig_mod.{name}"], plain[name], atol=1e-4) for name in plain if "lokr" in name)
 
 
-@pytest.mark.parametrize("shape", [(0, 24), (2, 0, 24)], ids=str)
-def test_empty_batches(shape: tuple[int, ...]) -> None:
-    model, x = adapted(linear, adapters=2, **FULL), torch.randn(shape, requires_grad=True)
+def test_empty_batches() -> None:
+    model = adapted(linear, adapters=2, **FULL)
     with kron_kernels_in_peft(model):
-        y = model(x)
-    assert y.shape == (*shape[:-1], 40)
-    y.sum().backward()
-    assert x.grad.shape == shape
+        for shape in ((0, 24), (2, 0, 24)):
+            assert outcome(model, torch.ones(shape))["y"].shape == (*shape[:-1], 40)

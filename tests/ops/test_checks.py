@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from kron_kernels import (
     AddNorm,
@@ -108,18 +106,6 @@ def test_matmul_inside_autocast() -> None:
             kron_matmul(o.x, o.a.to("meta"), o.b)
         with pytest.raises(TypeError, match=r"b: expected the dtype of x, torch\.bfloat16, got torch\.int32"):
             kron_matmul(o.x, o.a, o.b.int())
-
-
-def test_missing_backend_asked_for_by_name_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    status = backends.Status("cpu", False, "the compiled extension is absent: no compiler")
-    missing = dataclasses.replace(backends.BACKENDS["cpu"], status=lambda: status)
-    monkeypatch.setitem(backends.BACKENDS, "cpu", missing)
-    o = shapes.make(shapes.Case("odd", 4))
-    with pytest.raises(
-        RuntimeError, match="backend 'cpu' is not available: the compiled extension is absent: no compiler"
-    ):
-        kron_matmul(o.x, o.a, o.b, backend="cpu")
-    kron_matmul(o.x, o.a, o.b)
 
 
 def test_backend_that_does_not_serve_the_device() -> None:
@@ -264,7 +250,6 @@ P, Q = torch.zeros(7, 3), torch.zeros(3, 2)
         ({"b": (P, Q, Q)}, TypeError, r"b: expected a Tensor or a pair .*, got \(Tensor, Tensor, Tensor\)"),
         ({"b": (P, 1.0)}, TypeError, r"b: expected a Tensor or a pair \(p, q\) of Tensors, got \(Tensor, float\)"),
         ({"b": (P, P)}, ValueError, r"b: expected matrices \(m2, r\) and \(r, n2\) .*got shapes \(7, 3\) and \(7, 3\)"),
-        ({"b": (P.expand(2, 7, 3), Q)}, ValueError, r"b: expected matrices .*got shapes \(2, 7, 3\) and \(3, 2\)"),
         ({"b": (P, Q[None])}, ValueError, r"b: expected matrices .*got shapes \(7, 3\) and \(1, 3, 2\)"),
         ({"b": (P[:, :0], Q[:0])}, ValueError, r"b: expected matrices .*got shapes \(7, 0\) and \(0, 2\)"),
         ({"a": torch.zeros(2, 3, 5), "b": (P, Q)}, ValueError, r"a: expected one matrix .*got shape \(2, 3, 5\)"),
@@ -272,11 +257,9 @@ P, Q = torch.zeros(7, 3), torch.zeros(3, 2)
         ({"b": (P.double(), Q.double())}, TypeError, r"b: expected the dtype of x, torch.float32, got torch.float64"),
         ({"backend": "cuda9"}, ValueError, r"backend: expected one of"),
         ({"alpha": torch.tensor(2.0)}, TypeError, r"alpha: expected a number, got Tensor"),
-        ({"alpha": None}, TypeError, r"alpha: expected a number, got NoneType"),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("function", [kron_addmm, kron_addmm_])
-def test_addmm(function: Callable[..., Tensor], change: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_addmm(change: dict[str, Any], error: type[Exception], message: str) -> None:
     given = {"base": torch.zeros(4, 21), "x": torch.zeros(4, 10), "a": torch.zeros(3, 5), "b": torch.zeros(7, 2)}
     for function in (kron_addmm, kron_addmm_):
         with pytest.raises(error, match=message):

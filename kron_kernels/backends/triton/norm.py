@@ -23,6 +23,29 @@ def normalise(y, real, eps, M: tl.constexpr):
 
 
 @triton.jit
+def mean_of_rows(tiles, Q: tl.constexpr, N: tl.constexpr, R: tl.constexpr, BT: tl.constexpr):
+    """Of tiles ``(BT * R, .)`` that hold whole tokens: the mean of each token, for each of its rows."""
+    total = tl.sum(tiles[0], 1)
+    for index in tl.static_range(1, len(tiles)):
+        total += tl.sum(tiles[index], 1)
+    if R == 2:
+        both = tl.sum(tl.reshape(total, [BT // 8, 2, 8]), 1)
+        total = tl.reshape(tl.broadcast_to(both[:, None, :], [BT // 8, 2, 8]), [2 * BT])
+    return total / (Q * N)
+
+
+@triton.jit
+def statistics(tiles, eps, Q: tl.constexpr, N: tl.constexpr, R: tl.constexpr, BT: tl.constexpr):
+    """Mean and one over the standard deviation of each token, for each row of tiles that hold whole tokens."""
+    mean = mean_of_rows(tiles, Q, N, R, BT)
+    squares = ()
+    for block in tl.static_range(len(tiles)):
+        centred = tiles[block] - mean[:, None]
+        squares = squares + (centred * centred,)
+    return mean, tl.rsqrt(mean_of_rows(squares, Q, N, R, BT) + eps)
+
+
+@triton.jit
 def load_vector(vector, column, real):
     """``(1, M2)`` float32 of a vector of M values, zeros beyond."""
     return tl.load(vector + column, mask=real, other=0.0).to(tl.float32)[None, :]
