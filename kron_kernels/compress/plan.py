@@ -1,11 +1,9 @@
-"""The planner: a rank for every layer and bands for the embedding, from measured errors, for a number of parameters.
+"""The planner: ranks of the linear layers and bands of the embedding for a number of parameters.
 
-A layer of rank r loses the share ``sum_{i > r} s_i^2 / sum_i s_i^2`` of its output, with the singular values s of
-``W C^(1/2)``, C the covariance of its inputs; likewise a band of the embedding, its rows weighted by frequency. How
-much a share matters is measured: one group of layers at a time is replaced at a low rank, and what the sentence vectors
-lose is divided by the share that the layers lost. Ranks then go where a parameter gains most. Since such losses do not
-add up when they are large, whole models with more and less weight on the embedding are compared on text, and the best
-is taken.
+All attention layers get one rank, all feed-forward layers another of 1.5 times that, and the embedding bands of falling
+frequency whose ranks fall as 8 to 3 to 1. What is searched is the share of the embedding and where its bands end: each
+candidate is fitted and its sentence vectors are compared with the dense model's on text. Ranks of each layer's own,
+by how much its error moves the sentence vectors, were tried and lost: such losses do not add up where they are large.
 
 Low rank alone is planned: untrained its error is smaller than that of a Kronecker pair of the same size, trained both
 are level, and it takes half the multiply-adds (docs/results/accuracy.md).
@@ -13,31 +11,28 @@ are level, and it takes half the multiply-adds (docs/results/accuracy.md).
 
 from __future__ import annotations
 
-import heapq
 import re
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..convert.agreement import sentence_vectors, vector_agreement
 from ..convert.calibrate import Calibration, Progress
+from ..convert.conv1d import weight_shape
 from ..convert.counting import count_parameters
 from ..convert.kronify import kronified_copy, named_roles
 from ..convert.presets import KronConfig
 from ..convert.rules import BandRule, LowRankRule, Rule
-from ..factorize.low_rank import output_directions, principal_energies
-from ..nn.adaptive import frequency_order
-from ..nn.linear import covariance
 
 ROLES = ("attention", "ffn_in", "ffn_out", "embedding")
-STEP = 2  # ranks are multiples of it
-_PROBED = 0.2  # of the largest rank, where the importance of a group is measured
-# Tokens of the bands that are compared; the rest of the vocabulary is one more.
-_BANDS = ((1000, 4000), (2000, 8000))
-# Factors of the embedding's measured importance that are compared.
-_EMBEDDING_WEIGHTS = (0.1, 0.3, 1.0, 3.0)
+FFN_RANK = 1.5  # of the attention's
+_BAND_RANKS = (8, 3, 1)
+_BAND_TOKENS = ((1000, 4000), (2000, 8000))
+_EMBEDDING_SHARES = (0.4, 0.5, 0.6, 0.7)  # of all that is factored
 
 
 @dataclass(frozen=True)
@@ -47,6 +42,100 @@ class Plan:
     config: KronConfig
     params: int
     agreement: Mapping[str, float]
+
+
+class Planner:
+    """Plan for one dense encoder, a BERT-like one or one with a head, and any number of parameters.
+
+    ``calibration`` holds the moments of its linear layers and token counts; ``batches`` (``input_ids``,
+    ``attention_mask``) are the text that sentence vectors are compared on.
+    """
+
+    def __init__(
+        self,
+        dense: Any,
+        calibration: Calibration,
+        batches: Sequence[Mapping[str, Tensor]],
+        progress: Progress | None = None,
+    ) -> None:
+        self._dense, self._calibration, self._batches, self._progress = dense, calibration, batches, progress
+        self._shapes: dict[str, list[tuple[int, int]]] = {role: [] for role in ROLES}
+        every = KronConfig({role: LowRankRule(1) for role in ROLES})
+        for _, role, module in named_roles(dense, every):
+            self._shapes[role].append(weight_shape(module))  # type: ignore[arg-type]
+        self.dense_params = count_parameters(dense)
+        replaced = sum(rows * cols for shapes in self._shapes.values() for rows, cols in shapes)
+        self._kept = self.dense_params - replaced
+        self._wanted = sentence_vectors(dense, batches)
+
+    @torch.no_grad()
+    def plan(self, params: int) -> Plan:
+        """Choose the candidate whose sentence vectors agree best, with at most ``params`` parameters.
+
+        Raises ValueError where that is less than what stays dense and rank 1 everywhere.
+        """
+        configs = list(self._candidates(params - self._kept))
+        if not configs:
+            sizes = range(params, self.dense_params)
+            least = sizes[bisect_left(sizes, True, key=lambda size: any(self._candidates(size - self._kept)))]
+            raise ValueError(f"size: expected at least {least:,} parameters, got {params:,}")
+        plans = []
+        for done, config in enumerate(configs, 1):
+            model, report = kronified_copy(self._dense, config, calibration=self._calibration)
+            found = vector_agreement(self._wanted, sentence_vectors(model, self._batches))
+            plans.append(Plan(config, report.params_after, found))
+            if self._progress is not None:
+                self._progress(done, len(configs), "comparing plans")
+        return max(plans, key=lambda plan: plan.agreement["correlation"])
+
+    def _candidates(self, budget: int) -> Iterator[KronConfig]:
+        seen = []
+        for tokens in _BAND_TOKENS:
+            for share in _EMBEDDING_SHARES:
+                bands, left = self._bands(tokens, budget, int(share * budget))
+                ranks = self._ranks(left)
+                if bands is None or ranks is None:
+                    continue
+                rules: dict[str, Rule] = {**ranks, "embedding": bands}
+                config = KronConfig(rules, name="planned")
+                if config not in seen:
+                    seen.append(config)
+                    yield config
+
+    def _bands(self, tokens: Sequence[int], budget: int, share: int) -> tuple[BandRule | None, int]:
+        """The embedding's bands for ``share`` parameters, None if too little, and what is left of ``budget``."""
+        ((rows, width),) = self._shapes["embedding"]
+        counts = [*tokens, rows - sum(tokens)] if sum(tokens) < rows else [rows]
+        weights = _BAND_RANKS[-len(counts) :]
+        unit = (share - len(counts) * width) / sum(
+            weight * (count + width) for weight, count in zip(weights, counts, strict=True)
+        )
+        ranks = [min(int(weight * unit), width, count) for weight, count in zip(weights, counts, strict=True)]
+        cost = len(counts) * width + sum(rank * (count + width) for rank, count in zip(ranks, counts, strict=True))
+        if min(ranks) < 1:
+            return None, 0
+        limits = [*counts[:-1], None]
+        return BandRule(tuple(zip(limits, ranks, strict=True))), budget - cost
+
+    def _ranks(self, budget: int) -> dict[str, LowRankRule] | None:
+        """Ranks of the linear layers for ``budget`` parameters, but of roles that stay dense; None if too little."""
+        attention = self._shapes["attention"]
+        ffn = self._shapes["ffn_in"] + self._shapes["ffn_out"]
+        per_rank = [sum(rows + cols for rows, cols in shapes) for shapes in (attention, ffn)]
+        most = [min(rows * cols // (rows + cols) for rows, cols in shapes) for shapes in (attention, ffn)]
+        first = int(budget / (per_rank[0] + FFN_RANK * per_rank[1]))
+        rules = {}
+        if first >= most[0]:
+            budget -= sum(rows * cols for rows, cols in attention)
+        else:
+            rules["attention"] = LowRankRule(max(1, first))
+            budget -= max(1, first) * per_rank[0]
+        second = budget // per_rank[1]
+        if first < 1 or second < 1:
+            return None
+        if second < most[1]:
+            rules |= {role: LowRankRule(second) for role in ("ffn_in", "ffn_out")}
+        return rules
 
 
 def parse_size(size: str | int, dense_params: int) -> int:
@@ -60,171 +149,3 @@ def parse_size(size: str | int, dense_params: int) -> int:
         f'size: expected "8x" for eight times fewer parameters, or a number of them below the dense model\'s '
         f"{dense_params:,}, got {size!r}"
     )
-
-
-class _Part:
-    """A linear layer, or a band of the embedding, whose rank is to be chosen."""
-
-    def __init__(self, energies: Tensor, cost: int, most: int, tokens: int = 0) -> None:
-        """``energies``, falling, are what each rank keeps, ``cost`` its parameters; rank ``most`` is dense."""
-        self.left = [*(energies.sum() - energies.cumsum(0)).tolist()]  # after ranks 1, 2, ...
-        self.whole, self.cost, self.most, self.tokens = float(energies.sum()), cost, most, tokens
-        self.importance, self.rank = 1.0, STEP
-
-    def lost(self, rank: int) -> float:
-        return 0.0 if rank >= self.most else max(0.0, self.left[rank - 1])
-
-
-class Planner:
-    """Measures a dense encoder once; ``plan`` then answers for any number of parameters.
-
-    ``dense`` is a BERT-like encoder or one with a head, ``calibration`` holds the moments of its linear layers and
-    token counts, ``batches`` (``input_ids``, ``attention_mask``) are the text that sentence vectors are compared on.
-    """
-
-    def __init__(
-        self,
-        dense: Any,
-        calibration: Calibration,
-        batches: Sequence[Mapping[str, Tensor]],
-        progress: Progress | None = None,
-    ) -> None:
-        self._dense, self._calibration, self._batches = dense, calibration, batches
-        self._progress = progress or (lambda done, total, what: None)
-        named = KronConfig({role: LowRankRule(STEP) for role in ROLES})
-        self._modules: dict[str, Any] = {name: module for name, _, module in named_roles(dense, named)}
-        self._roles = {name: role for name, role, _ in named_roles(dense, named)}
-        self._table = next(name for name, role in self._roles.items() if role == "embedding")
-        self._linear = {
-            name: _linear_part(module, calibration, name)
-            for name, module in self._modules.items()
-            if name != self._table
-        }
-        table = self._modules[self._table].weight
-        sizes = [each for each in _BANDS if sum(each) < len(table)] or [()]
-        self._bands = [_band_parts(table, calibration.token_counts, each) for each in sizes]
-        self.dense_params = count_parameters(dense)
-        self._kept = self.dense_params - sum(module.weight.numel() for module in self._modules.values())
-        self._wanted = sentence_vectors(dense, batches)
-        self._embedding_importance = self._measure()
-
-    def _measure(self) -> float:
-        """Set the importance of every linear layer; return the embedding's."""
-        groups: dict[str, list[str]] = {}
-        for name, role in self._roles.items():
-            group = re.sub(r"\.(query|key|value)$", "", name) if role == "attention" else name
-            groups.setdefault(group, []).append(name)
-        embedding = 1.0
-        for done, (group, names) in enumerate(groups.items(), 1):
-            parts = list(self._bands[-1]) if names == [self._table] else [self._linear[name] for name in names]
-            for part in parts:
-                part.rank = max(1, round(_PROBED * part.most))
-            lost = 1 - self._agreement(self._config(self._bands[-1], only=names))["cosine"]
-            share = sum(part.lost(part.rank) / part.whole for part in parts) / len(parts)
-            importance = lost / max(share, 1e-6)
-            if names == [self._table]:
-                embedding = importance
-            else:
-                for part in parts:
-                    part.importance = importance / (len(parts) * part.whole)
-            self._progress(done, len(groups), f"measuring {group}")
-        return embedding
-
-    def plan(self, params: int) -> Plan:
-        """Choose ranks and bands for at most ``params`` parameters of the whole model.
-
-        Raises ValueError where all that stays dense, with rank ``STEP`` elsewhere, is more.
-        """
-        best: Plan | None = None
-        width = self._modules[self._table].weight.shape[1]
-        for done, (bands, weight) in enumerate([(b, w) for b in self._bands for w in _EMBEDDING_WEIGHTS], 1):
-            whole = sum(part.whole for part in bands)
-            for part in bands:
-                part.importance = weight * self._embedding_importance / whole
-            least = _allocate([*self._linear.values(), *bands], params - self._kept - len(bands) * width)
-            if least > 0:
-                raise ValueError(f"size: expected at least {params + least:,} parameters, got {params:,}")
-            config = self._config(bands)
-            found = self._agreement(config)
-            if best is None or found["correlation"] > best.agreement["correlation"]:
-                best = Plan(config, self._count(bands), found)
-            self._progress(done, len(self._bands) * len(_EMBEDDING_WEIGHTS), "comparing plans")
-        assert best is not None
-        return best
-
-    def _agreement(self, config: KronConfig) -> Mapping[str, float]:
-        model, _ = kronified_copy(self._dense, config, calibration=self._calibration)
-        return vector_agreement(self._wanted, sentence_vectors(model, self._batches))
-
-    def _config(self, bands: Sequence[_Part], only: Sequence[str] | None = None) -> KronConfig:
-        """The ranks of now as a configuration, of the layers ``only`` where given; layers of full rank stay dense."""
-        rules: dict[str, Rule] = {}
-        for name, part in self._linear.items():
-            if part.rank < part.most and (only is None or name in only):
-                rules[name] = LowRankRule(part.rank)
-        if only is None or self._table in only:
-            counted = [(part.tokens, part.rank) for part in bands]
-            rules[self._table] = BandRule((*counted[:-1], (None, counted[-1][1])))
-        dense = tuple(rf"(^|\.){re.escape(self._short(name))}$" for name in self._modules if name not in rules)
-        roles = {self._roles[name]: rule for name, rule in rules.items()}
-        # By their names from the encoder on, so that the configuration fits it with and without a head.
-        layers = {self._short(name): rule for name, rule in rules.items()}
-        return KronConfig(roles, name="planned", skip=dense, layers=layers)
-
-    def _short(self, name: str) -> str:
-        return name.removeprefix(f"{self._dense.base_model_prefix}.")
-
-    def _count(self, bands: Sequence[_Part]) -> int:
-        width = self._modules[self._table].weight.shape[1]
-        return self._kept + len(bands) * width + sum(_cost(part) for part in (*self._linear.values(), *bands))
-
-
-def _linear_part(module: Any, calibration: Calibration, name: str) -> _Part:
-    moment = (
-        covariance(calibration[name], calibration.input_mean[name]) if module.bias is not None else calibration[name]
-    )
-    rows, cols = module.weight.shape
-    energies = output_directions(module.weight, moment)[1].square()
-    return _Part(energies, rows + cols, rows * cols // (rows + cols))
-
-
-def _band_parts(table: Tensor, counts: Tensor | None, sizes: Sequence[int]) -> list[_Part]:
-    """The bands of an embedding: of ``sizes`` tokens, and the rest."""
-    order, weights = frequency_order(len(table), counts)
-    parts: list[_Part] = []
-    start = 0
-    for tokens in (*sizes, len(table) - sum(sizes)):
-        members = order[start : start + tokens]
-        energies = principal_energies(table.detach()[members], weights[members])
-        parts.append(_Part(energies, tokens + table.shape[1], min(table.shape), tokens))
-        start += tokens
-    return parts
-
-
-def _cost(part: _Part) -> int:
-    return part.rank * part.cost
-
-
-def _allocate(parts: Sequence[_Part], budget: int) -> int:
-    """Give each part rank ``STEP``, then raise the rank where a parameter gains most; return what is missing, or 0."""
-
-    def gain(part: _Part) -> float:
-        return (part.lost(part.rank) - part.lost(part.rank + STEP)) * part.importance / part.cost
-
-    for part in parts:
-        part.rank = STEP
-    left = budget - sum(map(_cost, parts))
-    if left < 0:
-        return -left
-    heap = [(-gain(part), index) for index, part in enumerate(parts)]
-    heapq.heapify(heap)
-    while heap:
-        _, index = heapq.heappop(heap)
-        part = parts[index]
-        if part.cost * STEP > left or part.rank >= part.most:
-            continue
-        part.rank += STEP
-        left -= part.cost * STEP
-        if part.rank < part.most:
-            heapq.heappush(heap, (-gain(part), index))
-    return 0

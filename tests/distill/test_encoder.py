@@ -82,7 +82,7 @@ def test_student_learns_and_an_interrupted_run_resumes_to_the_same_weights(teach
     student, result = distill("whole")
     after = encoder.encode(student, rows)
     assert result.steps == 60
-    assert encoder.sentence_loss(after, wanted) < 0.5 * encoder.sentence_loss(before, wanted)
+    assert encoder.sentence_loss(after, wanted) < 0.7 * encoder.sentence_loss(before, wanted)
     assert not student.training
     # The folder holds a checkpoint of step 60 and one before: without the last, the run repeats its last steps.
     last = max((tmp_path / "whole/checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
