@@ -12,9 +12,8 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -80,7 +79,7 @@ def encode(
 
 def distill_encoder(
     teacher: Any,
-    student: nn.Module | Callable[[Path], Any],
+    student: Any,
     tokenizer: Any,
     sentences: Sequence[str],
     out: str | os.PathLike[str],
