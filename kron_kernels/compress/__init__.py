@@ -2,7 +2,7 @@
 
 from .blockwise import BlockReport, WarmStartReport, warm_start
 from .checkpoint import ARCHITECTURES, load_dense
-from .pipeline import compress
+from .pipeline import compress, plan_size
 from .plan import Plan, Planner
 from .report import CompressReport
 from .starts import WARM_STARTS, linear_names, start_model
@@ -19,6 +19,7 @@ __all__ = [
     "compress",
     "linear_names",
     "load_dense",
+    "plan_size",
     "read_lines",
     "start_model",
     "tokenize",

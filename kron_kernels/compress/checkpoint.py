@@ -30,7 +30,13 @@ COMPANIONS = (
     *("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json", "added_tokens.json"),
     *("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json", "1_Pooling", "2_Normalize"),
 )
-
+# Where those files keep a length in tokens to cut or pad sentences to.
+_LENGTHS = (
+    ("tokenizer.json", "truncation", "max_length"),
+    ("tokenizer.json", "padding", "strategy", "Fixed"),
+    ("tokenizer_config.json", "model_max_length"),
+    ("sentence_bert_config.json", "max_seq_length"),
+)
 
 # More layers or parameters than any encoder has: building one for a broken configuration would take minutes.
 _MOST_LAYERS = 1000
@@ -118,11 +124,7 @@ def shorten_positions_(model: Any, length: int) -> None:
 
 def pools_by_mean(model_dir: str | os.PathLike[str]) -> bool:
     """Tell whether a folder is a sentence-transformers encoder with mean pooling, which has no use for a pooler."""
-    try:
-        pooling = json.loads((Path(model_dir) / "1_Pooling" / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return bool(pooling.get("pooling_mode_mean_tokens"))
+    return bool(_read_mapping(Path(model_dir) / "1_Pooling" / "config.json").get("pooling_mode_mean_tokens"))
 
 
 def load_tokenizer(model_dir: str | os.PathLike[str]) -> Any:
@@ -142,3 +144,24 @@ def copy_companions(source: Path, target: Path) -> None:
             shutil.copytree(source / name, target / name)
         elif (source / name).is_file():
             shutil.copy2(source / name, target / name)
+
+
+def limit_length(folder: Path, length: int) -> None:
+    """Lower every length above ``length`` to which a tokenizer's files in a folder have it cut or pad sentences."""
+    for name, *keys, last in _LENGTHS:
+        content = _read_mapping(folder / name)
+        place: Any = content
+        for key in keys:
+            place = place.get(key) if isinstance(place, dict) else None
+        if isinstance(place, dict) and isinstance(place.get(last), int) and place[last] > length:
+            place[last] = length
+            (folder / name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    """The mapping in a JSON file; an empty one where there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

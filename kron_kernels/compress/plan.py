@@ -29,10 +29,14 @@ from ..convert.presets import KronConfig
 from ..convert.rules import BandRule, LowRankRule, Rule
 
 ROLES = ("attention", "ffn_in", "ffn_out", "embedding")
+# The layers that are planned.
+EVERY_LAYER = KronConfig({role: LowRankRule(1) for role in ROLES}, name="planned")
 FFN_RANK = 1.5  # of the attention's
 _BAND_RANKS = (8, 3, 1)
 _BAND_TOKENS = ((1000, 4000), (2000, 8000))
 _EMBEDDING_SHARES = (0.4, 0.5, 0.6, 0.7)  # of all that is factored
+# Fewer sentences than this do not tell plans apart; a fit of rank r to fewer than r tokens times this is of the text.
+LEAST_SENTENCES, TOKENS_A_RANK = 8, 4
 
 
 @dataclass(frozen=True)
@@ -43,12 +47,17 @@ class Plan:
     params: int
     agreement: Mapping[str, float]
 
+    def __str__(self) -> str:
+        """The rule of every layer type, one a line; a type without one stays dense."""
+        return "\n".join(f"{role:<10} {self.config.rules.get(role, 'dense')}" for role in ROLES)
+
 
 class Planner:
     """Plan for one dense encoder, a BERT-like one or one with a head, and any number of parameters.
 
     ``calibration`` holds the moments of its linear layers and token counts; ``batches`` (``input_ids``,
-    ``attention_mask``) are the text that sentence vectors are compared on.
+    ``attention_mask``) are the text that sentence vectors are compared on. Raises ValueError for fewer than
+    ``LEAST_SENTENCES`` sentences and for weights that are not finite.
     """
 
     def __init__(
@@ -59,26 +68,38 @@ class Planner:
         progress: Progress | None = None,
     ) -> None:
         self._dense, self._calibration, self._batches, self._progress = dense, calibration, batches, progress
+        self._tokens = 0
         self._shapes: dict[str, list[tuple[int, int]]] = {role: [] for role in ROLES}
-        every = KronConfig({role: LowRankRule(1) for role in ROLES})
-        for _, role, module in named_roles(dense, every):
+        for name, role, module in named_roles(dense, EVERY_LAYER):
             self._shapes[role].append(weight_shape(module))  # type: ignore[arg-type]
+            self._tokens = calibration.tokens.get(name, self._tokens)  # every layer sees the same
+            if not torch.isfinite(module.weight).all():  # type: ignore[arg-type]
+                raise ValueError(f"model: expected finite weights, got NaN or inf in {name}")
         self.dense_params = count_parameters(dense)
         replaced = sum(rows * cols for shapes in self._shapes.values() for rows, cols in shapes)
         self._kept = self.dense_params - replaced
         self._wanted = sentence_vectors(dense, batches)
+        if len(self._wanted) < LEAST_SENTENCES:
+            got = len(self._wanted)
+            raise ValueError(f"text: expected at least {LEAST_SENTENCES} different sentences to plan on, got {got}")
 
     @torch.no_grad()
     def plan(self, params: int) -> Plan:
         """Choose the candidate whose sentence vectors agree best, with at most ``params`` parameters.
 
-        Raises ValueError where that is less than what stays dense and rank 1 everywhere.
+        Raises ValueError where that is less than what stays dense and rank 1 everywhere, and where the text is too
+        short for the ranks.
         """
         configs = list(self._candidates(params - self._kept))
         if not configs:
-            sizes = range(params, self.dense_params)
-            least = sizes[bisect_left(sizes, True, key=lambda size: any(self._candidates(size - self._kept)))]
-            raise ValueError(f"size: expected at least {least:,} parameters, got {params:,}")
+            raise ValueError(f"size: expected at least {self.least():,} parameters, got {params:,}")
+        rules = [rule for config in configs for rule in config.rules.values()]
+        most = max((rule.rank for rule in rules if isinstance(rule, LowRankRule)), default=0)
+        if self._tokens < TOKENS_A_RANK * most:
+            needed = f"{TOKENS_A_RANK * most:,} tokens for rank {most}"
+            raise ValueError(
+                f"text: expected at least {needed}, got {self._tokens:,}; give more text or a smaller size"
+            )
         plans = []
         for done, config in enumerate(configs, 1):
             model, report = kronified_copy(self._dense, config, calibration=self._calibration)
@@ -87,6 +108,32 @@ class Planner:
             if self._progress is not None:
                 self._progress(done, len(configs), "comparing plans")
         return max(plans, key=lambda plan: plan.agreement["correlation"])
+
+    def least(self) -> int:
+        """The fewest parameters that can be planned for."""
+        sizes = range(self._kept, self.dense_params)
+        return sizes[bisect_left(sizes, True, key=lambda size: any(self._candidates(size - self._kept)))]
+
+    def plan_keeping(self, share: float, tries: int = 6) -> Plan:
+        """Choose the smallest plan found whose similarities of sentences correlate by ``share`` with the dense model's.
+
+        Sizes are halved by ratio ``tries`` times. Where no size below the dense model's keeps the share, the plan that
+        keeps most is returned. Raises ValueError for a share that is not between 0 and 1.
+        """
+        if not 0 < share < 1:
+            raise ValueError(f"keep: expected a share between 0 and 1, got {share}")
+        low, high = self.least(), self.dense_params - 1
+        best = self.plan(high)
+        for _ in range(tries):
+            if best.agreement["correlation"] < share:
+                break
+            size = round((low * high) ** 0.5)
+            found = self.plan(size)
+            if found.agreement["correlation"] >= share:
+                best, high = found, size
+            else:
+                low = size
+        return best
 
     def _candidates(self, budget: int) -> Iterator[KronConfig]:
         seen = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,8 @@ class CompressReport:
     """What was compressed, how, and what it came to; ``print`` shows it as a table that ends in the ``verdict``.
 
     Operations are those of the linear layers on 128 tokens. ``agreement`` is the centred ``hidden_agreement`` of the
-    dense and the compressed model on lines of the text, or without one on random token ids.
+    dense and the compressed model on lines of the text, or without one on random token ids; ``planned`` is the plan's
+    ``vector_agreement``.
     """
 
     source: str
@@ -38,6 +39,7 @@ class CompressReport:
     warm_start: str
     blocks: WarmStartReport | None
     agreement: float
+    planned: Mapping[str, float] | None = None
 
     @property
     def verdict(self) -> str:
@@ -86,6 +88,8 @@ class CompressReport:
         ]
         if self.calibration_tokens:
             lines.append(f"data-aware fit on {self.calibration_lines} lines, {self.calibration_tokens:,} tokens")
+        if self.planned is not None:
+            lines.append(f"planned: {describe(self.planned)}")
         if self.blocks is not None:
             last = self.blocks.blocks[-1]
             errors = f"{last.error_before:.3f} -> {last.error_after:.3f}"
@@ -94,6 +98,14 @@ class CompressReport:
             sizes = f"{int8.bytes_before / 1e6:.2f} -> {int8.bytes_after / 1e6:.2f} MB of weights"
             lines.append(f"int8 factors: {sizes}, cosine {int8.agreement:.5f} with the factors before")
         return "\n".join([*lines, self.verdict])
+
+
+def describe(agreement: Mapping[str, float]) -> str:
+    """Say how sentence vectors agree with the dense model's before any training."""
+    return (
+        f"similarities of sentences correlate {agreement['correlation']:.2f} with the dense model's before any "
+        f"training, vectors' cosine {agreement['cosine']:.2f}"
+    )
 
 
 def _common(structures: list[str]) -> str:

@@ -9,7 +9,7 @@ import pytest
 
 from kron_kernels.cli import main
 from kron_kernels.compress.target import REPORT_NAME
-from kron_kernels.convert.presets import preset
+from kron_kernels.convert.presets import KronConfig, preset
 
 Capture = pytest.CaptureFixture[str]
 
@@ -47,9 +47,28 @@ def test_command_takes_a_config_and_prints_json(bert: Path, tmp_path: Path, caps
     assert inside.exists()
 
 
+def test_command_writes_a_plan_that_it_takes_back(bert: Path, text: Path, tmp_path: Path, capsys: Capture) -> None:
+    plan, out = tmp_path / "plan.json", tmp_path / "out"
+    arguments = ["compress", str(bert), str(plan), "--size", "1.5x", "--calibrate", str(text), "--plan-only"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out.splitlines()
+    config = KronConfig.from_json(plan.read_text())
+    assert printed[:2] == [f"attention  {config.rules['attention']}", f"ffn_in     {config.rules['ffn_in']}"]
+    assert "similarities of sentences correlate" in printed[-1]
+    assert main(arguments) == 2
+    assert "plan.json exists; pass --force" in capsys.readouterr().err
+    options = ["--config", str(plan), "--calibrate", str(text), "--warm-start", "data-aware", "--json"]
+    assert main(["compress", str(bert), str(out), *options]) == 0
+    conversion = json.loads(capsys.readouterr().out)["conversion"]
+    assert conversion["config"] == config.to_dict()
+    assert f"{conversion['params_after']:,} parameters" in printed[-1]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--size", "8x"], "calibrate_text: expected text to plan on, got none"),
+        (["--size", "8x", "--plan-only"], "--plan-only: expected text to plan on (--calibrate), got none"),
         (["--preset", "K9"], "preset: expected one of K8, K19, K21, KnGPT2, TQCompressor, TQCompressor-QKV, got 'K9'"),
         (["--preset", "K8", "--calibrate", "absent.txt"], "absent.txt"),
         (["--config", "absent.json"], "absent.json"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +13,13 @@ import pytest
 import torch
 import transformers
 
-from kron_kernels.compress import compress, read_lines, tokenize
+from kron_kernels.compress import compress, plan_size, read_lines, tokenize
 from kron_kernels.compress.target import REPORT_NAME
+from kron_kernels.compress.text import token_counts
 from kron_kernels.convert.kronify import kronify_
-from kron_kernels.convert.presets import preset
-from kron_kernels.models import KronBertModel
-from tests.compress.tiny_bert import SENTENCES
+from kron_kernels.convert.presets import KronConfig, preset
+from kron_kernels.models import KronBertForMaskedLM, KronBertForSequenceClassification, KronBertModel
+from tests.compress.tiny_bert import SENTENCES, save_bert
 
 
 def test_saved_model_is_the_kronified_one(bert: Path, tmp_path: Path) -> None:
@@ -102,3 +104,80 @@ def test_text_is_read_by_lines_and_batched_by_length(bert: Path, text: Path, tmp
     for name, message in (("blank", "expected text, a sentence a line"), ("latin", "expected UTF-8")):
         with pytest.raises(ValueError, match=message):
             read_lines(tmp_path / name, 1)
+
+
+def test_a_planned_model_loads_and_its_plan_can_be_edited(bert: Path, text: Path, tmp_path: Path) -> None:
+    report = compress(bert, tmp_path / "planned", size="1.5x", calibrate_text=text)
+    loaded = transformers.AutoModel.from_pretrained(tmp_path / "planned")
+    dense_params = report.conversion.params_before
+    assert dense_params / 1.6 < report.conversion.params_after <= dense_params / 1.5
+    assert sum(parameter.numel() for parameter in loaded.parameters()) == report.conversion.params_after
+    assert report.warm_start == "data-aware"
+    assert report.planned is not None
+    assert f"planned: similarities of sentences correlate {report.planned['correlation']:.2f}" in str(report)
+    plan = plan_size(bert, text, size="1.5x")
+    assert (plan.params, plan.config) == (report.conversion.params_after, report.conversion.config)
+    content = json.loads(plan.config.to_json())
+    content["rules"]["attention"] = {"rank": 3}
+    edited = compress(bert, tmp_path / "edited", KronConfig.from_dict(content), calibrate_text=text, warm_start="plain")
+    layers = {layer.structure for layer in edited.conversion.layers if layer.role == "attention"}
+    assert layers == {"rank 3"}
+
+
+@pytest.mark.parametrize(
+    ("dense", "kind"),
+    [
+        (transformers.BertForMaskedLM, KronBertForMaskedLM),
+        (transformers.BertForSequenceClassification, KronBertForSequenceClassification),
+    ],
+    ids=lambda each: each.__name__,
+)
+def test_models_with_a_head_are_planned(dense: type, kind: type, text: Path, tmp_path: Path) -> None:
+    save_bert(tmp_path / "dense", dense)
+    compress(tmp_path / "dense", tmp_path / "out", size="1.5x", calibrate_text=text)
+    loaded = kind.from_pretrained(tmp_path / "out")  # type: ignore[attr-defined]
+    assert loaded(input_ids=torch.tensor([[2, 5, 6, 3]])).logits.isfinite().all()
+
+
+def test_positions_and_an_unused_pooler_go(bert: Path, text: Path, tmp_path: Path) -> None:
+    encoder = tmp_path / "encoder"
+    shutil.copytree(bert, encoder)
+    (encoder / "1_Pooling").mkdir()
+    (encoder / "sentence_bert_config.json").write_text('{"max_seq_length": 20, "do_lower_case": false}')
+    pooling = encoder / "1_Pooling" / "config.json"
+    for mean, length in ((True, 9), (False, 100)):
+        pooling.write_text(json.dumps({"pooling_mode_mean_tokens": mean}))
+        out = tmp_path / f"out-{length}"
+        report = compress(encoder, out, "K8", calibrate_text=text, warm_start="data-aware", max_length=length)
+        model = transformers.AutoModel.from_pretrained(out)
+        assert (model.pooler is None) == mean
+        assert len(model.embeddings.position_embeddings.weight) == min(length, 24)
+        # The dense model of the report is the one on disk.
+        assert report.conversion.params_before == sum(
+            parameter.numel() for parameter in transformers.AutoModel.from_pretrained(bert).parameters()
+        )
+        tokens = transformers.AutoTokenizer.from_pretrained(out)(" ".join(["the"] * 30), truncation=True)["input_ids"]
+        assert len(tokens) == min(length, 32)
+        limit = json.loads((out / "sentence_bert_config.json").read_text())
+        assert limit == {"max_seq_length": min(length, 20), "do_lower_case": False}
+    with pytest.raises(ValueError, match="max_length: expected at least 1, got 0"):
+        compress(bert, tmp_path / "none", "K8", max_length=0)
+
+
+def test_tokens_are_counted_and_repeated_lines_calibrate_once(bert: Path, text: Path, tmp_path: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(bert)
+    counts = token_counts(tokenizer, ["the cat the", "a cat"], 19)
+    assert counts.tolist() == [0, 0, 2, 2, 0, 2, 1, 2, *[0] * 11]
+    again = tmp_path / "again.txt"
+    again.write_text("\n\n".join([text.read_text()] * 3))
+    reports = [
+        compress(bert, tmp_path / str(index), "K8", calibrate_text=path, warm_start="data-aware")
+        for index, path in enumerate((text, again))
+    ]
+    assert reports[0].calibration_lines == reports[1].calibration_lines == len(SENTENCES)
+    assert reports[0].calibration_tokens == reports[1].calibration_tokens
+    with pytest.raises(ValueError, match="config: expected one of config, size and keep, got 2 of them"):
+        compress(bert, tmp_path / "none", "K8", size="2x")
+    for options in ({"size": "2x"}, {"keep": 0.5}):
+        with pytest.raises(ValueError, match="expected text to plan on"):
+            compress(bert, tmp_path / "none", **options)  # type: ignore[arg-type]

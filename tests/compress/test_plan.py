@@ -19,10 +19,12 @@ SIZES = {"hidden_size": 48, "intermediate_size": 192, "num_hidden_layers": 2, "n
 OPTIONS = {**SIZES, "vocab_size": 600, "max_position_embeddings": 20, "initializer_range": 0.1}
 
 
-def planner(kind: Any = BertModel) -> Planner:
+def planner(kind: Any = BertModel, *, rows: int = 8, length: int = 12, broken: bool = False) -> Planner:
     torch.manual_seed(0)
     dense = kind(BertConfig(**OPTIONS)).eval()
-    batches = [{"input_ids": torch.randint(1, 600, (8, 12))} for _ in range(3)]
+    batches = [{"input_ids": torch.randint(1, 600, (rows, length))} for _ in range(3)]
+    if broken:
+        dense.embeddings.word_embeddings.weight.data[0, 3] = float("nan")
     return Planner(dense, calibrate(dense, batches), batches)
 
 
@@ -82,6 +84,28 @@ def test_too_small_a_size_names_the_least() -> None:
     assert made.plan(least).params <= least
     with pytest.raises(ValueError, match="size: expected at least"):
         made.plan(least - 1)
+
+
+def test_a_share_to_keep_is_met_by_a_small_size_or_the_best_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "_EMBEDDING_SHARES", (0.5,))
+    made = planner()
+    share = made.plan(made.dense_params // 3).agreement["correlation"]
+    found = made.plan_keeping(share, tries=3)
+    assert found.agreement["correlation"] >= share
+    assert found.params < made.dense_params // 2
+    assert made.plan_keeping(0.999999999, tries=3) == made.plan(made.dense_params - 1)
+    with pytest.raises(ValueError, match=r"keep: expected a share between 0 and 1, got 1\.5"):
+        made.plan_keeping(1.5)
+
+
+def test_text_and_weights_that_cannot_be_planned_on() -> None:
+    with pytest.raises(ValueError, match="text: expected at least 8 different sentences to plan on, got 6"):
+        planner(rows=2)
+    short = planner(rows=3, length=3)
+    with pytest.raises(ValueError, match=r"text: expected at least \d+ tokens for rank \d+, got 27; give more"):
+        short.plan(short.dense_params // 2)
+    with pytest.raises(ValueError, match=r"expected finite weights, got NaN or inf in embeddings\.word_"):
+        planner(broken=True)
 
 
 def test_sizes() -> None:
