@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bench.harness import Row, read_rows
-from bench.report_accuracy import TEACHER, score_table
+from bench.report_accuracy import TEACHER, encoder_table, score_table
 from kron_kernels.testing.tables import markdown
 
 SHAPES = ("1x128", "8x128")
@@ -35,6 +35,8 @@ def summary(results: Path) -> str:
         found = {(row["input"], row["dtype"], row["variant"]): row for row in rows if row["machine"] == machine}
         lines = [(label, *(_cell(found, shape, *key) for shape in SHAPES)) for label, key in ROWS.items()]
         parts += [f"## {machine}", markdown(("", *SHAPES), lines)]
+    if encoders := read_rows(results / "encoders.csv"):
+        parts += ["## Sentence encoders, distilled on plain text", encoder_table(encoders)]
     scored = [row for row in read_rows(results / "accuracy.csv") if row["score"] and not row["variant"]]
     main = [row for row in scored if row["kind"] == "task" or row["name"] == TEACHER]
     return "\n\n".join([*parts, "## Accuracy kept after distillation", score_table(main)]) + "\n"

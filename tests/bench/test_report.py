@@ -9,7 +9,7 @@ import pytest
 
 from bench import report
 from bench.harness import KEY, RESULTS, ROOT, ResultFile, Row, read_rows
-from bench.report_accuracy import score_table
+from bench.report_accuracy import encoder_table, score_table
 from bench.suites import Point
 from bench.targets import target
 
@@ -49,6 +49,22 @@ def test_layers_show_best_stock_torch_and_targets(tmp_path: Path) -> None:
     assert "| k8-w1 | 8x2 ⊗ 384x384 | 7.8 | 5.00 ✗ (4.00) | 50% |" in page
     assert "Below target: 1 of 1" in page
     assert "| k8-w1 | kron_kernels | forward | fp32 | 128 | 5.00 (5.00 to 5.00) | 5.5 |" in page
+
+
+def test_sentence_encoders_stand_beside_their_teacher() -> None:
+    common = {
+        "teacher": "bert",
+        "task": "stsb",
+        "bytes": 4_000_000,
+        "parameters": 1_000_000,
+        "minutes": "",
+        "steps": "",
+    }
+    rows: list[Row] = [{**common, "model": "teacher", "variant": "", "score": "80.0"}]
+    rows.append({**common, "model": "8x", "variant": "int4", "score": "60.0", "minutes": "31.0", "steps": "1700"})
+    page = encoder_table(rows)
+    assert "| bert | stsb | teacher | 1.00M | 4.0 MB | 80.0 | 100.0% | - | - |" in page
+    assert "| bert | stsb | 8x, int4 | 1.00M | 4.0 MB | 60.0 | 75.0% | 31.0 | 1700 |" in page
 
 
 def test_disturbed_runs_are_left_out(tmp_path: Path) -> None:
