@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from ..nn import AdaptiveDecoder, AdaptiveEmbedding, KronDecoder, KronEmbedding
+from ..nn import KronDecoder, TiedDecoder
 from ..nn.int8 import to_int8_
 from .calibrate import Calibration, Progress
 from .conv1d import is_conv1d
 from .counting import count_parameters
-from .layers import FACTORED, Target, fitted_layer, fresh_layer
+from .layers import EMBEDDINGS, FACTORED, Target, fitted_layer, fresh_layer
 from .presets import KronConfig, as_kron_config
 from .ties import tie_decoders_, tied_decoders
 
@@ -123,7 +123,7 @@ def kronify_(
     for target, replacement in zip(targets, replacements, strict=True):
         decoders = tied_decoders(model, target.module)
         model.set_submodule(target.name, replacement)
-        if isinstance(replacement, (KronEmbedding, AdaptiveEmbedding)):
+        if isinstance(replacement, EMBEDDINGS):
             tie_decoders_(model, decoders, replacement)
     model_config: Any = getattr(model, "config", None)
     if isinstance(model_config, PreTrainedConfig):
@@ -144,7 +144,7 @@ def kronified_copy(
 
 def plan_layers(model: nn.Module, config: KronConfig, calibration: Calibration | None, fit: bool) -> list[Target]:
     """List every layer to replace, in the order of the model, after all checks that need no fit."""
-    if any(isinstance(module, (*FACTORED, KronDecoder, AdaptiveDecoder)) for module in model.modules()):
+    if any(isinstance(module, (*FACTORED, KronDecoder, TiedDecoder)) for module in model.modules()):
         raise ValueError("model: expected a dense model, got one that has factored layers already")
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -162,19 +162,25 @@ def plan_layers(model: nn.Module, config: KronConfig, calibration: Calibration |
 
 
 def named_roles(model: nn.Module, config: KronConfig) -> Iterator[tuple[str, str, nn.Module]]:
-    """Yield name, role and module of all that ``config`` names and does not skip; ValueError for a role without any."""
-    roles = set()
+    """Yield name, role and module of all that ``config`` names and does not skip.
+
+    Raises ValueError, at the end, for a role and for a name in ``layers`` without any.
+    """
+    roles, unused = set(), set(config.layers)
     for name, module in model.named_modules():
         role = config.role_of(name)
         if role is None or role not in config.rules:
             continue
         roles.add(role)
         if not config.skips(name):
+            unused.discard(config.own_name(name) or "")
             yield name, role, module
     for role in config.rules:
         if role not in roles:
             patterns = ", ".join(config.patterns[role])
             raise ValueError(f"model: no module plays the role {role!r}; its patterns: {patterns}")
+    if unused:
+        raise ValueError(f"layers: expected names of modules to replace, got {', '.join(sorted(unused))}")
 
 
 def init_factored_(module: nn.Module, std: float) -> bool:

@@ -23,7 +23,9 @@ from .conv1d import Conv1DLike, as_linear, weight_shape
 from .rules import BandRule, LowRankRule, Rule, ShapeRule
 
 Factored = KronLinear | KronEmbedding | LowRankLinear | AdaptiveEmbedding
-FACTORED = (KronLinear, KronEmbedding, LowRankLinear, AdaptiveEmbedding)
+LINEARS = (KronLinear, LowRankLinear)
+EMBEDDINGS = (KronEmbedding, AdaptiveEmbedding)
+FACTORED = (*LINEARS, *EMBEDDINGS)
 
 
 @dataclass(frozen=True)

@@ -75,10 +75,14 @@ class KronConfig:
             raise ValueError(f"patterns: {module_name} matches several roles: {', '.join(roles)}")
         return roles[0] if roles else None
 
+    def own_name(self, module_name: str) -> str | None:
+        """Return the name under which ``layers`` has a rule for this module, None where it has none."""
+        return next((name for name in self.layers if f".{module_name}".endswith(f".{name}")), None)
+
     def rule_of(self, module_name: str, role: str) -> Rule:
         """Return the rule of a module of ``role``: its own where ``layers`` has one."""
-        own = (rule for name, rule in self.layers.items() if f".{module_name}".endswith(f".{name}"))
-        return next(own, self.rules[role])
+        own = self.own_name(module_name)
+        return self.rules[role] if own is None else self.layers[own]
 
     def skips(self, module_name: str) -> bool:
         return _matches(self.skip, module_name)

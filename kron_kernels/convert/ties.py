@@ -27,7 +27,7 @@ def tie_decoders_(model: nn.Module, decoders: list[str], embedding: KronEmbeddin
     for name in decoders:
         dense: Any = model.get_submodule(name)
         decoder = embedding.tied_decoder(dense.bias)
-        factors = decoder.factor_names()
+        factors = tuple(key for key in decoder.state_dict() if key != "bias")
         model.set_submodule(name, decoder)
     for prefix, module in model.named_modules():
         tied = getattr(module, "_tied_weights_keys", None)

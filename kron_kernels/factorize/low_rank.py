@@ -23,6 +23,10 @@ class LowRankFactors:
     relative_error: float
     weighted_error: float | None = None
 
+    def times(self, x: Tensor) -> Tensor:
+        """Return u^T v x (m,) of x (n,), in fp64."""
+        return self.u.T.to(torch.float64) @ (self.v.to(torch.float64) @ x.to(torch.float64))
+
 
 @torch.no_grad()
 def nearest_low_rank(weight: Tensor, rank: int, *, input_moment: Tensor | None = None) -> LowRankFactors:

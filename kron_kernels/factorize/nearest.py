@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..schemas.reference import kron_matmul
 from .checks import check_a_shape, check_moment, check_terms, check_weight
+from .low_rank import LowRankFactors
 from .vanloan import van_loan
 from .weighted import fit_kronecker
 
@@ -33,6 +34,10 @@ class KronFactors:
     relative_error: float
     weighted_error: float | None = None
     history: tuple[float, ...] = ()
+
+    def times(self, x: Tensor) -> Tensor:
+        """Return What x (m,) of x (n,), in fp64, without building What."""
+        return kron_matmul(x.to(torch.float64), self.a.to(torch.float64), self.b.to(torch.float64))
 
 
 @torch.no_grad()
@@ -104,7 +109,9 @@ def _relative(lost: float, energy: float) -> float:
 
 
 @torch.no_grad()
-def mean_corrected_bias(weight: Tensor, factors: KronFactors, bias: Tensor | None, input_mean: Tensor) -> Tensor:
+def mean_corrected_bias(
+    weight: Tensor, factors: KronFactors | LowRankFactors, bias: Tensor | None, input_mean: Tensor
+) -> Tensor:
     """Return the bias (m,) that gives the factored layer the dense layer's mean output: bias + (W - What) mean.
 
     ``weight`` is the dense (m, n) weight, ``bias`` (m,) or None (zeros), ``input_mean`` (n,) the mean of the layer's
@@ -117,7 +124,5 @@ def mean_corrected_bias(weight: Tensor, factors: KronFactors, bias: Tensor | Non
     if bias is not None and tuple(bias.shape) != (m,):
         raise ValueError(f"bias: expected shape ({m},), got {tuple(bias.shape)}")
     mean = input_mean.to(weight.device, torch.float64)
-    error = weight.to(torch.float64) @ mean - kron_matmul(
-        mean, factors.a.to(torch.float64), factors.b.to(torch.float64)
-    )
+    error = weight.to(torch.float64) @ mean - factors.times(mean)
     return (error if bias is None else bias.to(torch.float64) + error).to(weight.dtype)

@@ -25,7 +25,7 @@ from ..convert.kronify import ConversionReport, init_factored_, kronified_copy, 
 from ..convert.presets import KronConfig, as_kron_config, preset
 from ..convert.rules import BandRule
 from ..convert.ties import tie_decoders_
-from ..nn import AdaptiveDecoder, AdaptiveEmbedding, Int8Factored, KronDecoder, KronEmbedding
+from ..nn import AdaptiveEmbedding, Int8Factored, KronDecoder, KronEmbedding, TiedDecoder
 from .bert_layers import FusedBertEmbeddings, FusedBertLayer, fuse_
 from .checkpoint import check_loaded, is_damage
 from .cuda_graph import CapturedModel, capture
@@ -102,7 +102,7 @@ class KronBertPreTrainedModel(BertPreTrainedModel):
                 module.position_ids.data.copy_(torch.arange(length).expand(1, -1))
                 module.token_type_ids.data.zero_()
             if isinstance(module, AdaptiveEmbedding):
-                module.places.data.copy_(torch.arange(module.num_embeddings))
+                module.reset_places()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -192,12 +192,15 @@ class KronBertPreTrainedModel(BertPreTrainedModel):
             new: Any = old.resized(size)
             bands = [*new.bands[:-1], (None, new.bands[-1][1])]
             config = as_kron_config(self.config.kron)
-            self.config.kron = replace(config, rules={**config.rules, "embedding": BandRule(tuple(bands))}).to_dict()
+            # In place of a rule of its own too: there is one word embedding.
+            layers = {name: rule for name, rule in config.layers.items() if not name.endswith("word_embeddings")}
+            rules = {**config.rules, "embedding": BandRule(tuple(bands))}
+            self.config.kron = replace(config, rules=rules, layers=layers).to_dict()
         else:
             new = self._resized_kron(old, size, mean_resizing)
         output: Any = self.get_output_embeddings()
         self.set_input_embeddings(new)
-        if isinstance(output, (KronDecoder, AdaptiveDecoder)):
+        if isinstance(output, (KronDecoder, TiedDecoder)):
             old_bias: Any = output.bias
             bias = old_bias.new_zeros(size)
             kept = min(size, old.num_embeddings)

@@ -29,12 +29,8 @@ def is_damage(error: Exception) -> bool:
 
 def factor_names(model: nn.Module) -> set[str]:
     """Return the names in the state dict of everything that factors are stored in."""
-    return {
-        f"{name}.{factor}"
-        for name, module in model.named_modules()
-        if isinstance(module, FACTORED)
-        for factor in module.factor_names()
-    }
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, FACTORED)}
+    return {f"{name}.{key}" for name, module in layers.items() for key in module.state_dict() if key != "bias"}
 
 
 def check_loaded(model: Any, path: Any, info: dict[str, Any], ignore_mismatched_sizes: bool) -> None:

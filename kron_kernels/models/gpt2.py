@@ -19,9 +19,9 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention
 
 from ..convert.calibrate import Calibration, Progress
 from ..convert.kronify import ConversionReport, init_factored_, kronified_copy, kronify_
+from ..convert.layers import EMBEDDINGS, FACTORED
 from ..convert.presets import KronConfig, as_kron_config, preset
 from ..convert.ties import tie_decoders_
-from ..nn import KronDecoder, KronEmbedding, KronLinear
 
 
 @strict
@@ -61,7 +61,7 @@ class KronGPT2PreTrainedModel(GPT2PreTrainedModel):
                 # Declared ties: transformers makes the actual ones only after loading.
                 decoders = ["lm_head"] if "lm_head.weight" in self.all_tied_weights_keys else []
                 embedding = self.transformer.get_input_embeddings()
-                if isinstance(embedding, KronEmbedding):
+                if isinstance(embedding, EMBEDDINGS):
                     tie_decoders_(self, decoders, embedding)
         if device.type != "meta":
             self.to_empty(device=device)
@@ -84,9 +84,7 @@ class KronGPT2PreTrainedModel(GPT2PreTrainedModel):
         std = self.config.initializer_range / (2 * self.config.n_layer) ** 0.5
         for module in self.modules():
             projection = module.c_proj if isinstance(module, (GPT2Attention, GPT2MLP)) else None
-            if isinstance(projection, KronLinear):
-                projection.init_factors(std)
-            elif projection is not None:
+            if projection is not None and not init_factored_(projection, std):
                 nn.init.normal_(projection.weight, std=std)
 
 
@@ -145,12 +143,13 @@ def reconstruct_dense(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
     dense = GPT2LMHeadModel._from_config(
         GPT2Config(**_fields(model.config)), dtype=model.dtype, attn_implementation=model.config._attn_implementation
     ).to(model.device)
-    state = {key: value for key, value in model.state_dict().items() if key.rpartition(".")[2] not in ("a", "b")}
+    plain = dense.state_dict().keys()
+    state = {key: value for key, value in model.state_dict().items() if key in plain}
     for name, module in model.named_modules():
-        if isinstance(module, KronLinear):
-            state[f"{name}.weight"] = module.dense_weight().T
-        elif isinstance(module, (KronEmbedding, KronDecoder)):
-            state[f"{name}.weight"] = module.dense_weight()
+        if isinstance(module, FACTORED):
+            weight = module.dense_weight()
+            state[f"{name}.weight"] = weight if isinstance(module, EMBEDDINGS) else weight.T
+    state.setdefault("lm_head.weight", state["transformer.wte.weight"])
     dense.load_state_dict(state)
     dense.generation_config = copy.deepcopy(model.generation_config)
     return dense.train(model.training)

@@ -5,7 +5,8 @@ A Kronecker weight is ``W = sum_s A_s (x) B_s`` with ``a (S, m1, n1)`` and ``b (
 factors kept as int8. ``LowRankLinear`` and ``AdaptiveEmbedding`` are the low-rank structures.
 """
 
-from .adaptive import AdaptiveDecoder, AdaptiveEmbedding, fit_adaptive
+from .adaptive import AdaptiveEmbedding, fit_adaptive
+from .decoder import TiedDecoder
 from .embedding import KronDecoder, KronEmbedding, fit_embedding
 from .factored import Shape, Shapes
 from .inference import PackedKronLinear
@@ -14,7 +15,6 @@ from .linear import KronLinear, fit_linear
 from .low_rank import LowRankLinear, fit_low_rank
 
 __all__ = [
-    "AdaptiveDecoder",
     "AdaptiveEmbedding",
     "Int8Factored",
     "Int8KronDecoder",
@@ -27,6 +27,7 @@ __all__ = [
     "PackedKronLinear",
     "Shape",
     "Shapes",
+    "TiedDecoder",
     "fit_adaptive",
     "fit_embedding",
     "fit_linear",

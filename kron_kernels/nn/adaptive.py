@@ -1,4 +1,4 @@
-"""AdaptiveEmbedding: bands of the vocabulary by frequency, each a low-rank table; its fit and its tied decoder."""
+"""AdaptiveEmbedding: bands of the vocabulary by frequency, each a low-rank table; and its fit to a dense one."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ..factorize.low_rank import principal_rows
 from ..schemas.reference import take_rows
+from .decoder import TiedDecoder
 
 Bands = Sequence[tuple[int, int]]
 
@@ -22,7 +23,8 @@ class AdaptiveEmbedding(nn.Module):
     ``bands`` are pairs ``(tokens, rank)``, the most frequent tokens first, which together cover the vocabulary. The row
     of a token in band i is ``tables[i][row] @ projections[i] + means[i]``, with ``tables[i] (tokens, rank)``,
     ``projections[i] (rank, embedding_dim)`` and ``means (bands, embedding_dim)``. The buffer ``places
-    (num_embeddings,)`` holds each token's place in the order of frequency. One band is a low-rank embedding.
+    (num_embeddings,)``, of the smallest integers that hold it, is each token's place in the order of frequency. One
+    band is a low-rank embedding.
 
     ``padding_idx`` means what it means in nn.Embedding: looking it up gives no gradient. An index out of range raises
     IndexError; bands that do not cover the vocabulary, or a rank above the width, ValueError.
@@ -53,7 +55,8 @@ class AdaptiveEmbedding(nn.Module):
         self.tables = nn.ParameterList(torch.empty(tokens, rank, **factory) for tokens, rank in bands)
         self.projections = nn.ParameterList(torch.empty(rank, embedding_dim, **factory) for _, rank in bands)
         self.means = nn.Parameter(torch.empty(len(bands), embedding_dim, **factory))
-        self.register_buffer("places", torch.arange(num_embeddings, device=device))
+        smallest = torch.int16 if num_embeddings <= 2**15 else torch.int32
+        self.register_buffer("places", torch.empty(num_embeddings, dtype=smallest, device=device))
         self.reset_parameters()
 
     @property
@@ -71,16 +74,20 @@ class AdaptiveEmbedding(nn.Module):
             nn.init.normal_(table)
             nn.init.normal_(projection, std=std / math.sqrt(len(projection)))
         nn.init.zeros_(self.means)
+        self.reset_places()
         with torch.no_grad():
-            self.places.copy_(torch.arange(self.num_embeddings))
             place = -1 if self.padding_idx is None else self.padding_idx
             for table in self.tables:
                 if 0 <= place < len(table):
                     table[place] = 0  # its band's mean, which is zero
                 place -= len(table)
 
+    def reset_places(self) -> None:
+        """Let tokens come in the order of their ids, as vocabularies made by frequency do."""
+        self.places.copy_(torch.arange(self.num_embeddings))
+
     def forward(self, ids: Tensor) -> Tensor:
-        place = take_rows(self.places.unsqueeze(-1), ids, "ids").squeeze(-1)
+        place = take_rows(self.places.unsqueeze(-1), ids, "ids").squeeze(-1).to(torch.int64)
         codes, members, start = [], [], 0
         for table in self.tables:
             inside = ((place >= start) & (place < start + len(table))).unsqueeze(-1)
@@ -100,26 +107,23 @@ class AdaptiveEmbedding(nn.Module):
             F.linear(F.linear(hidden, projection), table) + (hidden @ mean).unsqueeze(-1)
             for table, projection, mean in zip(self.tables, self.projections, self.means, strict=True)
         ]
-        by_token = torch.cat(logits, -1).index_select(-1, self.places)
+        by_token = torch.cat(logits, -1).index_select(-1, self.places.int())
         return by_token if bias is None else by_token + bias
 
-    def tied_decoder(self, bias: nn.Parameter | None = None) -> AdaptiveDecoder:
-        """An output layer that reads this embedding's parameters."""
-        return AdaptiveDecoder(self, bias)
+    def tied_decoder(self, bias: nn.Parameter | None = None) -> TiedDecoder:
+        """An output layer that reads this embedding's table."""
+        return TiedDecoder(self, bias)
 
     def dense_weight(self) -> Tensor:
         """The table (num_embeddings, embedding_dim), built in full; differentiable."""
         parts = zip(self.tables, self.projections, self.means, strict=True)
-        return torch.cat([table @ projection + mean for table, projection, mean in parts]).index_select(0, self.places)
+        by_place = torch.cat([table @ projection + mean for table, projection, mean in parts])
+        return by_place.index_select(0, self.places.int())
 
     def to_embedding(self) -> nn.Embedding:
         """The dense embedding with the same table."""
         table = self.dense_weight().detach()
         return nn.Embedding.from_pretrained(table, freeze=False, padding_idx=self.padding_idx).train(self.training)
-
-    def factor_names(self) -> tuple[str, ...]:
-        """The names of all that the table is made of, in the state dict."""
-        return (*(name for name, _ in self.named_parameters()), "places")
 
     @torch.no_grad()
     def resized(self, size: int) -> AdaptiveEmbedding:
@@ -146,36 +150,12 @@ class AdaptiveEmbedding(nn.Module):
         for mine, theirs in zip(new.projections, self.projections, strict=True):
             mine.copy_(theirs)
         new.means.copy_(self.means)
-        new.places[torch.cat([*ids, added])] = torch.arange(size, device=order.device)
+        new.places[torch.cat([*ids, added])] = torch.arange(size, device=order.device, dtype=new.places.dtype)
         return new.requires_grad_(self.means.requires_grad)
 
     def extra_repr(self) -> str:
         bands = ", ".join(f"{tokens}x{rank}" for tokens, rank in self.bands)
         return f"{self.num_embeddings}, {self.embedding_dim}, padding_idx={self.padding_idx}, bands={bands}"
-
-
-class AdaptiveDecoder(nn.Module):
-    """Output layer over the vocabulary, ``hidden @ table^T + bias``, that reads an AdaptiveEmbedding's table.
-
-    It has no table of its own: its state dict holds the bias, if there is one.
-    """
-
-    embedding: AdaptiveEmbedding
-
-    def __init__(self, embedding: AdaptiveEmbedding, bias: nn.Parameter | None) -> None:
-        super().__init__()
-        # Not as a submodule: the model has the embedding elsewhere.
-        vars(self)["embedding"] = embedding
-        self.bias = bias
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.embedding.decode(hidden, self.bias)
-
-    def factor_names(self) -> tuple[str, ...]:
-        return ()
-
-    def extra_repr(self) -> str:
-        return f"bias={self.bias is not None}, {self.embedding.extra_repr()}"
 
 
 def frequency_order(size: int, counts: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -220,7 +200,7 @@ def fit_adaptive(
         ):
             target.copy_(value)
         start += tokens
-    layer.places[order] = torch.arange(size, device=layer.places.device)
+    layer.places[order] = torch.arange(size, device=layer.places.device, dtype=layer.places.dtype)
     by_row = (layer.dense_weight() - weight).double().square().sum(1), weight.double().square().sum(1)
     lost, whole = (float(each @ weights.to(weight.device)) for each in by_row)
     return layer.train(embedding.training), (lost / whole) ** 0.5 if whole > 0 else 0.0

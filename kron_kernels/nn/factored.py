@@ -70,10 +70,6 @@ class KronFactored(FactorShapes, nn.Module):
         """The weight (m1 * m2, n1 * n2), built in full; differentiable."""
         return kron_weight(self.a, self.b)
 
-    def factor_names(self) -> tuple[str, ...]:
-        """What the factors are stored in, by its names in the state dict."""
-        return ("a", "b")
-
     def init_factors(self, std: float) -> None:
         # An entry of W sums S products of two independent entries: its variance is S * var(a) * var(b). Both factors
         # get the same share.

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, cast
+from functools import partial
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..factorize import KronFactors, mean_corrected_bias, nearest_kronecker, order_cost
+from ..factorize import KronFactors, LowRankFactors, mean_corrected_bias, nearest_kronecker, order_cost
 from ..ops import kron_matmul
 from ..ops.checks import activation_code
 from ..schemas.reference import kron_weight
 from .factored import KronFactored, Shape, Shapes, check_product_shape, empty_factors
+
+_Factors = TypeVar("_Factors", KronFactors, LowRankFactors)
 
 # From so many tokens on, the dense product saves more than building its weight takes.
 _MANY_TOKENS = 512
@@ -174,30 +178,41 @@ def fit_linear(
     fit. ``weighted_error`` is then the output error with that bias, still relative to the dense product ``W x``.
     Device, dtype and training mode come from ``linear``. Raises ValueError where ``a_shape`` does not divide.
     """
-    weight = linear.weight.detach()
-    if input_moment is None or input_mean is None or linear.bias is None:
-        factors = nearest_kronecker(weight, a_shape, terms, input_moment=input_moment)
-    else:
-        centred = covariance(input_moment, input_mean)
-        factors = nearest_kronecker(weight, a_shape, terms, input_moment=centred)
-        share = (_output_energy(weight, centred) / _output_energy(weight, input_moment)) ** 0.5
-        factors = replace(factors, weighted_error=cast(float, factors.weighted_error) * share)
+    nearest = partial(nearest_kronecker, a_shape=a_shape, terms=terms)
+    factors, bias = fit_outputs(linear, nearest, input_moment, input_mean)
     layer = nn.utils.skip_init(
         KronLinear,
         linear.in_features,
         linear.out_features,
         (tuple(factors.a.shape[1:]), tuple(factors.b.shape[1:])),
         terms,
-        bias=linear.bias is not None,
-        device=weight.device,
-        dtype=weight.dtype,
+        bias=bias is not None,
+        device=linear.weight.device,
+        dtype=linear.weight.dtype,
     )
     layer.load_factors(factors.a, factors.b)
-    if linear.bias is not None:
-        bias = linear.bias.detach()
-        with torch.no_grad():
-            layer.bias.copy_(bias if input_mean is None else mean_corrected_bias(weight, factors, bias, input_mean))
+    if bias is not None:
+        layer.bias.data.copy_(bias)
     return layer.train(linear.training), factors
+
+
+def fit_outputs(
+    linear: nn.Linear, nearest: Callable[..., _Factors], input_moment: Tensor | None, input_mean: Tensor | None
+) -> tuple[_Factors, Tensor | None]:
+    """Fit factors to a dense layer; return them with their errors, and the layer's new bias (None without one).
+
+    ``nearest(weight, input_moment=C)`` makes the factors; the other arguments are those of ``fit_linear``.
+    """
+    weight = linear.weight.detach()
+    if linear.bias is None or input_mean is None:
+        factors = nearest(weight, input_moment=input_moment)
+        return factors, None if linear.bias is None else linear.bias.detach()
+    centred = None if input_moment is None else covariance(input_moment, input_mean)
+    factors = nearest(weight, input_moment=centred)
+    if input_moment is not None and centred is not None:
+        share = (_output_energy(weight, centred) / _output_energy(weight, input_moment)) ** 0.5
+        factors = replace(factors, weighted_error=cast(float, factors.weighted_error) * share)
+    return factors, mean_corrected_bias(weight, factors, linear.bias.detach(), input_mean)
 
 
 def covariance(moment: Tensor, mean: Tensor) -> Tensor:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..factorize.low_rank import LowRankFactors, nearest_low_rank
-from .linear import covariance
+from ..factorize import LowRankFactors, nearest_low_rank
+from .linear import fit_outputs
 
 
 class LowRankLinear(nn.Module):
@@ -33,15 +34,11 @@ class LowRankLinear(nn.Module):
         if not 1 <= rank <= min(in_features, out_features):
             raise ValueError(f"rank: expected 1 to min(in, out) = {min(in_features, out_features)}, got {rank}")
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
         self.u = nn.Parameter(torch.empty(rank, out_features, **factory))
         self.v = nn.Parameter(torch.empty(rank, in_features, **factory))
         self.bias = nn.Parameter(torch.empty(out_features, **factory)) if bias else None
         self.reset_parameters()
-
-    @property
-    def rank(self) -> int:
-        return self.v.shape[0]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -67,9 +64,6 @@ class LowRankLinear(nn.Module):
         """The weight (out_features, in_features), built in full; differentiable."""
         return self.u.T @ self.v
 
-    def factor_names(self) -> tuple[str, ...]:
-        return ("u", "v")
-
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
@@ -77,27 +71,26 @@ class LowRankLinear(nn.Module):
         )
 
 
-@torch.no_grad()
 def fit_low_rank(
     linear: nn.Linear, rank: int, input_moment: Tensor | None = None, input_mean: Tensor | None = None
 ) -> tuple[LowRankLinear, LowRankFactors]:
     """The low-rank layer nearest to ``linear``, and the fit with its errors.
 
-    The arguments are those of ``fit_linear``; with both moment and mean the mean error of the outputs is in the bias.
+    Moment and mean, the weighted error and the bias are those of ``fit_linear``. Raises ValueError for a rank above the
+    smaller size of the weight.
     """
-    weight = linear.weight.detach()
-    corrects = input_moment is not None and input_mean is not None and linear.bias is not None
-    moment = covariance(input_moment, input_mean) if corrects else input_moment  # type: ignore[arg-type]
-    factors = nearest_low_rank(weight, rank, input_moment=moment)
-    options: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+    factors, bias = fit_outputs(linear, partial(nearest_low_rank, rank=rank), input_moment, input_mean)
     layer = nn.utils.skip_init(
-        LowRankLinear, linear.in_features, linear.out_features, rank, linear.bias is not None, **options
+        LowRankLinear,
+        linear.in_features,
+        linear.out_features,
+        rank,
+        bias is not None,
+        device=linear.weight.device,
+        dtype=linear.weight.dtype,
     )
-    layer.u.copy_(factors.u)
-    layer.v.copy_(factors.v)
-    if layer.bias is not None:
-        layer.bias.copy_(linear.bias)
-        if corrects:
-            mean = input_mean.to(weight.device, torch.float64)  # type: ignore[union-attr]
-            layer.bias += weight.double() @ mean - factors.u.T.double() @ (factors.v.double() @ mean)
+    layer.u.data.copy_(factors.u)
+    layer.v.data.copy_(factors.v)
+    if bias is not None:
+        layer.bias.data.copy_(bias)
     return layer.train(linear.training), factors

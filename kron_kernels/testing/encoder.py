@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..convert.kronify import kronify_
+from ..convert.layers import EMBEDDINGS, LINEARS
 from ..convert.presets import preset
-from ..nn import AdaptiveEmbedding, KronEmbedding, KronLinear, LowRankLinear
+from ..nn import KronLinear, LowRankLinear
 from ..schemas.reference import ACTIVATIONS
 from .problems import relative_error
 
@@ -106,9 +107,9 @@ def reference_copy(model: nn.Module) -> nn.Module:
     """Return the model in float64 with every Kronecker layer replaced by its dense one, so that nothing is fused."""
     twin = copy.deepcopy(model).double()
     for name, module in list(twin.named_modules()):
-        if isinstance(module, (KronEmbedding, AdaptiveEmbedding)):
+        if isinstance(module, EMBEDDINGS):
             twin.set_submodule(name, module.to_embedding())
-        elif isinstance(module, (KronLinear, LowRankLinear)):
+        elif isinstance(module, LINEARS):
             twin.set_submodule(name, _DenseTwin(module))
     return twin
 

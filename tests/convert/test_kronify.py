@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,8 +23,8 @@ from transformers import (
 from kron_kernels.convert.calibrate import calibrate
 from kron_kernels.convert.kronify import kronify_
 from kron_kernels.convert.presets import KronConfig, preset
-from kron_kernels.convert.rules import ShapeRule
-from kron_kernels.nn import KronDecoder, KronEmbedding, KronLinear
+from kron_kernels.convert.rules import BandRule, LowRankRule, ShapeRule
+from kron_kernels.nn import KronDecoder, KronEmbedding, KronLinear, TiedDecoder
 
 SIZES = {"hidden_size": 48, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
 IDS = torch.tensor([[5, 9, 2, 30, 7], [8, 3, 40, 1, 1]])
@@ -225,6 +226,44 @@ def test_converting_twice_is_refused():
     kronify_(model, "K8")
     with pytest.raises(ValueError, match="model: expected a dense model, got one that has factored layers already"):
         kronify_(model, "K8")
+
+
+LOW_RANK = KronConfig(
+    {
+        "attention": LowRankRule(48),
+        "ffn_in": LowRankRule(48),
+        "ffn_out": LowRankRule(48),
+        "embedding": BandRule(((10, 48), (None, 48))),
+    }
+)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_full_rank_reproduces_the_model_with_its_ties(name):
+    dense = make_model(name).double()
+    wanted = outputs(dense)
+    calibration = calibrate(dense, [{"input_ids": IDS, "attention_mask": MASK}])
+    assert calibration.token_counts.tolist() == torch.bincount(IDS[MASK.bool()], minlength=50).tolist()
+    report = kronify_(dense, LOW_RANK, calibration=calibration)
+    torch.testing.assert_close(outputs(dense), wanted, rtol=1e-6, atol=1e-6)
+    assert dense.get_input_embeddings().places[IDS[MASK.bool()]].max() < IDS[MASK.bool()].unique().numel()
+    assert {layer.structure for layer in report.layers} == {"rank 48", "bands 10x48, 40x48"}
+    assert max(layer.relative_error for layer in report.layers) < 1e-5
+    assert (type(dense.get_output_embeddings()) is TiedDecoder) == name.endswith("mlm")
+
+
+def test_layers_have_rules_of_their_own():
+    model = make_model("bert-mlm")
+    own = {"encoder.layer.1.output.dense": LowRankRule(3), "layer.0.output.dense": ShapeRule(b=(2, 2))}
+    report = kronify_(model, replace(preset("K8"), layers=own), fit=False)
+    found = {layer.name: layer.structure for layer in report.layers if layer.role == "ffn_out"}
+    assert found == {
+        "bert.encoder.layer.0.output.dense": "24x96 (x) 2x2",
+        "bert.encoder.layer.1.output.dense": "rank 3",
+    }
+    for name in ("encoder.layer.2.output.dense", "cls.predictions.decoder"):
+        with pytest.raises(ValueError, match=f"layers: expected names of modules to replace, got {name}"):
+            kronify_(make_model("bert-mlm"), replace(preset("K8"), layers={name: LowRankRule(3)}), fit=False)
 
 
 def test_a_layer_without_calibration_is_named():

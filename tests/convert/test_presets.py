@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from kron_kernels.convert.presets import KronConfig, as_kron_config, preset
-from kron_kernels.convert.rules import ShapeRule
+from kron_kernels.convert.rules import BandRule, LowRankRule, ShapeRule
 
 WEIGHTS = {"attention": (768, 768), "ffn_in": (3072, 768), "ffn_out": (768, 3072), "embedding": (30522, 768)}
 
@@ -88,6 +88,10 @@ def changed(**changes):
             changed(rules={"attention": {"c": [2, 2]}}),
             r"rules\['attention'\]: unknown keys c; expected a, b, bands, ra",
         ),
+        (changed(rules=None), "rules: expected a mapping from name to rule, got None"),
+        (changed(version=3, layers=[2]), r"layers: expected a mapping from name to rule, got \[2\]"),
+        (changed(version=3, layers={"x": {"rank": 0}}), "rank: expected a positive integer, got 0"),
+        (changed(layers={}), "config: unknown keys layers; expected name, patterns, rules, skip, version"),
         (changed(rules={}), "rules: expected at least one role, got none"),
         (changed(rules={"mixer": {"a": [2, 2]}}), "rules: role 'mixer' has no patterns; known roles: attention"),
         (changed(version=2, weight_dtype="int4"), "weight_dtype: expected None or 'int8', got 'int4'"),
@@ -98,6 +102,18 @@ def changed(**changes):
 def test_bad_configurations(data, match):
     with pytest.raises(ValueError, match=match):
         KronConfig.from_dict(data)
+
+
+def test_newer_structures_are_written_in_version_3_only():
+    plain = preset("K8")
+    for newer in (
+        replace(plain, rules={**plain.rules, "attention": LowRankRule(8)}),
+        replace(plain, rules={**plain.rules, "embedding": BandRule(((10, 6), (None, 2)))}),
+        replace(plain, layers={"encoder.layer.0.output.dense": LowRankRule(8)}, weight_dtype="int8"),
+    ):
+        assert newer.to_dict()["version"] == 3
+        assert KronConfig.from_json(newer.to_json()) == newer
+    assert "layers" not in plain.to_dict()
 
 
 def test_weight_dtype_is_written_in_version_2_only():

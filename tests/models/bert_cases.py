@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kron_kernels.convert.presets import KronConfig
-from kron_kernels.convert.rules import ShapeRule
+from kron_kernels.convert.rules import BandRule, LowRankRule, ShapeRule
 from kron_kernels.models import KronBertConfig, KronBertModel, bert_layers
 
 SIZES = {
@@ -30,7 +30,16 @@ TERMS = KronConfig(
         "embedding": ShapeRule(b=(1, 4), terms=2),
     }
 )
-KRON = {"K8": "K8", "K21": "K21", "terms": TERMS}
+LOW_RANK = KronConfig(
+    {
+        "attention": LowRankRule(12),
+        "ffn_in": LowRankRule(16),
+        "ffn_out": LowRankRule(16),
+        "embedding": BandRule(((10, 24), (20, 8), (None, 4))),
+    },
+    layers={"encoder.layer.1.output.dense": LowRankRule(20)},
+)
+KRON = {"K8": "K8", "K21": "K21", "terms": TERMS, "low-rank": LOW_RANK}
 IDS = torch.tensor([[5, 9, 2, 30, 7, 11], [8, 3, 40, 1, 0, 0], [4, 0, 0, 0, 0, 0]])
 MASK = (IDS != 0).long()
 INPUTS = {"input_ids": IDS, "attention_mask": MASK, "token_type_ids": (IDS > 8).long()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,12 +12,14 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, BertConfig, BertModel
+from transformers.initialization import no_init_weights
 
 from kron_kernels import models
-from kron_kernels.convert.presets import preset
+from kron_kernels.convert.layers import FACTORED
+from kron_kernels.convert.presets import as_kron_config, preset
 from kron_kernels.models import KronBertConfig, KronBertForMaskedLM, KronBertModel
-from kron_kernels.nn import KronEmbedding, KronLinear
-from tests.models.bert_cases import IDS, MASK, SIZES
+from kron_kernels.nn import KronLinear, TiedDecoder
+from tests.models.bert_cases import IDS, LOW_RANK, MASK, NO_DROPOUT, SIZES, make
 
 HEADS = ("Model", "ForMaskedLM", "ForPreTraining", "ForSequenceClassification", "ForQuestionAnswering")
 with_every_class = pytest.mark.parametrize("kind", HEADS)
@@ -38,15 +41,16 @@ def outputs(model: nn.Module, **options) -> list[torch.Tensor]:
 
 
 @with_every_class
-def test_from_dense_computes_the_reconstructed_model(kind):
+@pytest.mark.parametrize("kron", ["K8", LOW_RANK], ids=["K8", "low-rank"])
+def test_from_dense_computes_the_reconstructed_model(kind, kron):
     dense = make_dense(kind)
     before = copy.deepcopy(dense.state_dict())
-    kron = getattr(models, f"KronBert{kind}").from_dense(dense, "K8")
+    kron = getattr(models, f"KronBert{kind}").from_dense(dense, kron)
     assert kron.conversion_report.params_after == sum(parameter.numel() for parameter in kron.parameters())
     assert all(torch.equal(before[key], value) for key, value in dense.state_dict().items())
     rebuilt = copy.deepcopy(dense)
     for name, module in kron.named_modules():
-        if isinstance(module, (KronLinear, KronEmbedding)):
+        if isinstance(module, FACTORED):
             rebuilt.get_submodule(name).weight.data = module.dense_weight().detach()
     rebuilt.tie_weights()
     torch.testing.assert_close(outputs(kron), outputs(rebuilt), rtol=1e-4, atol=1e-4)
@@ -142,3 +146,70 @@ def test_damaged_checkpoints_name_their_folder(file, tmp_path):
     (tmp_path / file).write_bytes((tmp_path / file).read_bytes()[:5000])
     with pytest.raises(OSError, match=rf"{tmp_path}: damaged checkpoint: \S+"):
         KronBertModel.from_pretrained(tmp_path)
+
+
+@with_every_class
+def test_low_rank_models_save_load_and_train(kind, tmp_path):
+    model = make("low-rank", getattr(models, f"KronBert{kind}"), **NO_DROPOUT)
+    layer = (model if kind == "Model" else model.bert).encoder.layer[1]
+    assert (layer.output.dense.rank, layer.intermediate.dense.rank) == (20, 16)
+    words = model.get_input_embeddings()
+    words.places.copy_(torch.randperm(50))
+    model.save_pretrained(tmp_path)
+    loaded, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    assert loaded.config.kron == LOW_RANK.to_dict()
+    assert all(torch.equal(*pair) for pair in zip(outputs(loaded.eval()), outputs(model), strict=True))
+    sum(value.square().sum() for value in model.train()(IDS).values()).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_head_tied_to_bands_follows_copies_files_and_sizes(tmp_path):
+    model = make("low-rank", KronBertForMaskedLM)
+    model.bert.embeddings.word_embeddings.places.copy_(torch.randperm(50))
+    own = {"bert.embeddings.word_embeddings": LOW_RANK.rules["embedding"]}
+    model.config.kron = replace(LOW_RANK, layers={**LOW_RANK.layers, **own}).to_dict()
+    for size in (62, 45):
+        before = outputs(model)[0]
+        model.resize_token_embeddings(size)
+        kept = min(size, before.shape[-1])
+        torch.testing.assert_close(outputs(model)[0][..., :kept], before[..., :kept])
+    model.save_pretrained(tmp_path)
+    names = load_file(tmp_path / "model.safetensors")
+    assert not [name for name in names if "decoder" in name]
+    assert names["bert.embeddings.word_embeddings.tables.2"].shape[1] == 4
+    for other in (model, copy.deepcopy(model), KronBertForMaskedLM.from_pretrained(tmp_path).eval()):
+        decoder = other.get_output_embeddings()
+        assert type(decoder) is TiedDecoder
+        assert decoder.embedding is other.get_input_embeddings()
+        assert decoder.bias is other.cls.predictions.bias
+        assert torch.equal(outputs(other)[0], outputs(model)[0])
+    with pytest.raises(IndexError, match=r"input_ids: expected indices in \[0, 45\), got 45"):
+        model(torch.tensor([[45]]))
+    with pytest.raises(ValueError, match="bands: expected positive counts that sum to 1, got"):
+        model.resize_token_embeddings(1)
+    rule = as_kron_config(model.config.kron).rules["embedding"]
+    assert sum(tokens for tokens, _ in rule.resolve(45)) == 45
+
+
+def test_low_rank_checkpoints_lack_nothing(tmp_path):
+    model = make("low-rank")
+    for part in ("tables.1", "projections.0", "means", "places", "0.output.dense.v"):
+        state = {name: value for name, value in model.state_dict().items() if not name.endswith(part)}
+        with pytest.raises(OSError, match=rf"expected factors, \d are missing, among them .*{part}"):
+            KronBertModel.from_pretrained(None, config=model.config, state_dict=state)
+
+
+def test_without_initialisation_tokens_still_have_their_places():
+    with no_init_weights():
+        model = KronBertModel(KronBertConfig(kron=LOW_RANK, **SIZES))
+    assert model.embeddings.word_embeddings.places.tolist() == list(range(50))
+    assert torch.equal(model.embeddings.position_ids, torch.arange(20)[None])
+
+
+def test_an_encoder_remembers_that_it_has_no_pooler(tmp_path):
+    KronBertModel(KronBertConfig(kron=LOW_RANK, **SIZES), add_pooling_layer=False).save_pretrained(tmp_path)
+    loaded, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert loaded.pooler is None
+    assert not any(info.values())
+    assert KronBertModel.from_pretrained(tmp_path, add_pooling_layer=True).pooler is not None

@@ -10,6 +10,8 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from kron_kernels.convert.kronify import kronify_
+from kron_kernels.convert.presets import KronConfig
+from kron_kernels.convert.rules import BandRule, LowRankRule
 from kron_kernels.models.gpt2 import KronGPT2LMHeadModel, KronGPT2Model, reconstruct_dense
 from kron_kernels.models.gpt2_permute import permute_gpt2_, search_gpt2_permutations
 from kron_kernels.nn import KronDecoder, KronEmbedding, KronLinear
@@ -93,6 +95,17 @@ def test_saved_models_load_through_the_auto_class(tmp_path, tied):
     assert type(body) is KronGPT2Model
     with torch.no_grad():
         assert torch.equal(body(IDS).last_hidden_state, model.transformer(IDS).last_hidden_state)
+
+
+def test_low_rank_layers_and_bands(tmp_path):
+    rules = {"attention": LowRankRule(16), "ffn_in": LowRankRule(20), "embedding": BandRule(((10, 24), (None, 8)))}
+    model = KronGPT2LMHeadModel.from_dense(make_gpt2(), KronConfig(rules))
+    assert torch.isfinite(logits(KronGPT2LMHeadModel(model.config))).all()
+    torch.testing.assert_close(logits(model), logits(reconstruct_dense(model)), rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path)
+    loaded, info = KronGPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    torch.testing.assert_close(logits(loaded.eval()), logits(model), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

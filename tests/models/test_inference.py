@@ -19,7 +19,14 @@ from tests.models.bert_cases import IDS, make, run
 
 
 @pytest.mark.parametrize(
-    ("kron", "kind"), [("K8", KronBertModel), ("K21", KronBertForMaskedLM), ("K21", KronBertForSequenceClassification)]
+    ("kron", "kind"),
+    [
+        ("K8", KronBertModel),
+        ("K21", KronBertForMaskedLM),
+        ("K21", KronBertForSequenceClassification),
+        ("low-rank", KronBertModel),
+        ("low-rank", KronBertForMaskedLM),
+    ],
 )
 def test_results_are_those_of_the_training_form(kron: str, kind: Any) -> None:
     model = make(kron, kind)
@@ -46,12 +53,14 @@ def test_dtypes_and_int8_factors_are_converted_first() -> None:
     assert model.get_output_embeddings().a is words.a
 
 
-def test_copies_and_pickles() -> None:
-    model = optimize_for_inference(make("K8", KronBertForMaskedLM))
+@pytest.mark.parametrize("kron", ["K8", "low-rank"])
+def test_copies_and_pickles(kron: str) -> None:
+    model = optimize_for_inference(make(kron, KronBertForMaskedLM))
     wanted = run(model)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert type(other) is type(model)
         torch.testing.assert_close(run(other), wanted, rtol=0, atol=0)
+        assert kron != "low-rank" or other.get_output_embeddings().embedding is other.get_input_embeddings()
         with pytest.raises(RuntimeError, match="training form"):
             other.train()
 

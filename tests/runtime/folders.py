@@ -24,9 +24,9 @@ KRON = KronConfig(
 )
 
 
-def save_kron(folder: Path, kind: str = "KronBertModel", **options: Any) -> Path:
+def save_kron(folder: Path, kind: str = "KronBertModel", kron: KronConfig = KRON, **options: Any) -> Path:
     torch.manual_seed(0)
-    model = getattr(models, kind)(models.KronBertConfig(kron=KRON, **SIZES), **options)
+    model = getattr(models, kind)(models.KronBertConfig(kron=kron, **SIZES), **options)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from kron_kernels.convert.presets import KronConfig
 from kron_kernels.runtime import export, export_model, load_package
 from kron_kernels.runtime.program import export_program
-from tests.runtime.folders import assert_same, batch, eager, save_dense, save_kron
+from tests.models.bert_cases import LOW_RANK
+from tests.runtime.folders import KRON, assert_same, batch, eager, save_dense, save_kron
 
 
 @pytest.fixture(scope="module")
@@ -20,9 +22,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["KronBertForMaskedLM", "KronBertForQuestionAnswering"])
-def test_heads(kind: str, tmp_path: Path) -> None:
-    save_kron(tmp_path / "model", kind)
+@pytest.mark.parametrize(
+    ("kind", "kron"),
+    [("KronBertForMaskedLM", KRON), ("KronBertForMaskedLM", LOW_RANK), ("KronBertForQuestionAnswering", KRON)],
+    ids=["mlm", "mlm-low-rank", "qa"],
+)
+def test_heads(kind: str, kron: KronConfig, tmp_path: Path) -> None:
+    save_kron(tmp_path / "model", kind, kron)
     report = export_model(tmp_path / "model", tmp_path / "deep" / "model.pt2")
     package = load_package(tmp_path / "deep" / "model.pt2")
     assert package.info.architecture == report.architecture == kind

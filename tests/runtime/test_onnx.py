@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from kron_kernels.runtime import ExportReport, export_model, load_package
+from tests.models.bert_cases import LOW_RANK
 from tests.runtime.folders import KRON, SIZES, assert_same, batch, eager, save_dense, save_kron
 
 for name in ("onnxscript", "onnxruntime"):
@@ -34,6 +35,18 @@ def test_any_batch_and_sequence(folder: Path, exported: tuple[Path, ExportReport
     package = load_package(exported[0])
     for inputs in (batch(1, 1), batch(1, 20), {name: value[1:, 3:] for name, value in batch(4, 12).items()}):
         assert_same(package(**inputs), eager(folder, inputs, "KronBertForMaskedLM"), inputs["attention_mask"])
+
+
+@pytest.mark.slow
+def test_low_rank_layers_bands_and_their_decoder(tmp_path: Path) -> None:
+    save_kron(tmp_path / "model", "KronBertForMaskedLM", LOW_RANK)
+    export_model(tmp_path / "model", tmp_path / "model.onnx")
+    inputs = batch(3, 9)
+    wanted = eager(tmp_path / "model", inputs, "KronBertForMaskedLM")
+    assert_same(load_package(tmp_path / "model.onnx")(**inputs), wanted, inputs["attention_mask"])
+    shapes = [list(tensor.dims) for tensor in onnx.load(tmp_path / "model.onnx").graph.initializer]
+    largest = max(shapes, key=lambda shape: torch.Size(shape).numel())
+    assert sorted(largest) == [20, 192]  # a factor, not the table of 50x48
 
 
 @pytest.mark.slow
