@@ -58,7 +58,7 @@ def _models(arguments: argparse.Namespace) -> Iterator[tuple[str, str, nn.Module
         trained = {
             "steps": run.identity["steps"],
             "minutes": f"{seconds / 60:.1f}",
-            "seed": run.config["config"]["seed"],
+            "seed": run.config["seed"],
         }
         found.append((name, load_encoder(run.model_path), trained))
     for name, model, trained in found:
