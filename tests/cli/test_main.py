@@ -39,7 +39,10 @@ def test_help_has_an_example_that_parses(name: str, capsys: Capture) -> None:
     ("argv", "message"),
     [
         (["compress", "model"], "kron-kernels compress: error: the following arguments are required: out"),
-        (["compress", "m", "o"], "kron-kernels compress: error: one of the arguments --preset --config is required"),
+        (
+            ["compress", "m", "o"],
+            "kron-kernels compress: error: one of the arguments --size --params --keep --preset --config is required",
+        ),
         (["nonsense"], "kron-kernels: error: argument COMMAND: invalid choice: 'nonsense'"),
     ],
 )
