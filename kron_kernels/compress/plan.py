@@ -34,7 +34,7 @@ EVERY_LAYER = KronConfig({role: LowRankRule(1) for role in ROLES}, name="planned
 FFN_RANK = 1.5  # of the attention's
 _BAND_RANKS = (8, 3, 1)
 _BAND_TOKENS = ((1000, 4000), (2000, 8000))
-_EMBEDDING_SHARES = (0.4, 0.5, 0.6, 0.7)  # of all that is factored
+_EMBEDDING_SHARES = (0.5, 0.65)  # of all that is factored; each candidate costs a whole fit
 # Fewer sentences than this do not tell plans apart; a fit of rank r to fewer than r tokens times this is of the text.
 LEAST_SENTENCES, TOKENS_A_RANK = 8, 4
 

@@ -48,7 +48,7 @@ def test_the_best_candidate_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         student = KronBertModel.from_dense(made._dense, config, calibration=made._calibration)
         vectors = sentence_vectors(student.eval(), made._batches)
         agreements.append(vector_agreement(sentence_vectors(made._dense, made._batches), vectors)["correlation"])
-    assert len(agreements) > 4
+    assert len(agreements) > 2
     assert found.agreement["correlation"] == pytest.approx(max(agreements), abs=1e-5)
     assert max(agreements) > min(agreements) + 1e-3
 
