@@ -44,7 +44,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--warm-start-steps", type=int, default=300, metavar="N", help="steps a block (300)")
     parser.add_argument("--terms", type=int, metavar="S", help="products to sum in each linear layer")
-    parser.add_argument("--weight-dtype", metavar="TYPE", help="int8: store large factors as int8, one scale a row")
+    parser.add_argument("--weight-dtype", metavar="TYPE", help="store large factors as int8 or int4")
     parser.add_argument("--force", action="store_true", help="replace OUT where it holds a compressed model")
     add_json_flag(parser)
     parser.set_defaults(run=run)

@@ -22,7 +22,7 @@ from transformers.masking_utils import create_bidirectional_mask
 
 from ..convert.calibrate import Progress, evaluating
 from ..convert.layers import FACTORED
-from ..nn import Int8Factored
+from ..nn import is_quantized
 
 Batch = Mapping[str, Tensor]
 
@@ -109,8 +109,8 @@ def warm_start(
     Needs memory for four copies of the text's hidden states, (tokens, d) each. ``progress(done, total, what)`` is
     called after every step.
 
-    Raises ValueError for steps below 0, models that are no encoders of one architecture and size, int8 factors, a model
-    without Kronecker layers, no batches or batches without tokens; RuntimeError where the training diverges.
+    Raises ValueError for steps below 0, models that are no encoders of one architecture and size, stored integers, a
+    model without Kronecker layers, no batches or batches without tokens; RuntimeError where the training diverges.
     """
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
         raise ValueError(f"steps: expected an int of at least 0, got {steps!r}")
@@ -264,8 +264,8 @@ def _encoder(name: str, model: nn.Module) -> Any:
 
 
 def _check_pair(teacher: Any, student: Any) -> None:
-    if any(isinstance(module, Int8Factored) for module in student.modules()):
-        raise ValueError("model: expected factors in floating point to train, got int8 ones; quantize afterwards")
+    if is_quantized(student):
+        raise ValueError("model: expected factors in floating point to train, got integers; quantize afterwards")
     if not any(isinstance(module, FACTORED) for module in student.modules()):
         raise ValueError("model: expected factored layers (KronBertModel.from_dense makes them), got none")
     sizes = [

@@ -18,6 +18,7 @@ from ..convert.counting import count_parameters, linear_flops
 from ..convert.presets import KronConfig, preset
 from ..convert.quantize import quantize_
 from ..convert.rules import ShapeRule
+from ..nn.quantized import check_weight_dtype
 from .checkpoint import (
     ARCHITECTURES,
     copy_companions,
@@ -77,7 +78,7 @@ def compress(
             without text, "data-aware" for a ``size``, which distillation should follow, else "blockwise".
         warm_start_steps: steps a block of "blockwise".
         terms: Kronecker products to sum in each linear layer; None keeps the config's.
-        weight_dtype: "int8" stores large factors as int8 (see ``quantize_``); None leaves that to the config. The
+        weight_dtype: "int8" or "int4" stores large factors so (see ``quantize_``); None leaves that to the config. The
             report then holds the agreement of the outputs with those of the factors before, on the lines of the text
             or, without one, on random token ids.
         overwrite: replace ``out_dir`` where it holds a compressed model; anything else is left alone.
@@ -97,6 +98,8 @@ def compress(
     method = _method(warm_start, calibrate_text is not None, planned=config is None)
     if isinstance(config, str):
         preset(config)  # an unknown name fails before the model is read
+    if weight_dtype is not None:
+        check_weight_dtype(weight_dtype)
     sources = [model_dir] if looks_local(model_dir) else []
     sources += [] if calibrate_text is None else [calibrate_text]
     target = check_target(out_dir, overwrite, sources)
@@ -125,7 +128,7 @@ def compress(
         calibration=calibration,
         progress=progress,
     )
-    quantization = None if kron.weight_dtype is None else quantize_(model, batches)
+    quantization = None if kron.weight_dtype is None else quantize_(model, batches, kron.weight_dtype)
     report = CompressReport(
         source=str(model_dir),
         target=str(out_dir),

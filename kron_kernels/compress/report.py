@@ -94,9 +94,11 @@ class CompressReport:
             last = self.blocks.blocks[-1]
             errors = f"{last.error_before:.3f} -> {last.error_after:.3f}"
             lines.append(f"block-wise training, {self.blocks.steps} steps a block: error of the last block {errors}")
-        if (int8 := self.quantization) is not None:
-            sizes = f"{int8.bytes_before / 1e6:.2f} -> {int8.bytes_after / 1e6:.2f} MB of weights"
-            lines.append(f"int8 factors: {sizes}, cosine {int8.agreement:.5f} with the factors before")
+        if (stored := self.quantization) is not None:
+            sizes = f"{stored.bytes_before / 1e6:.2f} -> {stored.bytes_after / 1e6:.2f} MB of weights"
+            lines.append(
+                f"{stored.weight_dtype} factors: {sizes}, cosine {stored.agreement:.5f} with the factors before"
+            )
         return "\n".join([*lines, self.verdict])
 
 

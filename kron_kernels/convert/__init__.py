@@ -1,4 +1,4 @@
-"""Replace a model's layers by Kronecker-factored ones: presets, calibration, conversion, int8 storage, counting."""
+"""Replace a model's layers by factored ones: presets, calibration, conversion, int8 and int4 storage, counting."""
 
 from .agreement import hidden_agreement
 from .calibrate import Calibration, calibrate

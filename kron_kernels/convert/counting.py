@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 from ..factorize import factor_shape
 from ..nn import KronLinear, LowRankLinear
+from ..nn.quantized import Quantized
 from .presets import KronConfig, preset
 
 _LINEAR_ROLES = ("attention", "ffn_in", "ffn_out")
@@ -15,10 +15,10 @@ _LINEAR_ROLES = ("attention", "ffn_in", "ffn_out")
 def count_parameters(model: nn.Module) -> int:
     """Count the parameters of ``model``, shared ones once; works on the meta device.
 
-    The values of int8 factors count, though torch knows them as buffers; their scales do not.
+    The values of factors stored as integers count, though torch knows them as buffers; their scales do not.
     """
-    values = [buffer for buffer in model.buffers() if buffer.dtype is torch.int8]
-    return sum(tensor.numel() for tensor in (*model.parameters(), *values))
+    stored = sum(module.numel() for module in model.modules() if isinstance(module, Quantized))
+    return stored + sum(parameter.numel() for parameter in model.parameters())
 
 
 def layer_flops(layer: nn.Linear | KronLinear | LowRankLinear) -> int:

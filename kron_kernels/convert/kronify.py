@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ..nn import KronDecoder, TiedDecoder
-from ..nn.int8 import to_int8_
+from ..nn.quantized import to_quantized_
 from .calibrate import Calibration, Progress
 from .conv1d import is_conv1d
 from .counting import count_parameters
@@ -85,8 +85,8 @@ def kronify_(
         calibration: the second moments and means of the layers' inputs (see ``calibrate``). The fit then minimises
             the error of each layer's output, its mean error taken up by the bias (see ``fit_linear``).
         fit: False leaves the new factors freshly drawn: the structure only, for a state dict to be loaded into.
-        weight_dtype: "int8" stores large factors as int8, as ``quantize_`` does after the conversion; None leaves that
-            to the config. The errors reported are those of the fit.
+        weight_dtype: "int8" or "int4" stores large factors so, as ``quantize_`` does after the conversion; None leaves
+            that to the config. The errors reported are those of the fit.
         progress: called as ``progress(done, total, name)`` after each layer.
 
     Raises:
@@ -105,7 +105,7 @@ def kronify_(
             fitted_layer(target, calibration) if fit else (fresh_layer(target), None, None)
         )
         if config.weight_dtype is not None:
-            to_int8_(module)  # type: ignore[arg-type]
+            to_quantized_(module, config.weight_dtype)
         replacements.append(module)
         layers.append(
             LayerReport(

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..nn.quantized import check_weight_dtype
 from .rules import Rule, ShapeRule, check_keys, rule_from_dict
 
-# 2 added weight_dtype, 3 low rank, bands and layers of their own; the lowest that says all is written.
+# 2 added weight_dtype "int8", 3 low rank, bands, layers of their own and "int4"; the lowest that says all is written.
 VERSIONS = (1, 2, 3)
-WEIGHT_DTYPES = (None, "int8")
 
 # Module names of BERT-like encoders (RoBERTa, ELECTRA, ...), MPNet and GPT-2. Poolers and heads match none of them.
 DEFAULT_PATTERNS: dict[str, tuple[str, ...]] = {
@@ -39,8 +39,8 @@ class KronConfig:
     ``patterns`` maps a role to regular expressions searched in the full module name; extend it for other
     architectures. ``skip`` lists expressions of modules that stay dense whatever their role. A role without a rule
     stays dense. ``layers`` maps single modules, by their names from the encoder on ("encoder.layer.0.output.dense"), to
-    rules of their own. ``weight_dtype`` "int8" stores large factors as int8 (see ``quantize_``), None in the model's
-    dtype. Raises ValueError for a rule whose role has no pattern, a broken expression and another weight_dtype.
+    rules of their own. ``weight_dtype`` "int8" or "int4" stores large factors so (see ``quantize_``), None in the
+    model's dtype. Raises ValueError for a rule whose role has no pattern, a broken expression and another weight_dtype.
     """
 
     rules: Mapping[str, Rule]
@@ -55,8 +55,8 @@ class KronConfig:
         object.__setattr__(self, "layers", dict(self.layers))
         object.__setattr__(self, "patterns", {role: tuple(regexes) for role, regexes in self.patterns.items()})
         object.__setattr__(self, "skip", tuple(self.skip))
-        if self.weight_dtype not in WEIGHT_DTYPES:
-            raise ValueError(f"weight_dtype: expected None or 'int8', got {self.weight_dtype!r}")
+        if self.weight_dtype is not None:
+            check_weight_dtype(self.weight_dtype)
         if not self.rules:
             raise ValueError("rules: expected at least one role, got none")
         for role in self.rules:
@@ -90,7 +90,8 @@ class KronConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-able dict, with the version of its format."""
         optional: dict[str, Any] = {} if self.weight_dtype is None else {"weight_dtype": self.weight_dtype}
-        newer = self.layers or any(not isinstance(rule, ShapeRule) for rule in self.rules.values())
+        newer = self.layers or self.weight_dtype == "int4"
+        newer = newer or any(not isinstance(rule, ShapeRule) for rule in self.rules.values())
         version = 3 if newer else VERSIONS[len(optional)]
         if self.layers:
             optional["layers"] = {name: rule.to_dict() for name, rule in self.layers.items()}

@@ -1,4 +1,4 @@
-"""Store the large factors of a compressed model as int8, and say what that saves and costs."""
+"""Store the large factors of a compressed model as int8 or int4, and say what that saves and costs."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn import Int8Factored, KronDecoder, KronEmbedding, KronLinear
-from ..nn.factored import KronFactored
-from ..nn.int8 import to_int8_
+from ..nn import KronDecoder, KronEmbedding
+from ..nn.quantized import check_weight_dtype, is_quantized, to_quantized_
 from .agreement import hidden_agreement
+from .layers import FACTORED
 from .presets import as_kron_config
 from .ties import tie_decoders_
 
 
 @dataclass(frozen=True)
 class LayerQuantization:
-    """One layer: bytes of its tensors, and ``||W - W_int8|| / ||W||`` in the Frobenius norm."""
+    """One layer: bytes of its tensors, and ``||W - W_stored|| / ||W||`` in the Frobenius norm."""
 
     name: str
     bytes_before: int
@@ -35,6 +35,7 @@ class QuantizationReport:
     ``agreement`` is the ``hidden_agreement`` of the model before and after, where it was asked for.
     """
 
+    weight_dtype: str
     layers: tuple[LayerQuantization, ...]
     bytes_before: int
     bytes_after: int
@@ -46,38 +47,41 @@ class QuantizationReport:
 
 
 @torch.no_grad()
-def quantize_(model: nn.Module, batches: Iterable[Mapping[str, Tensor]] | None = None) -> QuantizationReport:
-    """Store the large factors of every Kronecker layer of ``model`` as int8, in place.
+def quantize_(
+    model: nn.Module, batches: Iterable[Mapping[str, Tensor]] | None = None, weight_dtype: str = "int8"
+) -> QuantizationReport:
+    """Store the large factors of every factored layer of ``model`` as integers, in place.
 
-    One scale a row of a factor, symmetric, rounded to nearest (``kron_kernels.nn.int8``). Of a linear layer's two
-    factors the larger becomes int8, the other too where it has a tenth of their numbers; of an embedding A, one scale
-    a token. Tiny factors, biases, norms, position and type embeddings and heads keep their dtype. The int8 factors have
-    no gradient any more; the rest can still be trained. A transformers configuration's ``kron`` field records it.
-    With ``batches`` (as for ``hidden_agreement``) the report says how well the encoder's outputs agree with those
-    before.
+    Every 32 values of a row share a scale, in the dtype of the model: convert that first, ``model.to(torch.bfloat16)``
+    say, for small files (``kron_kernels.nn.quantized``). Of a Kronecker layer's two factors the larger is stored, the
+    other too where it has a tenth of their numbers; of a Kronecker embedding A, of low-rank layers both factors, of
+    adaptive embeddings the tables, and the projections in int8. Tiny factors, biases, norms, position and type
+    embeddings and heads keep their dtype. What is stored has no gradient any more; the rest can still be trained. A
+    transformers configuration's ``kron`` field records it. With ``batches`` (as for ``hidden_agreement``) the report
+    says how well the encoder's outputs agree with those before.
 
-    Raises ValueError, and leaves the model as it was, where there is no Kronecker layer, where one is int8 already and
-    where a factor is not finite.
+    Raises ValueError, and leaves the model as it was, for a ``weight_dtype`` but "int8" and "int4", where there is no
+    factored layer, where one is stored as integers already and where a factor is not finite.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, (KronLinear, KronEmbedding))}
+    check_weight_dtype(weight_dtype)
+    layers: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, FACTORED)}
     _check(layers)
     floating = None if batches is None else copy.deepcopy(model)
-    before = {name: weight_bytes(module) for name, module in layers.items()}
     total = weight_bytes(model)
     reports = []
     for name, module in layers.items():
-        a, b = module.a.detach(), module.b.detach()
+        before, weight = weight_bytes(module), module.dense_weight()
         decoders = _tied_decoders(model, module)
-        to_int8_(module)
-        if isinstance(module, KronEmbedding):
+        to_quantized_(module, weight_dtype)
+        if decoders:
             tie_decoders_(model, decoders, module)
-        error = _relative_error(a, b, module.a, module.b)
-        reports.append(LayerQuantization(name, before[name], weight_bytes(module), error))
+        error = float((module.dense_weight() - weight).norm() / weight.norm().clamp(min=torch.finfo(weight.dtype).tiny))
+        reports.append(LayerQuantization(name, before, weight_bytes(module), error))
     config: Any = getattr(model, "config", None)
     if isinstance(getattr(config, "kron", None), Mapping):
-        config.kron = replace(as_kron_config(config.kron), weight_dtype="int8").to_dict()
+        config.kron = replace(as_kron_config(config.kron), weight_dtype=weight_dtype).to_dict()
     agreement = None if floating is None or batches is None else hidden_agreement(floating, model, batches)
-    return QuantizationReport(tuple(reports), total, weight_bytes(model), agreement)
+    return QuantizationReport(weight_dtype, tuple(reports), total, weight_bytes(model), agreement)
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -86,32 +90,22 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def _check(layers: Mapping[str, KronFactored]) -> None:
+def _check(layers: Mapping[str, nn.Module]) -> None:
     if not layers:
-        raise ValueError("model: expected Kronecker layers (kronify_ makes them), got none")
+        raise ValueError("model: expected factored layers (kronify_ makes them), got none")
     for name, module in layers.items():
-        if isinstance(module, Int8Factored):
-            raise ValueError(f"model: expected factors in floating point, got int8 ones in {name}")
-        if type(module) not in (KronLinear, KronEmbedding):
-            raise ValueError(f"model: expected {name} to be KronLinear or KronEmbedding, got {type(module).__name__}")
-        for factor in (module.a, module.b):
-            if not torch.isfinite(factor).all():
-                raise ValueError(f"model: expected finite factors, got NaN or inf in {name}")
+        if is_quantized(module):
+            raise ValueError(f"model: expected factors in floating point, got stored integers in {name}")
+        if type(module) not in FACTORED:
+            kinds = ", ".join(kind.__name__ for kind in FACTORED)
+            raise ValueError(f"model: expected {name} to be one of {kinds}, got {type(module).__name__}")
+        if not all(torch.isfinite(parameter).all() for parameter in module.parameters()):
+            raise ValueError(f"model: expected finite factors, got NaN or inf in {name}")
 
 
 def _tied_decoders(model: nn.Module, embedding: nn.Module) -> list[str]:
+    """List the output layers that share the factors of a Kronecker embedding."""
     if not isinstance(embedding, KronEmbedding):
         return []
     decoders = (pair for pair in model.named_modules() if isinstance(pair[1], KronDecoder))
     return [name for name, decoder in decoders if decoder.a is embedding.a]
-
-
-def _relative_error(a: Tensor, b: Tensor, a_now: Tensor, b_now: Tensor) -> float:
-    """``||W - W_now|| / ||W||`` from inner products: <A (x) B, C (x) D> = <A, C> <B, D>; W itself is never built."""
-    terms = len(a)
-    left, right = (torch.cat(pair).flatten(1).double() for pair in ((a, a_now), (b, b_now)))
-    products = (left @ left.T) * (right @ right.T)
-    sign = torch.ones(2 * terms, dtype=torch.float64, device=a.device)
-    sign[terms:] = -1
-    whole = float(products[:terms, :terms].sum())
-    return max(float(sign @ products @ sign) / whole, 0.0) ** 0.5 if whole else 0.0

@@ -14,7 +14,7 @@ from torch import nn
 from .. import models
 from ..compress import ARCHITECTURES, load_dense
 from ..models import KronBertConfig, KronBertPreTrainedModel
-from ..nn import Int8Factored
+from ..nn import is_quantized
 from .data.tasks import Task
 
 _HEADS = {
@@ -43,10 +43,10 @@ def load_model(folder: str | os.PathLike[str]) -> Any:
 
 
 def load_student(folder: str | os.PathLike[str]) -> Any:
-    """Load a model to train, as ``load_model``; ValueError for one with int8 factors."""
+    """Load a model to train, as ``load_model``; ValueError for one with factors stored as integers."""
     student = load_model(folder)
-    if any(isinstance(module, Int8Factored) for module in student.modules()):
-        raise ValueError("student: expected factors in floating point to train, got int8 ones; quantize afterwards")
+    if is_quantized(student):
+        raise ValueError("student: expected factors in floating point to train, got integers; quantize afterwards")
     return student
 
 

@@ -25,7 +25,7 @@ from ..convert.kronify import ConversionReport, init_factored_, kronified_copy, 
 from ..convert.presets import KronConfig, as_kron_config, preset
 from ..convert.rules import BandRule
 from ..convert.ties import tie_decoders_
-from ..nn import AdaptiveEmbedding, Int8Factored, KronDecoder, KronEmbedding, TiedDecoder
+from ..nn import AdaptiveEmbedding, KronDecoder, KronEmbedding, TiedDecoder, is_quantized
 from .bert_layers import FusedBertEmbeddings, FusedBertLayer, fuse_
 from .checkpoint import check_loaded, is_damage
 from .cuda_graph import CapturedModel, capture
@@ -179,10 +179,8 @@ class KronBertPreTrainedModel(BertPreTrainedModel):
         up. Returns the word embedding.
         """
         old: Any = self.get_input_embeddings()
-        if isinstance(old, Int8Factored):
-            raise ValueError(
-                "model: expected factors in floating point to resize, got int8 ones; resize before quantize_"
-            )
+        if is_quantized(old):
+            raise ValueError("model: expected factors in floating point to resize, got integers; resize first")
         size = old.num_embeddings if new_num_tokens is None else new_num_tokens
         if pad_to_multiple_of is not None:
             size = -(-size // pad_to_multiple_of) * pad_to_multiple_of

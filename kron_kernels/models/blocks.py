@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn import Int8KronLinear, KronLinear, PackedKronLinear
+from ..nn import KronLinear, PackedKronLinear, QuantizedKronLinear
 from ..nn.inference import check_inference_call
 from ..ops import AddNorm, kron_ffn, kron_matmul_norm, kron_qkv
 from ..ops.checks import activation_code
@@ -33,7 +33,7 @@ def are_factored(*modules: Any) -> bool:
     """Tell whether all are Kronecker layers of one form, without activation or hooks, which one op can compute."""
     packed = _packed(modules[0]) is not None
     for module in modules:
-        if type(module) not in (KronLinear, Int8KronLinear, PackedKronLinear):
+        if type(module) not in (KronLinear, QuantizedKronLinear, PackedKronLinear):
             return False
         if module.activation is not None or not is_unhooked(module) or (_packed(module) is not None) != packed:
             return False

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..convert.layers import FACTORED
+from ..nn.quantized import WEIGHT_DTYPES
 
 
 class CheckpointShapeError(RuntimeError, OSError):
@@ -47,12 +48,14 @@ def check_loaded(model: Any, path: Any, info: dict[str, Any], ignore_mismatched_
     missing, unexpected = set(info["missing_keys"]), info["unexpected_keys"]
     if factors := sorted(missing & factor_names(model)):
         stored_as = model.config.kron.get("weight_dtype")
-        if stored_as is None and any(key.endswith("_int8") for key in unexpected):
-            raise OSError(f"{path}: expected factors in floating point, as the configuration says, got int8 ones")
-        if stored_as == "int8" and any(name.removesuffix("_int8") in unexpected for name in factors):
+        kinds = {key.rpartition("_")[2] for key in unexpected} & set(WEIGHT_DTYPES)
+        plain = stored_as is not None and any(name.removesuffix(f"_{stored_as}") in unexpected for name in factors)
+        if kinds or plain:
+            # An int4 model has int8 projections too.
+            wanted, got = stored_as or "floating point", min(kinds, default="floating point")
             raise OSError(
-                f"{path}: expected int8 factors, as the configuration says, got factors in floating point; load them "
-                "without weight_dtype and call quantize_"
+                f"{path}: expected factors in {wanted}, as the configuration says, got {got}; load them with the "
+                "weight_dtype that they have"
             )
         raise OSError(
             f"{path}: expected factors, {len(factors)} are missing, among them {factors[0]}; "

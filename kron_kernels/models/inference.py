@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers.models.bert.modeling_bert import BertModel
 
 from ..convert.layers import FACTORED
-from ..nn import Int8Factored, Int8KronDecoder, KronEmbedding, KronLinear, PackedKronLinear
+from ..nn import KronLinear, PackedKronLinear, is_quantized
 from ..nn.inference import check_unchanged, inference_form_error, pack_
-from ..nn.int8 import from_int8_
+from ..nn.quantized import from_quantized_
 from .bert_layers import fuse_
 from .blocks import is_unhooked
 
@@ -25,9 +25,9 @@ def optimize_for_inference(model: _Model, dtype: str | None = None) -> _Model:
     """Change a model with factored layers into its inference form, in place, and return it.
 
     Every KronLinear becomes a PackedKronLinear, which keeps its large factor in the layout of this processor's kernels
-    alone. Low-rank layers and embeddings compute as before. Factors stored in int8 are converted to floating point. All
-    other parameters become buffers of the same names, models that contain a BertModel are fused (``fuse_``), and the
-    model is put into evaluation mode. Results are those of the model before, up to rounding.
+    alone. Low-rank layers and embeddings compute as before. Factors stored as integers are converted to floating point.
+    All other parameters become buffers of the same names, models that contain a BertModel are fused (``fuse_``), and
+    the model is put into evaluation mode. Results are those of the model before, up to rounding.
 
     The result has no parameters. A call that would need a gradient, autocast, ``train()``, another dtype or device,
     ``state_dict``, ``save_pretrained`` and ``load_state_dict`` raise RuntimeError. ``copy.deepcopy`` and pickle work,
@@ -47,10 +47,9 @@ def optimize_for_inference(model: _Model, dtype: str | None = None) -> _Model:
     if isinstance(model, InferenceModel):
         return model if dtype is None else model.to(_DTYPES[dtype])
     _check(model)
-    for kind in (KronLinear, KronEmbedding, Int8KronDecoder):  # a decoder shares the factors of its embedding
-        for module in model.modules():
-            if isinstance(module, kind) and isinstance(module, Int8Factored):
-                from_int8_(cast(Int8Factored, module))
+    for module in model.modules():
+        if isinstance(module, FACTORED) and is_quantized(module):
+            from_quantized_(module)
     if dtype is not None:
         model.to(_DTYPES[dtype])
     model.eval()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,18 @@ from ..schemas.reference import take_rows
 from .decoder import TiedDecoder
 
 Bands = Sequence[tuple[int, int]]
+
+
+class Tables(nn.ParameterList):
+    """Matrices, one a band."""
+
+    def whole(self, band: int) -> Tensor:
+        """The matrix of a band."""
+        return self[band]
+
+    def gather(self, band: int, index: Tensor) -> Tensor:
+        """Rows of a band's matrix, (..., columns), for ``index (...)``."""
+        return F.embedding(index, self[band])
 
 
 class AdaptiveEmbedding(nn.Module):
@@ -51,18 +63,14 @@ class AdaptiveEmbedding(nn.Module):
             raise ValueError(f"padding_idx: expected an index into {num_embeddings} embeddings, got {padding_idx}")
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.bands = tuple((tokens, rank) for tokens, rank in bands)
         self.padding_idx = padding_idx if padding_idx is None else padding_idx % num_embeddings
-        self.tables = nn.ParameterList(torch.empty(tokens, rank, **factory) for tokens, rank in bands)
-        self.projections = nn.ParameterList(torch.empty(rank, embedding_dim, **factory) for _, rank in bands)
+        self.tables = Tables(torch.empty(tokens, rank, **factory) for tokens, rank in bands)
+        self.projections = Tables(torch.empty(rank, embedding_dim, **factory) for _, rank in bands)
         self.means = nn.Parameter(torch.empty(len(bands), embedding_dim, **factory))
         smallest = torch.int16 if num_embeddings <= 2**15 else torch.int32
         self.register_buffer("places", torch.empty(num_embeddings, dtype=smallest, device=device))
         self.reset_parameters()
-
-    @property
-    def bands(self) -> tuple[tuple[int, int], ...]:
-        """(tokens, rank) of every band."""
-        return tuple((table.shape[0], table.shape[1]) for table in self.tables)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -89,14 +97,15 @@ class AdaptiveEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         place = take_rows(self.places.unsqueeze(-1), ids, "ids").squeeze(-1).to(torch.int64)
         codes, members, start = [], [], 0
-        for table in self.tables:
-            inside = ((place >= start) & (place < start + len(table))).unsqueeze(-1)
-            row = F.embedding((place - start).clamp(0, len(table) - 1), table)
+        for band, (tokens, _) in enumerate(self.bands):
+            inside = ((place >= start) & (place < start + tokens)).unsqueeze(-1)
+            row = self.tables.gather(band, (place - start).clamp(0, tokens - 1))
             codes.append(torch.where(inside, row, row.new_zeros(())))
             members.append(inside.to(row.dtype))
-            start += len(table)
+            start += tokens
         # One product for all bands: a token's code is zero outside its own, and each band's mean is one more row.
-        rows = torch.cat([*codes, *members], -1) @ torch.cat([*self.projections, self.means])
+        projections = map(self.projections.whole, range(len(self.bands)))
+        rows = torch.cat([*codes, *members], -1) @ torch.cat([*projections, self.means])
         if self.padding_idx is None or not torch.is_grad_enabled():
             return rows
         return torch.where((ids == self.padding_idx).unsqueeze(-1), rows.detach(), rows)
@@ -105,10 +114,15 @@ class AdaptiveEmbedding(nn.Module):
         """Logits ``hidden @ table^T + bias`` (..., num_embeddings) of ``hidden (..., embedding_dim)``."""
         logits = [
             F.linear(F.linear(hidden, projection), table) + (hidden @ mean).unsqueeze(-1)
-            for table, projection, mean in zip(self.tables, self.projections, self.means, strict=True)
+            for table, projection, mean in self._parts()
         ]
         by_token = torch.cat(logits, -1).index_select(-1, self.places.int())
         return by_token if bias is None else by_token + bias
+
+    def _parts(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield table, projection and mean of every band."""
+        for band in range(len(self.bands)):
+            yield self.tables.whole(band), self.projections.whole(band), self.means[band]
 
     def tied_decoder(self, bias: nn.Parameter | None = None) -> TiedDecoder:
         """An output layer that reads this embedding's table."""
@@ -116,8 +130,7 @@ class AdaptiveEmbedding(nn.Module):
 
     def dense_weight(self) -> Tensor:
         """The table (num_embeddings, embedding_dim), built in full; differentiable."""
-        parts = zip(self.tables, self.projections, self.means, strict=True)
-        by_place = torch.cat([table @ projection + mean for table, projection, mean in parts])
+        by_place = torch.cat([table @ projection + mean for table, projection, mean in self._parts()])
         return by_place.index_select(0, self.places.int())
 
     def to_embedding(self) -> nn.Embedding:

@@ -73,7 +73,7 @@ class KronLinear(KronFactored):
         """Return ``a``, ``b`` and ``bias`` as they are now."""
         parameters = self._parameters  # nn.Module's attribute look-up costs as much as a small op
         a, b = parameters.get("a"), parameters.get("b")
-        if a is None or b is None:  # int8-stored, made by a parametrization, or set as plain tensors
+        if a is None or b is None:  # stored as integers, made by a parametrization, or set as plain tensors
             return self.a, self.b, self.bias
         return a, b, parameters.get("bias")
 

@@ -73,7 +73,7 @@ def test_command_writes_a_plan_that_it_takes_back(bert: Path, text: Path, tmp_pa
         (["--preset", "K8", "--calibrate", "absent.txt"], "absent.txt"),
         (["--config", "absent.json"], "absent.json"),
         (["--preset", "K8", "--terms", "0"], "terms: expected an integer of at least 1, got 0"),
-        (["--preset", "K8", "--weight-dtype", "int4"], "weight_dtype: expected None or 'int8', got 'int4'"),
+        (["--preset", "K8", "--weight-dtype", "int3"], "weight_dtype: expected 'int8' or 'int4', got 'int3'"),
         (["--preset", "K8", "--warm-start", "blockwise"], "warm_start: expected text to calibrate on for 'blockwise'"),
         (["--preset", "K8", "--warm-start", "best"], "warm_start: expected one of plain, data-aware, blockwise, got"),
     ],

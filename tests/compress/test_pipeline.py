@@ -42,13 +42,15 @@ def test_saved_model_is_the_kronified_one(bert: Path, tmp_path: Path) -> None:
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
-def test_terms_and_int8(bert: Path, tmp_path: Path) -> None:
-    config = dataclasses.replace(preset("K8"), weight_dtype="int8")
+@pytest.mark.parametrize(("weight_dtype", "least"), [("int8", 0.999), ("int4", 0.97)])
+def test_terms_and_integers(bert: Path, tmp_path: Path, weight_dtype: str, least: float) -> None:
+    config = dataclasses.replace(preset("K8"), weight_dtype=weight_dtype)
     report = compress(bert, tmp_path / "out", config, terms=2)
+    assert f"{weight_dtype} factors: " in str(report)
     for layer in report.conversion.layers:
         assert layer.structure.startswith("2 of ") == (layer.role != "embedding")
     assert report.quantization is not None
-    assert 0.999 < report.quantization.agreement < 1
+    assert least < report.quantization.agreement < 1
     assert report.quantization.bytes_after < report.quantization.bytes_before
 
 

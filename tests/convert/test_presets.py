@@ -94,7 +94,7 @@ def changed(**changes):
         (changed(layers={}), "config: unknown keys layers; expected name, patterns, rules, skip, version"),
         (changed(rules={}), "rules: expected at least one role, got none"),
         (changed(rules={"mixer": {"a": [2, 2]}}), "rules: role 'mixer' has no patterns; known roles: attention"),
-        (changed(version=2, weight_dtype="int4"), "weight_dtype: expected None or 'int8', got 'int4'"),
+        (changed(version=2, weight_dtype="int2"), "weight_dtype: expected 'int8' or 'int4', got 'int2'"),
         (changed(rules={"attention": {"a": [2, 0]}}), r"a: expected two positive integers, got \[2, 0\]"),
         (changed(rules={"attention": {}}), "rule: expected exactly one of a and b, got a=None, b=None"),
     ],
@@ -110,6 +110,7 @@ def test_newer_structures_are_written_in_version_3_only():
         replace(plain, rules={**plain.rules, "attention": LowRankRule(8)}),
         replace(plain, rules={**plain.rules, "embedding": BandRule(((10, 6), (None, 2)))}),
         replace(plain, layers={"encoder.layer.0.output.dense": LowRankRule(8)}, weight_dtype="int8"),
+        replace(plain, weight_dtype="int4"),
     ):
         assert newer.to_dict()["version"] == 3
         assert KronConfig.from_json(newer.to_json()) == newer

@@ -14,7 +14,7 @@ from torch.nn.utils.parametrize import register_parametrization
 from kron_kernels import optimize_for_inference
 from kron_kernels.convert.quantize import quantize_
 from kron_kernels.models import KronBertForMaskedLM, KronBertForSequenceClassification, KronBertModel
-from kron_kernels.nn import KronEmbedding, PackedKronLinear
+from kron_kernels.nn import AdaptiveEmbedding, KronEmbedding, PackedKronLinear, is_quantized
 from tests.models.bert_cases import IDS, make, run
 
 
@@ -38,19 +38,25 @@ def test_results_are_those_of_the_training_form(kron: str, kind: Any) -> None:
     assert optimize_for_inference(model) is model
 
 
-def test_dtypes_and_int8_factors_are_converted_first() -> None:
+def test_dtypes_are_converted_first() -> None:
     model = make("K8", KronBertForMaskedLM)
     for dtype, expected in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
         other = copy.deepcopy(model)
         wanted = run(copy.deepcopy(model).to(expected))
         torch.testing.assert_close(run(optimize_for_inference(other, dtype)), wanted, rtol=0.1, atol=0.1)
         assert other.dtype is expected
-    quantize_(model)
+
+
+@pytest.mark.parametrize(("kron", "weight_dtype"), [("K8", "int8"), ("K8", "int4"), ("low-rank", "int4")])
+def test_stored_integers_are_converted_first(kron: str, weight_dtype: str) -> None:
+    model = make(kron, KronBertForMaskedLM)
+    quantize_(model, weight_dtype=weight_dtype)
     wanted = run(model)
     torch.testing.assert_close(run(optimize_for_inference(model)), wanted, rtol=1e-4, atol=1e-4)
     words: Any = model.get_input_embeddings()
-    assert type(words) is KronEmbedding
-    assert model.get_output_embeddings().a is words.a
+    assert type(words) is (KronEmbedding if kron == "K8" else AdaptiveEmbedding)
+    assert model.get_output_embeddings().embedding is words
+    assert not is_quantized(model)
 
 
 @pytest.mark.parametrize("kron", ["K8", "low-rank"])

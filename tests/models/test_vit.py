@@ -12,7 +12,7 @@ from transformers import DeiTModel, ViTConfig, ViTForImageClassification, ViTMAE
 
 from kron_kernels.convert.kronify import kronify_
 from kron_kernels.models.vit import load_kronified, vit_config
-from kron_kernels.nn import Int8KronLinear, KronLinear
+from kron_kernels.nn import KronLinear, QuantizedKronLinear
 from kron_kernels.testing.accuracy import assert_accurate
 
 SIZES = {"hidden_size": 48, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -58,7 +58,7 @@ def test_output_and_gradients_are_those_of_the_weights_built(kind):
         assert_accurate(*(getattr(model, "vit", model).get_parameter(key).grad for model in models), key)
 
 
-@pytest.mark.parametrize(("kind", "weight_dtype"), [(ViTForImageClassification, None), (DeiTModel, "int8")])
+@pytest.mark.parametrize(("kind", "weight_dtype"), [(ViTForImageClassification, None), (DeiTModel, "int4")])
 def test_saved_models_load(kind, weight_dtype, tmp_path):
     model = make_model(kind)
     kronify_(model, vit_config("K8"), weight_dtype=weight_dtype)
@@ -66,7 +66,7 @@ def test_saved_models_load(kind, weight_dtype, tmp_path):
     loaded = load_kronified(kind, tmp_path)
     assert type(loaded) is kind
     assert torch.equal(run(loaded.eval()), run(model))
-    assert any(isinstance(module, Int8KronLinear) for module in loaded.modules()) == (weight_dtype == "int8")
+    assert any(isinstance(module, QuantizedKronLinear) for module in loaded.modules()) == (weight_dtype is not None)
 
 
 def test_folders_without_factors_are_refused(tmp_path):

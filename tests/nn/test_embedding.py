@@ -14,14 +14,14 @@ from kron_kernels.nn import KronEmbedding
 
 
 class LargestTensor(TorchDispatchMode):
-    """Notes the largest tensor that any operation returns."""
+    """Notes the largest floating-point tensor that any operation returns."""
 
     numel = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         tensors = [value for value in torch.utils._pytree.tree_leaves(result) if isinstance(value, torch.Tensor)]
-        self.numel = max([self.numel, *(tensor.numel() for tensor in tensors)])
+        self.numel = max([self.numel, *(tensor.numel() for tensor in tensors if tensor.is_floating_point())])
         return result
 
 

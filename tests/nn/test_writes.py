@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kron_kernels.nn import Int8KronLinear, KronLinear
-from kron_kernels.nn.int8 import dequantize_rows, to_int8_
+from kron_kernels.nn import KronLinear, QuantizedKronLinear
+from kron_kernels.nn.quantized import dequantize, to_quantized_
 
 X = torch.linspace(-1, 1, 2 * 48).view(2, 48)
 
@@ -66,11 +66,8 @@ WRITES: dict[str, Callable[[Tensor, Tensor], Any]] = {
 def expected(layer: KronLinear) -> Tensor:
     """Return the layer's result from what its tensors hold now, by plain torch on copies."""
     state = {name: value.detach().clone() for name, value in layer.state_dict().items()}
-    a, b = (
-        state[name] if name in state else dequantize_rows(state[f"{name}_int8"], state[f"{name}_scale"])
-        for name in ("a", "b")
-    )
-    return F.linear(X, torch.kron(a[0], b[0]), state["bias"])
+    a = state["a"] if "a" in state else dequantize(state["a_int8"], state["a_scale"], 24)
+    return F.linear(X, torch.kron(a[0], state["b"][0]), state["bias"])
 
 
 @pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
@@ -78,8 +75,8 @@ def expected(layer: KronLinear) -> Tensor:
 def test_every_write_shows_in_the_next_call(write: str, int8: bool) -> None:
     layer = KronLinear(48, 48, ((24, 24), (2, 2)))
     if int8:
-        to_int8_(layer)
-        assert type(layer) is Int8KronLinear
+        to_quantized_(layer, "int8")
+        assert type(layer) is QuantizedKronLinear
     tensors = [*layer.named_parameters(), *layer.named_buffers()]
     for grad in (False, True):
         for name, tensor in tensors:
