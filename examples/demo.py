@@ -34,6 +34,8 @@ from kron_kernels.distill.encoder import distill_encoder, encode
 from kron_kernels.models import KronBertModel
 
 CALIBRATION, HELD_OUT, NEIGHBOURS_OF, MAX_LENGTH, POSITIONS, SENTENCES = 512, 500, 3, 32, 128, 4000
+# For a minute: of larger batches few steps fit, and at the usual rate the first ones lose what the fit had.
+BATCH, RATE = 32, 5e-4
 
 
 def main() -> None:
@@ -83,6 +85,8 @@ def main() -> None:
             arguments.out / f"run-{size}",
             minutes=arguments.minutes,
             max_length=MAX_LENGTH,
+            batch_size=BATCH,
+            learning_rate=RATE,
         )
         folder = arguments.out / f"minilm-{size}"
         student.save_pretrained(folder)
