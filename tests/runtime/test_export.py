@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "kron"),
-    [("KronBertForMaskedLM", KRON), ("KronBertForMaskedLM", LOW_RANK), ("KronBertForQuestionAnswering", KRON)],
-    ids=["mlm", "mlm-low-rank", "qa"],
+    [
+        ("KronBertForMaskedLM", KRON),
+        ("KronBertForMaskedLM", replace(LOW_RANK, weight_dtype="int4")),
+        ("KronBertForQuestionAnswering", KRON),
+    ],
+    ids=["mlm", "mlm-low-rank-int4", "qa"],
 )
 def test_heads(kind: str, kron: KronConfig, tmp_path: Path) -> None:
     save_kron(tmp_path / "model", kind, kron)
